@@ -1,0 +1,39 @@
+"""The errors a user can meet. Every message is one line that names the value, the place and the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LocalpipeError(Exception):
+    """Base of all errors raised on purpose by this package."""
+
+
+class ConfigError(LocalpipeError, ValueError):
+    """A configuration value, a data set or a partition that cannot work; raised before training starts."""
+
+
+class WireError(LocalpipeError):
+    """Two ranks disagree about what travels between them (shape, dtype, order or configuration)."""
+
+
+class PeerLost(LocalpipeError):
+    """A neighbouring rank closed its connection without saying goodbye."""
+
+    def __init__(self, peer: int, message: str) -> None:
+        super().__init__(message)
+        self.peer = peer
+
+
+class DeadlineExceeded(LocalpipeError):
+    """A wait outlasted ``runtime.deadline_s``; the message says who waits for whom, for what, since when."""
+
+
+def suggest(name: str, valid: Iterable[str]) -> str:
+    """Return ``"did you mean 'x'?"`` for the valid name nearest to ``name``, else the list of valid names."""
+    choices = sorted(valid)
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
+    if near:
+        return f"did you mean '{near[0]}'?"
+    return "valid names: " + ", ".join(choices)

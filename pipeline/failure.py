@@ -1,0 +1,330 @@
+"""One rank fails: every process ends within seconds, and ONE line says which rank, which module and why.
+
+    main thread:      exception -> report() --+
+                                              +--> lock -> elect (store.compare_set) -> winner prints -> os._exit
+    sentinel thread:  SIGTERM, SIGINT  -------+            losers stay silent
+                      every 0.5 s: failure key in the store? a peer's process gone? launcher gone?
+
+Why a sentinel thread: the launcher sends SIGTERM to the others about 0.1 s after the first process ends, and a Python
+signal handler cannot run while the main thread sits in C++ (a collective, a group being built). The C half of Python's
+handler runs at once in any thread and writes the signal number to a pipe (``signal.set_wakeup_fd``); the sentinel reads
+that pipe. Blocking SIGTERM with a signal mask would do as well, but child processes inherit a mask (data loader workers
+could not be terminated), and threads started before would still die silently.
+
+Why an election: the neighbours of a dead rank fail too (connection closed) and must not each print their own story.
+Invariant: a process that leaves because of a failure has stood for election first, so a process that is gone without a
+failure key in the store has died without a message (SIGKILL, out of memory).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from pipeline.errors import ConfigError, LocalpipeError, PeerLost
+
+WATCH_S = 0.5
+"""Seconds between two looks of the sentinel at the store and at the peers' processes."""
+GRACE_S = 2.0
+"""Seconds that a rank which lost a peer waits for the peer's own report."""
+REAP_S = 3.0
+"""Seconds that the winner gives its peers on this host to end by themselves before it kills them."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """A process, recognisable even after its pid has been used again."""
+
+    pid: int
+    started: str
+    host: str
+    modules: str
+
+    @classmethod
+    def current(cls, modules: str) -> Process:
+        """This process. Containers can share a host name, so the pid namespace is part of ``host``."""
+        host = f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+        return cls(os.getpid(), _stat(os.getpid())[1], host, modules)
+
+    def gone(self) -> bool:
+        """True if the process (of this host) has ended; a zombie has ended."""
+        state, started = _stat(self.pid)
+        return state in ("", "Z", "X") or started != self.started
+
+
+def _stat(pid: int) -> tuple[str, str]:
+    """(state letter, start time) from /proc, ("", "") if there is no such process."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "", ""
+    return fields[0], fields[19]
+
+
+class FailureDesk:
+    """Where every failure of this rank goes. Create it in the main thread, before anything can fail.
+
+    Args:
+        store: shared by all ranks of this attempt, or None (one process). The desk works on its own connections.
+        describe: what this rank runs, e.g. ``"modules 1-2 (layer2.0 .. layer3.1)"``; see ``describe``.
+        run_dir: where ``failure-rank<r>.txt`` (the traceback) goes; None: only the innermost line is printed.
+        store_host: the rank whose process serves the store, None if the launcher does. It leaves last.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store | None,
+        rank: int,
+        world_size: int,
+        describe: str = "starting",
+        run_dir: Path | None = None,
+        store_host: int | None = None,
+    ) -> None:
+        self.rank = rank
+        self.run_dir = run_dir
+        self._world_size = world_size
+        self._store_host = store_host
+        self._store = store.clone() if store is not None else None
+        self._me = Process.current(describe)
+        self._peers: dict[int, Process] = {}
+        self._now = (-1, -1, "starting")
+        self._lock = threading.Lock()  # held from the election to os._exit: nobody ends a winner before it has printed
+        self._restore: list[Callable[[], object]] = []
+        self._thread: threading.Thread | None = None
+        if self._store is not None and world_size > 1:
+            self.describe(describe)
+            self._start_sentinel(store.clone())
+
+    def describe(self, modules: str) -> None:
+        """Set what this rank runs (known once the partition is made)."""
+        self._me = Process.current(modules)
+        if self._store is not None:
+            self._store.set(f"process/{self.rank}", json.dumps(asdict(self._me)))
+
+    def progress(self, epoch: int, step: int, activity: str) -> None:
+        """Note where this rank is, e.g. ``(0, 7, "waiting for the gradient")``. Costs one assignment."""
+        self._now = (epoch, step, activity)
+
+    def report(self, error: BaseException, module: str | None = None) -> NoReturn:
+        """End this process because of ``error``; at most one rank of the job prints a line.
+
+        ``module``: the module at fault, e.g. ``"module 2 (layer3.0-layer3.4)"``. Exit code 130 for KeyboardInterrupt,
+        the code of a SystemExit, else 1. With one process it raises SystemExit, else it calls ``os._exit``: threads
+        that wait in C++ would abort an orderly exit.
+        """
+        self._lock.acquire()
+        if isinstance(error, KeyboardInterrupt):
+            self._leave(130, lambda: f"stopped by ctrl-C{self._where()}")
+        if isinstance(error, PeerLost):
+            self._await_peers_own_report()
+            self._leave(1, lambda: self._obituary(str(error)))
+        code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+        self._leave(code, lambda: self._own_story(error, module))
+
+    def close(self) -> None:
+        """Orderly end: from now on this rank's process may go. Restores the signal handlers."""
+        if self._store is not None:
+            self._store.set(f"left/{self.rank}", "1")
+        if self._thread is not None:
+            os.write(self._wake, b"\0")
+            self._thread.join()
+        for restore in reversed(self._restore):
+            restore()
+        self._restore.clear()
+
+    # -- the sentinel thread ------------------------------------------------------------------------------------------
+
+    def _start_sentinel(self, store: dist.Store) -> None:
+        bell, self._wake = os.pipe()
+        os.set_blocking(self._wake, False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # The Python half of the handler does nothing: the sentinel acts on the byte in the pipe.
+            previous = signal.signal(number, _ignore)
+            self._restore.append(lambda number=number, previous=previous: signal.signal(number, previous))
+        previous_fd = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        self._restore.append(lambda: signal.set_wakeup_fd(previous_fd))
+        os.register_at_fork(after_in_child=_forget_signals)  # else a worker's SIGTERM would ring our bell
+        self._thread = threading.Thread(target=self._watch, args=(bell, store), name="sentinel", daemon=True)
+        self._thread.start()
+
+    def _watch(self, bell: int, store: dist.Store) -> None:
+        launcher = os.getppid()
+        while True:
+            rang = select.select([bell], [], [], WATCH_S)[0]
+            number = os.read(bell, 1)[0] if rang else None
+            if number == 0:
+                os.close(bell)
+                return
+            gone = self._store_gone(store)
+            if not gone and store.check(["failure"]):
+                self._lock.acquire()  # not while this very process is the one that prints
+                self._exit(1)
+            lost = self._dead_peers(store)
+            orphan = os.getppid() != launcher
+            if not (number or lost or orphan or gone):
+                continue
+            self._lock.acquire()
+            if number == signal.SIGINT:
+                self._leave(130, lambda: f"stopped by ctrl-C{self._where()}")
+            if lost:
+                self._leave(1, lambda: self._obituary(self._doing()))
+            if number == signal.SIGTERM:
+                self._leave(143, lambda: f"rank {self.rank}: stopped by SIGTERM{self._where()}")
+            what = "the launcher has ended" if orphan else "lost the store (did its host end?)"
+            self._leave(1, lambda what=what: f"rank {self.rank}: {what}{self._where()}")
+
+    def _dead_peers(self, store: dist.Store) -> list[int]:
+        """Ranks of this host whose process is gone although they neither failed aloud nor left in order."""
+        dead = []
+        for rank in range(self._world_size):
+            if rank == self.rank:
+                continue
+            with contextlib.suppress(RuntimeError):
+                if rank not in self._peers and store.check([f"process/{rank}"]):
+                    self._peers[rank] = self._read(store, rank)
+            peer = self._peers.get(rank)
+            if peer is None or peer.host != self._me.host or not peer.gone():
+                continue
+            with contextlib.suppress(RuntimeError):
+                if store.check([f"left/{rank}"]):
+                    continue
+            dead.append(rank)
+        return dead
+
+    def _read(self, store: dist.Store, rank: int) -> Process:
+        return Process(**json.loads(store.get(f"process/{rank}")))
+
+    # -- the way out --------------------------------------------------------------------------------------------------
+
+    def _await_peers_own_report(self) -> None:
+        """A closed connection says nothing about the cause: wait until a report or a dead process explains it."""
+        end = time.monotonic() + GRACE_S
+        while self._store is not None and time.monotonic() < end:
+            with contextlib.suppress(RuntimeError):
+                if self._store.check(["failure"]):
+                    return
+            if self._dead_peers(self._store):
+                return
+            time.sleep(0.05)
+
+    def _leave(self, code: int, story: Callable[[], str]) -> NoReturn:
+        if self._elected():
+            line = " ".join(story().split())
+            os.write(2, f"localpipe: {line[:1000]}\n".encode())  # one write: lines of ranks do not mix
+            self._reap()
+        self._exit(code)
+
+    def _elected(self) -> bool:
+        if self._store is None:
+            return True
+        ballot = f"rank {self.rank}"
+        try:
+            return self._store.compare_set("failure", "", ballot) == ballot.encode()
+        except RuntimeError:
+            # The store is gone. Its host lingers after a report (see _exit), so we would have seen the failure key:
+            # the host died without a message. No vote is possible; the lowest other rank tells.
+            return self.rank == min(rank for rank in range(self._world_size) if rank != self._store_host)
+
+    def _reap(self) -> None:
+        """A peer that is stopped, or hangs in C code with the interpreter lock held, cannot end itself."""
+        if self._store is None:
+            return
+        self._dead_peers(self._store)  # reads the processes not known yet
+        mine = [peer for peer in self._peers.values() if peer.host == self._me.host]
+        end = time.monotonic() + REAP_S
+        while time.monotonic() < end and not all(peer.gone() for peer in mine):
+            time.sleep(0.05)
+        for peer in mine:
+            if not peer.gone():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(peer.pid, signal.SIGKILL)
+
+    def _exit(self, code: int) -> NoReturn:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        if self._world_size == 1:
+            raise SystemExit(code)
+        if self._store_host == self.rank:
+            time.sleep(3 * WATCH_S)  # the others read the failure key from us
+        os._exit(code)
+
+    # -- the words ----------------------------------------------------------------------------------------------------
+
+    def _where(self) -> str:
+        epoch, step, _ = self._now
+        return f" at epoch {epoch} step {step}" if step >= 0 else " before the first step"
+
+    def _doing(self) -> str:
+        epoch, step, activity = self._now
+        return f"rank {self.rank} was {activity}" + (f" (epoch {epoch} step {step})" if step >= 0 else "")
+
+    def _obituary(self, witness: str) -> str:
+        """The line for ranks that left no message; ``witness``: what this rank saw."""
+        if self._store is None:
+            return witness
+        dead = set(self._dead_peers(self._store))
+        if self._store_host is not None and self._store_gone(self._store):
+            dead.add(self._store_host)
+        if not dead:
+            return witness
+        named = ", ".join(f"rank {rank} ({self._modules(rank)})" for rank in sorted(dead))
+        return f"{named} died without a message (killed? out of memory?); {witness}"
+
+    def _store_gone(self, store: dist.Store) -> bool:
+        try:
+            store.check(["failure"])
+        except RuntimeError:
+            return True
+        return False
+
+    def _modules(self, rank: int) -> str:
+        with contextlib.suppress(RuntimeError):
+            self._peers[rank] = self._read(self._store, rank)
+        return self._peers[rank].modules if rank in self._peers else "unknown modules"
+
+    def _own_story(self, error: BaseException, module: str | None) -> str:
+        text = str(error)
+        if isinstance(error, ConfigError):
+            return text
+        if not isinstance(error, LocalpipeError):
+            text = f"{type(error).__name__}: {text}"
+        spot = traceback.extract_tb(error.__traceback__)[-1:]
+        at = f" ({Path(spot[0].filename).name}:{spot[0].lineno})" if spot else ""
+        if self.run_dir is not None:
+            path = self.run_dir / f"failure-rank{self.rank}.txt"
+            with contextlib.suppress(OSError):  # a full disk must not hide the cause
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                path.write_text("".join(traceback.format_exception(error)))
+                at = f" (traceback: {path})"
+        if text.startswith("rank "):
+            return text[:800] + at
+        epoch, step, _ = self._now
+        place = [f"rank {self.rank}", module, f"epoch {epoch} step {step}" if step >= 0 else "before the first step"]
+        return ", ".join(filter(None, place)) + f": {text[:800]}{at}"
+
+
+def _ignore(number: int, frame: object) -> None:
+    """Python half of the signal handlers; the sentinel thread does the work."""
+
+
+def _forget_signals() -> None:
+    """In a forked child: signals mean what they mean by default, and the parent's pipe is not rung."""
+    if signal.getsignal(signal.SIGTERM) is _ignore:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)

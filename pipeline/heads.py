@@ -1,0 +1,275 @@
+"""Auxiliary heads: small networks that turn the output of a local module into a local loss.
+
+Every head answers three questions: its loss on a feature, its logits (if it classifies), and whether it needs the
+image. :class:`PatchedHead` runs a head patch by patch (HPFF's patch feature fusion).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline import losses
+from pipeline.errors import ConfigError
+
+FeatureShape = tuple[int, ...]  # (C, H, W) of a feature map
+Autocast = Callable[[], contextlib.AbstractContextManager[None]]
+
+
+class AuxiliaryHead(nn.Module):
+    """Base of all heads. ``feature`` is (B, C, H, W), ``labels`` int64 (B,), ``image`` uint8 (B, 3, S, S) or None."""
+
+    needs_image = False
+
+    def loss(self, feature: Tensor, labels: Tensor, image: Tensor | None) -> Tensor:
+        """The scalar local loss, mean over the batch."""
+        raise NotImplementedError
+
+    def logits(self, feature: Tensor) -> Tensor | None:
+        """Class scores (B, classes), or None where the head does not classify."""
+        return None
+
+
+class ClassifierHead(AuxiliaryHead):
+    """A network that ends in class scores, trained by cross-entropy."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def loss(self, feature: Tensor, labels: Tensor, image: Tensor | None) -> Tensor:
+        return losses.cross_entropy(self.head(feature), labels)
+
+    def logits(self, feature: Tensor) -> Tensor:
+        return self.head(feature)
+
+
+class ContrastHead(AuxiliaryHead):
+    """A network that ends in an embedding, trained by supervised contrast (InfoPro `contrast`)."""
+
+    def __init__(self, head: nn.Module, temperature: float) -> None:
+        super().__init__()
+        self.head = head
+        self.temperature = temperature
+
+    def loss(self, feature: Tensor, labels: Tensor, image: Tensor | None) -> Tensor:
+        return losses.supervised_contrast(self.head(feature), labels, self.temperature)
+
+
+class DecoderHead(AuxiliaryHead):
+    """InfoPro's reconstruction: upsample to the image, conv-BN-ReLU-conv, binary cross-entropy against the image."""
+
+    needs_image = True
+
+    def __init__(self, channels: int, image_channels: int, widen: int) -> None:
+        super().__init__()
+        width = 12 * widen
+        self.decoder = nn.Sequential(
+            nn.Conv2d(channels, width, 3, padding=1),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(width, image_channels, 3, padding=1),
+        )
+
+    def loss(self, feature: Tensor, labels: Tensor, image: Tensor | None) -> Tensor:
+        assert image is not None
+        size = image.shape[-2:]
+        if feature.shape[-2:] != size:  # at full size the interpolation is the identity
+            feature = F.interpolate(feature, size=size, mode="bilinear", align_corners=True)
+        return losses.reconstruction(self.decoder(feature), image)
+
+
+class SimilarityHead(AuxiliaryHead):
+    """PredSim's similarity matching behind its own 3x3 convolution."""
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.classes = classes
+
+    def loss(self, feature: Tensor, labels: Tensor, image: Tensor | None) -> Tensor:
+        return losses.similarity_matching(self.conv(feature), labels, self.classes)
+
+
+def xcyf(shape: FeatureShape, out: int, config: str, feature_dim: int, widen: int) -> nn.Sequential:
+    """InfoPro's head "XcYf": X convolutions, global pool, Y linear layers (ALGORITHMS: table of section 2).
+
+    The first convolution halves the map and doubles the width, except at 64 channels and more, which it keeps.
+
+    Raises:
+        ConfigError: ``config`` is not of the form XcYf with X in 0..2 and Y in 1..3, or is 0c3f.
+    """
+    match = re.fullmatch(r"([012])c([123])f", config)
+    if match is None or config == "0c3f":
+        raise ConfigError(f"method.head = '{config}' is no XcYf head; use 0c1f, 0c2f, 1c1f ... 2c3f")
+    convolutions, linears = int(match[1]), int(match[2])
+    channels = shape[0]
+    layers: list[nn.Module] = []
+    for index in range(convolutions):
+        if index == 0:
+            width, stride = (2 * channels * widen, 2) if channels < 64 else (channels * widen, 1)
+        else:
+            width, stride = channels, 1
+        layers += [
+            nn.Conv2d(channels, width, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        ]
+        channels = width
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    for _ in range(linears - 1):
+        layers += [nn.Linear(channels, feature_dim * widen), nn.ReLU(inplace=True)]
+        channels = feature_dim * widen
+    layers.append(nn.Linear(channels, out))
+    return nn.Sequential(*layers)
+
+
+def dgl_head(shape: FeatureShape, classes: int, kind: str) -> nn.Sequential:
+    """DGL's auxiliary networks `mlp-sr`, `mlp`, `cnn` and AugLocal's ResNet setting `auglocal` (ALGORITHMS 4.1).
+
+    `auglocal` is mlp-sr with two hidden linear layers without bias.
+    """
+    channels, size = shape[0], shape[1]
+    layers: list[nn.Module] = []
+    if kind == "cnn":
+        for _ in range(2):
+            layers += [
+                nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                nn.BatchNorm2d(channels),
+                nn.ReLU(inplace=True),
+            ]
+        layers += [nn.AdaptiveAvgPool2d(2), nn.BatchNorm2d(channels), nn.Flatten(), nn.Linear(4 * channels, classes)]
+        return nn.Sequential(*layers)
+    layers.append(nn.AdaptiveAvgPool2d(math.ceil(size / 4)))
+    if kind != "mlp":
+        for _ in range(3):
+            layers += [
+                nn.Conv2d(channels, channels, 1, bias=False),
+                nn.BatchNorm2d(channels),
+                nn.ReLU(inplace=True),
+            ]
+    layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    hidden, bias = (2, False) if kind == "auglocal" else (3, True)
+    for _ in range(hidden):
+        layers += [
+            nn.Linear(4 * channels, 4 * channels, bias=bias),
+            nn.BatchNorm1d(4 * channels),
+            nn.ReLU(inplace=True),
+        ]
+    layers.append(nn.Linear(4 * channels, classes))
+    return nn.Sequential(*layers)
+
+
+def pooled_linear(shape: FeatureShape, classes: int, max_features: int) -> nn.Sequential:
+    """PredSim's prediction: average pooling until at most ``max_features`` inputs are left, then one linear layer.
+
+    The pooling kernel doubles its height, then its width, in turn (ALGORITHMS 5).
+    """
+    channels, height, width = shape
+    kernel = [1, 1]
+    axis = 0
+    while channels * (height // kernel[0]) * (width // kernel[1]) > max_features and kernel < [height, width]:
+        kernel[axis] *= 2
+        axis = 1 - axis
+    features = channels * (height // kernel[0]) * (width // kernel[1])
+    return nn.Sequential(
+        nn.AvgPool2d((kernel[0], kernel[1])), nn.Flatten(), nn.Linear(features, classes)
+    )
+
+
+def patch_slices(size: int, grid: int) -> list[slice]:
+    """Cut ``size`` positions into ``grid`` consecutive ranges that differ by at most one."""
+    edges = [index * size // grid for index in range(grid + 1)]
+    return [slice(low, high) for low, high in zip(edges, edges[1:], strict=False)]
+
+
+class PatchedHead(nn.Module):
+    """Patch feature fusion: a head on each of ``grid`` x ``grid`` patches, one patch after another (HPFF, eq. 6-7).
+
+    +----+----+   each patch: loss, backward, graph freed; so only one patch's graph is alive
+    | 0  | 1  |   and BatchNorm inside the head sees one patch at a time.
+    +----+----+
+    | 2  | 3  |   shared: one head for all patches, average of losses  (paper)
+    +----+----+   separate: a head per patch, sum of losses            (released code, decoder only)
+
+    Args:
+        make: builds one head for a patch.
+        grid: patches along each side; 1 is the plain head.
+        separate: one head per patch and the sum of losses instead of a shared head and their average.
+    """
+
+    def __init__(self, make: Callable[[], AuxiliaryHead], grid: int, separate: bool = False) -> None:
+        super().__init__()
+        self.grid = grid
+        self.separate = separate
+        self.heads = nn.ModuleList(make() for _ in range(grid * grid if separate else 1))
+
+    @property
+    def needs_image(self) -> bool:
+        return self._head(0).needs_image
+
+    def _head(self, patch: int) -> AuxiliaryHead:
+        head = self.heads[patch if self.separate else 0]
+        assert isinstance(head, AuxiliaryHead)
+        return head
+
+    def _patches(self, x: Tensor) -> list[tuple[slice, slice]]:
+        if self.grid == 1 or x.dim() != 4:
+            return [(slice(None), slice(None))]
+        rows, columns = patch_slices(x.size(2), self.grid), patch_slices(x.size(3), self.grid)
+        return [(row, column) for row in rows for column in columns]
+
+    def backward(
+        self,
+        feature: Tensor,
+        labels: Tensor,
+        image: Tensor | None,
+        weight: float,
+        gradient: Tensor,
+        autocast: Autocast = contextlib.nullcontext,
+    ) -> Tensor:
+        """Add ``weight * d loss / d feature`` to ``gradient`` in place and the heads' own gradients to their ``.grad``.
+
+        ``feature`` (B, C, H, W) must not require grad. ``autocast`` makes the context of the forward pass; a backward
+        pass chooses its dtypes from the forward's and runs outside. Returns the un-weighted loss (scalar, detached).
+        """
+        patches = self._patches(feature)
+        images = [image] * len(patches) if image is None or self.grid == 1 else [
+            image[:, :, rows, columns] for rows, columns in self._patches(image)
+        ]
+        share = 1.0 if self.separate else 1.0 / len(patches)
+        total = feature.new_zeros((), dtype=torch.float64)
+        for index, ((rows, columns), patch_image) in enumerate(zip(patches, images, strict=True)):
+            where = (slice(None), slice(None), rows, columns) if feature.dim() == 4 else slice(None)
+            leaf = feature[where].detach().requires_grad_()
+            with torch.enable_grad(), autocast():
+                loss = self._head(index).loss(leaf, labels, patch_image)
+            (loss * (weight * share)).backward()
+            gradient[where] += leaf.grad
+            total += loss.detach() * share
+        return total
+
+    def logits(self, feature: Tensor) -> Tensor | None:
+        """Mean over patches of the head's class scores, or None where it does not classify."""
+        scores = []
+        for index, (rows, columns) in enumerate(self._patches(feature)):
+            patch = feature[:, :, rows, columns] if feature.dim() == 4 else feature
+            score = self._head(index).logits(patch)
+            if score is None:
+                return None
+            scores.append(score)
+        return torch.stack(scores).mean(dim=0)
+
+
+class VectorInput(nn.Module):
+    """Views a vector feature (B, D) as a map (B, D, 1, 1), so that a head for maps also serves modules that end flat."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, None, None] if x.dim() == 2 else x
+

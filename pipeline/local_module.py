@@ -1,0 +1,242 @@
+"""One gradient-isolated local module: one forward per step, its heads, and up to three kinds of backward.
+
+    x_m (detached leaf) --f_m--> h_m --+--> cascade level      c_m = w_C dCL_m/dh_m
+                                       +--> independent level  a_m = w_I dIL_m/dh_m
+    relay(key)    g = (df_m/dx_m)^T (c_m if it is its key + what came from m+1 with this key)     -> module m-1
+    backward      grad theta_m = (df_m/dtheta_m)^T (a_m + c_m + everything that came from m+1)
+    update        one optimiser step for theta_m and the heads of m
+
+(DESIGN 2; ALGORITHMS 3.6.) The independent gradient a_m and messages that end here never go upstream. The order of
+summation is fixed, so the result does not depend on timing or placement.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config import Config
+from pipeline.hierarchy import ModulePlan
+from pipeline.losses import cross_entropy
+from pipeline.methods import Level
+from pipeline.numerics import Numerics, seed_rng, stable_hash
+from pipeline.optimiser import build_optimiser, set_learning_rate
+
+
+@dataclass
+class InFlight:
+    """What a module keeps of one micro-batch between its forward and its backward."""
+
+    x: Tensor  # (b, ...) detached input; a leaf that requires grad when a gradient goes upstream
+    h: Tensor  # (b, ...) output, with its graph
+    labels: Tensor  # int64 (b,)
+    image: Tensor | None  # uint8 (b, C, S, S), where a head reconstructs it
+    scale: float  # share of this micro-batch in the batch: b / B
+    rng_seed: int
+    own: Tensor | None = None  # c_m
+    independent: Tensor | None = None  # a_m
+    received: dict[int, Tensor] = field(default_factory=dict)  # key -> gradient from module m+1
+
+
+class LocalModule:
+    """A local module with its auxiliary heads and its optimiser, on one device.
+
+    Args:
+        plan: the module's role in the hierarchy.
+        blocks: its consecutive blocks, by name.
+        levels: its head levels by name, in running order: "cascade" first, others wait for its gradient.
+        config: the run's configuration.
+        numerics: dtype, memory layout and device.
+    """
+
+    def __init__(
+        self,
+        plan: ModulePlan,
+        blocks: OrderedDict[str, nn.Module],
+        levels: OrderedDict[str, Level],
+        config: Config,
+        numerics: Numerics,
+    ) -> None:
+        self.plan = plan
+        self.blocks = blocks
+        self.levels = levels
+        self.numerics = numerics
+        self._seed = config.train.seed
+        self._clip_norm = config.optim.clip_norm
+        for module in (*blocks.values(), *levels.values()):
+            numerics.place(module)
+        self.parameters = [p for block in blocks.values() for p in block.parameters()]
+        head_parameters = [p for level in levels.values() for p in level.parameters()]
+        self._trained = self.parameters + head_parameters
+        self.optimiser = build_optimiser(self._trained, config.optim)
+        self._batchnorms: list[nn.modules.batchnorm._BatchNorm] = []
+        if config.hierarchy.variant == "released":
+            self._imitate_repeated_evaluations()
+        self._in_flight: dict[int, InFlight] = {}
+        self.loss_sums: dict[str, Tensor] = {}
+
+    @property
+    def needs_image(self) -> bool:
+        """Whether one of its heads reconstructs the image."""
+        return any(level.needs_image for level in self.levels.values())
+
+    def _imitate_repeated_evaluations(self) -> None:
+        """The released code evaluates a module n times a step, which moves BatchNorm statistics n times: momentum
+        1 - 0.9^n gives the same statistics in one evaluation. The stem of module 0 is evaluated once there."""
+        repeated = [block for name, block in self.blocks.items() if name != "stem"]
+        for block in repeated:
+            for child in block.modules():
+                if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.momentum is not None:
+                    child.momentum = 1.0 - (1.0 - child.momentum) ** self.plan.evaluations
+                    self._batchnorms.append(child)
+
+    # --- training: called by the schedule, in its order -------------------------------------------------------------
+
+    def forward(
+        self, micro_batch: int, x: Tensor, labels: Tensor, image: Tensor | None, scale: float, step: int
+    ) -> Tensor:
+        """Run f_m on a detached input (b, ...) and return h_m, detached, in the boundary dtype and layout."""
+        x = x.detach()
+        if self.plan.needs_input_gradient:
+            x.requires_grad_()
+        seed = stable_hash(self._seed, "step", self.plan.index, step, micro_batch)
+        seed_rng(seed, self.numerics.device)
+        self._set_training(True)
+        with torch.enable_grad(), self.numerics.autocast():
+            h = x
+            for block in self.blocks.values():
+                h = block(h)
+        for batchnorm in self._batchnorms:
+            if batchnorm.num_batches_tracked is not None:
+                batchnorm.num_batches_tracked += self.plan.evaluations - 1
+        self._in_flight[micro_batch] = InFlight(x, h, labels, image, scale, seed)
+        return self.numerics.boundary(h)
+
+    def cascade(self, micro_batch: int) -> None:
+        """Run the cascade level: c_m."""
+        item = self._in_flight[micro_batch]
+        item.own = self._run_level("cascade", item)
+
+    def independent(self, micro_batch: int) -> None:
+        """Run the independent level: a_m."""
+        item = self._in_flight[micro_batch]
+        item.independent = self._run_level("independent", item)
+
+    def final(self, micro_batch: int) -> None:
+        """The last module's loss: cross-entropy of its output, which is the network's logits."""
+        item = self._in_flight[micro_batch]
+        leaf = item.h.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = cross_entropy(leaf, item.labels)
+            loss.backward()
+        self._record("final", loss.detach(), item.scale)
+        total = (self.plan.final_local + self.plan.final_cascade) * item.scale
+        assert leaf.grad is not None
+        item.independent = leaf.grad if total == 1.0 else leaf.grad * total
+
+    def receive(self, micro_batch: int, key: int, gradient: Tensor) -> None:
+        """Take a gradient of h_m (b, ...) that module m+1 sent under ``key``."""
+        self._in_flight[micro_batch].received[key] = gradient
+
+    def relay(self, micro_batch: int, key: int) -> Tensor:
+        """Activation-only backward: the gradient of x_m that travels on under ``key``. Keeps the graph."""
+        item = self._in_flight[micro_batch]
+        gradient = _sum(
+            [item.own if key == self.plan.own_key else None, item.received.get(key)], like=item.h
+        )
+        (upstream,) = torch.autograd.grad(item.h, item.x, gradient, retain_graph=True)
+        return self.numerics.boundary(upstream)
+
+    def backward(self, micro_batch: int) -> Tensor | None:
+        """Full backward into the parameters; frees the graph. Returns the message upstream where it is `merged`."""
+        item = self._in_flight.pop(micro_batch)
+        received = [item.received[key] for key in self.plan.incoming]
+        total = _sum([item.independent, item.own, *received], like=item.h)
+        merged = self.plan.merged
+        inputs = [*self.parameters, item.x] if merged else self.parameters
+        if inputs:
+            torch.autograd.backward(item.h, total, inputs=inputs)
+        if not merged:
+            return None
+        upstream = item.x.grad
+        assert upstream is not None
+        if self.plan.final:  # only the cascade share of the last loss leaves the module
+            share = self.plan.final_cascade / (self.plan.final_local + self.plan.final_cascade)
+            upstream = upstream if share == 1.0 else upstream * share
+        return self.numerics.boundary(upstream)
+
+    def update(self) -> None:
+        """Clip, step, clear the gradients."""
+        if self._clip_norm:
+            torch.nn.utils.clip_grad_norm_(self._trained, self._clip_norm)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+
+    def set_learning_rate(self, lr: float) -> None:
+        """Use ``lr`` from the next update on."""
+        set_learning_rate(self.optimiser, lr)
+
+    def _run_level(self, name: str, item: InFlight) -> Tensor:
+        seed_rng(stable_hash(item.rng_seed, name), self.numerics.device)
+        gradient, losses = self.levels[name].backward(
+            item.h.detach(), item.labels, item.image, item.scale, self.numerics.autocast
+        )
+        for term, loss in losses.items():
+            self._record(f"{name}.{term}", loss, item.scale)
+        return gradient
+
+    def _record(self, name: str, loss: Tensor, scale: float) -> None:
+        """Sum losses on the device; reading them is left to the end of the epoch, so nothing waits for them here."""
+        self.loss_sums[name] = self.loss_sums.get(name, 0.0) + loss * scale
+
+    def take_losses(self, steps: int) -> dict[str, float]:
+        """Mean of every loss over the ``steps`` since the last call."""
+        means = {name: float(total) / max(steps, 1) for name, total in self.loss_sums.items()}
+        self.loss_sums.clear()
+        return means
+
+    # --- evaluation and state ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward in evaluation mode. Returns h_m (boundary form) and the logits of every level that classifies."""
+        self._set_training(False)
+        with self.numerics.autocast():
+            h = x
+            for block in self.blocks.values():
+                h = block(h)
+            scores = {name: level.logits(h) for name, level in self.levels.items()}
+        if self.plan.final:
+            scores["final"] = h
+        return self.numerics.boundary(h), {name: score for name, score in scores.items() if score is not None}
+
+    def _set_training(self, training: bool) -> None:
+        for module in (*self.blocks.values(), *self.levels.values()):
+            if module.training != training:
+                module.train(training)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """State dicts on the CPU: one per block (by name) under "blocks", one per level under "heads"."""
+        blocks = {
+            f"{name}.{key}": value.detach().cpu()
+            for name, block in self.blocks.items()
+            for key, value in block.state_dict().items()
+        }
+        heads = {
+            f"module{self.plan.index}.{name}.{key}": value.detach().cpu()
+            for name, level in self.levels.items()
+            for key, value in level.state_dict().items()
+        }
+        return {"blocks": blocks, "heads": heads}
+
+
+def _sum(terms: list[Tensor | None], like: Tensor) -> Tensor:
+    """Sum in the given order, in the dtype of ``like``; zeros where there is nothing."""
+    total: Tensor | None = None
+    for term in terms:
+        if term is not None:
+            total = term if total is None else total + term
+    return torch.zeros_like(like) if total is None else total.to(like.dtype)

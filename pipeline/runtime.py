@@ -1,0 +1,221 @@
+"""From the launcher's environment to a working rank: device, threads, process group, failure desk, orderly end.
+
+    torchrun / srun: WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT     plain ``python``: none of these
+              |                                                                          |
+    store (of the launcher, or on rank 0) -> desk -> device -> process group             desk -> device
+              |                                                                          |
+    with Runtime() as runtime: ...                                                       the same code, one process
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import ConfigError, DeadlineExceeded, PeerLost
+from pipeline.failure import FailureDesk
+
+DEVICES = ("auto", "cpu", "cuda", "cuda-shared")
+
+
+def choose_device(request: str, local_rank: int, local_world_size: int) -> tuple[torch.device, str]:
+    """Return the compute device of this rank and the backend ("nccl" or "gloo") of its edges.
+
+    auto: one GPU per rank if there are enough, else CPU. cuda: one GPU per rank or ConfigError. cuda-shared: the ranks
+    of a machine share its GPUs, messages go through pinned host memory (NCCL refuses two ranks on one GPU).
+    """
+    if request not in DEVICES:
+        raise ConfigError(f"runtime.device: unknown device {request!r}; valid: {', '.join(DEVICES)}")
+    gpus = torch.cuda.device_count()
+    enough = gpus >= local_world_size and dist.is_nccl_available()
+    if request == "cuda" and not enough:
+        raise ConfigError(
+            f"runtime.device = 'cuda' needs NCCL and {local_world_size} GPUs on this machine, one per rank; found {gpus}: "
+            "start fewer ranks, or use 'cuda-shared' (ranks share a GPU, slower) or 'cpu'"
+        )
+    if request == "cuda-shared":
+        if gpus == 0:
+            raise ConfigError("runtime.device = 'cuda-shared' needs a GPU on this machine, found none: use 'cpu'")
+        return torch.device("cuda", local_rank % gpus), "gloo"
+    if request == "cuda" or (request == "auto" and enough and gpus > 0):
+        return torch.device("cuda", local_rank), "nccl"
+    return torch.device("cpu"), "gloo"
+
+
+def set_threads(threads: int, local_world_size: int) -> int:
+    """Set the number of intra-op threads (0: this machine's cores divided among its ranks) and return it.
+
+    One inter-op thread: a stage is sequential, and idle pools cost start-up time. Call before any tensor work.
+    """
+    count = threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    torch.set_num_threads(count)
+    if torch.get_num_interop_threads() != 1:
+        with contextlib.suppress(RuntimeError):  # refused once parallel work has started (embedded in other code)
+            torch.set_num_interop_threads(1)
+    return count
+
+
+class Runtime:
+    """Context manager around everything a rank does.
+
+    Attributes:
+        rank, world_size, local_rank, local_world_size: from the launcher; 0, 1, 0, 1 for one process.
+        device: compute device. backend: "nccl" or "gloo", for the edges.
+        threads: intra-op threads.
+        store: key-value store of this attempt, None for one process.
+        control: gloo group of all ranks for metrics and objects (timeout = deadline), None for one process.
+        desk: the FailureDesk. An exception that leaves the ``with`` block goes there and ends all ranks.
+    """
+
+    def __init__(
+        self, device: str = "auto", threads: int = 0, deadline_s: float = 60.0, run_dir: Path | None = None
+    ) -> None:
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        self.deadline_s = deadline_s
+        self.run_dir = run_dir
+        self.store: dist.Store | None = None
+        self.control: dist.ProcessGroup | None = None
+        self._device_request = device
+        self._threads_request = threads
+        self._controls = 0
+
+    def __enter__(self) -> Runtime:
+        """Raises nothing: what fails here is reported by the desk, once for the whole job."""
+        self.threads = set_threads(self._threads_request, self.local_world_size)
+        self.desk = FailureDesk(None, self.rank, self.world_size, run_dir=self.run_dir)
+        try:
+            if self.world_size > 1:
+                self.store = self._open_store()
+                self.desk = FailureDesk(
+                    self.store, self.rank, self.world_size, run_dir=self.run_dir, store_host=self._store_host()
+                )
+            self.device, self.backend = choose_device(
+                self._device_request, self.local_rank, self.local_world_size
+            )
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            if self.store is not None:
+                self._init_groups(self.store)
+        except BaseException as exc:
+            self.desk.report(exc)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if exc is not None and not (isinstance(exc, SystemExit) and exc.code in (None, 0)):
+            self.desk.report(exc)
+        try:
+            self.close()
+        except Exception as late:
+            self.desk.report(late)
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """Every rank's ``value`` (picklable), by rank, on rank 0; None elsewhere. Collective.
+
+        Raises DeadlineExceeded naming the ranks that did not come, PeerLost. So do ``broadcast`` and ``barrier``.
+        """
+        if self.control is None:
+            return [value]
+        values = [None] * self.world_size if self.rank == 0 else None
+        with self._collective("gather"):
+            dist.gather_object(value, values, dst=0, group=self.control)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's ``value`` (picklable) on every rank. Collective."""
+        if self.control is None:
+            return value
+        box = [value]
+        with self._collective("broadcast"):
+            dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here. Collective."""
+        if self.control is not None:
+            with self._collective("barrier"):
+                dist.barrier(group=self.control)
+
+    def close(self) -> None:
+        """Leave together: a rank that goes while a peer still waits for it would look like a failure there."""
+        if self.store is not None:
+            self._meet(self.store, "closing")
+            dist.destroy_process_group()
+            self.control = None
+        self.desk.close()
+        if self.store is not None and self._store_host() == self.rank:
+            # The server of the store ends with this process: the others must be done with it.
+            self._wait_keys(self.store, [f"left/{rank}" for rank in range(self.world_size)], "leave")
+        self.store = None
+
+    def _store_host(self) -> int | None:
+        """The rank that serves the store, None if the launcher does (torchrun)."""
+        return None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
+
+    def _open_store(self) -> dist.Store:
+        timeout = timedelta(seconds=self.deadline_s)
+        store, _, _ = next(dist.rendezvous("env://", self.rank, self.world_size, timeout=timeout))
+        # torchrun keeps its store over restarts: without a prefix per attempt, ranks read the addresses of dead ones.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.PrefixStore(f"/localpipe/attempt_{attempt}", store)
+
+    def _init_groups(self, store: dist.Store) -> None:
+        timeout = timedelta(seconds=self.deadline_s)
+        dist.init_process_group(
+            self.backend,
+            store=dist.PrefixStore("groups", store),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timeout,
+            device_id=self.device if self.backend == "nccl" else None,
+        )
+        self.control = dist.new_group(backend="gloo", timeout=timeout)
+
+    @contextlib.contextmanager
+    def _collective(self, name: str):
+        """Turn gloo's errors into ours; a counter per rank in the store tells afterwards who did not come."""
+        self._controls += 1
+        self.store.set(f"control/{self.rank}", str(self._controls))
+        try:
+            yield
+        except RuntimeError as exc:
+            counts = [self._count(rank) for rank in range(self.world_size)]
+            absent = [str(rank) for rank, count in enumerate(counts) if count < self._controls]
+            who = f"rank {', '.join(absent)}" if absent else "a peer"
+            if "timed out" in str(exc).lower():
+                raise DeadlineExceeded(
+                    f"rank {self.rank} has waited {self.deadline_s:g} s in a {name} for {who}; slow, hung or stopped - "
+                    "raise runtime.deadline_s if the step really takes that long"
+                ) from exc
+            peer = int(absent[0]) if absent else -1
+            raise PeerLost(peer, f"rank {self.rank} was in a {name} when it lost {who}") from exc
+
+    def _count(self, rank: int) -> int:
+        key = f"control/{rank}"
+        return int(self.store.get(key)) if self.store.check([key]) else 0
+
+    def _meet(self, store: dist.Store, name: str) -> None:
+        keys = [f"{name}/{rank}" for rank in range(self.world_size)]
+        store.set(keys[self.rank], str(time.time()))
+        self._wait_keys(store, keys, "finish")
+
+    def _wait_keys(self, store: dist.Store, keys: list[str], verb: str) -> None:
+        try:
+            store.wait(keys, timedelta(seconds=self.deadline_s))
+        except RuntimeError as exc:
+            absent = [key.rpartition("/")[2] for key in keys if not store.check([key])]
+            raise DeadlineExceeded(
+                f"rank {self.rank} has waited {self.deadline_s:g} s for rank {', '.join(absent)} to {verb}"
+            ) from exc

@@ -1,0 +1,3 @@
+"""The version, also checked between ranks before training starts."""
+
+VERSION = "0.1.0"

@@ -1,0 +1,148 @@
+"""The files of a run: complete, strict JSON, never half written, never on top of another run."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import ConfigError
+from pipeline.report import RunDirectory, plot_curve, read_metrics, summarise
+
+
+def strict(text: str) -> object:
+    """Parse JSON as a reader that knows no NaN does."""
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_default_directory_carries_name_and_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = RunDirectory.create(None, "my run/1"), RunDirectory.create(None, "my run/1")
+    assert re.fullmatch(r"runs/my-run-1-\d{8}-\d{6}", first.path.as_posix())
+    assert first.path.is_dir() and second.path.is_dir() and first.path != second.path
+
+
+@pytest.mark.parametrize("held", ["summary.json", "metrics.jsonl"])
+def test_a_directory_with_a_run_is_refused(tmp_path, held):
+    (tmp_path / held).touch()
+    with pytest.raises(ConfigError, match=f"{held}.*--run-dir") as caught:
+        RunDirectory.create(tmp_path, "name")
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_an_existing_empty_directory_is_used(tmp_path):
+    assert RunDirectory.create(tmp_path, "name").path == tmp_path
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unwritable_place_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "runs").write_text("a file")
+    monkeypatch.chdir(tmp_path)
+    for path in (Path("runs/x"), Path("runs"), None):
+        with pytest.raises(ConfigError, match="'runs.*cannot be written .*--run-dir") as caught:
+            RunDirectory.create(path, "name")
+        assert "\n" not in str(caught.value)
+
+
+def test_metrics_round_trip_with_nan_as_null(tmp_path, sample_run):
+    run, directory = sample_run(4, 4), RunDirectory(tmp_path)
+    good = run.epoch(1)
+    module = replace(good.modules[0], losses={"cascade.task": math.nan, "independent.task": -math.inf})
+    bad = replace(run.epoch(2), train_loss=math.inf, test_error_pct=None, modules=(module,))
+    for record in (good, bad):
+        directory.append(record)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert len([strict(line) for line in text.splitlines()]) == 2
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert first == json.loads(json.dumps(asdict(good)))
+    assert second["train_loss"] is None and second["test_error_pct"] is None
+    assert second["modules"][0]["losses"] == {"cascade.task": None, "independent.task": None}
+
+
+def test_reading_skips_a_torn_last_line_only(tmp_path, sample_run):
+    path = tmp_path / "metrics.jsonl"
+    RunDirectory(tmp_path).append(sample_run(4, 4).epoch(1))
+    whole = path.read_text()
+    path.write_text(whole + whole[:50])
+    assert len(read_metrics(path)) == 1
+    path.write_text(whole[:50] + "\n" + whole)
+    with pytest.raises(ConfigError, match="line 1 is not JSON"):
+        read_metrics(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_metrics(tmp_path / "none.jsonl")
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_litter(tmp_path, monkeypatch):
+    directory = RunDirectory(tmp_path)
+    directory.write_summary({"test_error_pct": 2.5, "nan": math.nan, "path": tmp_path})
+    before = (tmp_path / "summary.json").read_text()
+    assert strict(before) == {"test_error_pct": 2.5, "nan": None, "path": str(tmp_path)}
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        directory.write_summary({"test_error_pct": 1.0})
+    assert [path.name for path in tmp_path.iterdir()] == ["summary.json"]
+    assert (tmp_path / "summary.json").read_text() == before
+
+
+def test_config_and_state_are_written(tmp_path):
+    directory = RunDirectory(tmp_path)
+    assert directory.write_config("name = 'é'\n").read_text(encoding="utf-8") == "name = 'é'\n"
+    weight = torch.arange(3.0)
+    path = directory.write_state("rank0", {"weight": weight})
+    assert path == tmp_path / "rank0.pt"
+    assert torch.equal(torch.load(path, weights_only=True)["weight"], weight)
+    assert directory.write_state("rank1.pt", {}).name == "rank1.pt"
+
+
+def test_summary_reports_the_last_epoch_and_adds_up_the_ranks(sample_run):
+    run = sample_run(4, 2)
+    slow, better, last = run.epoch(1), run.epoch(2), run.epoch(3)
+    stage = replace(last.stages[0], busy_s=0.0, wait_s=200.0, wall_s=200.0, peak_memory_bytes=1)
+    records = [
+        replace(slow, images_per_s=1.0),
+        replace(better, test_error_pct=2.0, images_per_s=400.0),
+        replace(last, test_error_pct=3.0, images_per_s=500.0, stages=(stage, last.stages[1])),
+    ]
+    summary = summarise(records, settings={"method": "m", "world_size": 2, "epochs": "overruled"})
+    assert (summary["test_error_pct"], summary["best_test_error_pct"]) == (3.0, 2.0)
+    assert (summary["epochs"], summary["steps"], summary["images_per_s"]) == (3, 585, 450.0)
+    assert (summary["method"], summary["world_size"], summary["train_wall_s"]) == ("m", 2, 300.0)
+    rank = summary["ranks"][0]
+    assert rank["busy_fraction"] == pytest.approx((91 + 91) / 400)
+    assert rank["wait_fraction"] == pytest.approx((5 + 5 + 200) / 400)
+    assert rank["bytes_sent"] == 3 * last.stages[0].bytes_sent
+    assert rank["peak_memory_bytes"] == slow.stages[0].peak_memory_bytes
+    assert rank["modules"] == [0, 1]
+    assert [head["index"] for head in summary["heads"]] == [0, 1, 2, 3]
+    assert set(summary["versions"]) == {"python", "torch", "torchvision"}
+    assert summarise(records[:1], settings={})["images_per_s"] == 1.0
+    with pytest.raises(ConfigError, match="no epoch"):
+        summarise([], settings={})
+
+
+def test_curve_is_drawn_even_with_gaps(tmp_path, sample_run):
+    pytest.importorskip("matplotlib")
+    run, directory = sample_run(4, 4), RunDirectory(tmp_path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        plot_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
+    for epoch in range(1, 21):
+        record = run.epoch(epoch)
+        directory.append(replace(record, test_error_pct=record.test_error_pct if epoch % 5 == 0 else None))
+    plot_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curve_without_matplotlib_names_the_fix(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"pip install localpipe\[plot\]"):
+        plot_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
