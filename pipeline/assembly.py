@@ -70,6 +70,12 @@ class Plan:
             message for action in self.schedules[rank] for message in messages_sent(action) if message[0] == first - 1
         )
 
+    def messages_held(self) -> int:
+        """Most messages of one edge that a stage holds at a time, besides those posted ahead: with schedule `exact`
+        two micro-batches are open at most, each with one activation or one gradient per key."""
+        keys = max(len(module.incoming) for module in self.modules)
+        return min(self.config.schedule.micro_batches, 2) * max(1, keys)
+
     def activation_spec(self, rank: int, dtype: torch.dtype, channels_last: bool) -> MessageSpec:
         """What travels from rank to rank + 1 for each micro-batch."""
         shape = self.shapes[self.stages[rank][-1]]

@@ -18,6 +18,10 @@ class WireError(LocalpipeError):
     """Two ranks disagree about what travels between them (shape, dtype, order or configuration)."""
 
 
+class DataError(LocalpipeError):
+    """A loader did not deliver what it had announced."""
+
+
 class PeerLost(LocalpipeError):
     """A neighbouring rank closed its connection without saying goodbye."""
 

@@ -1,19 +1,21 @@
 """One rank fails: every process ends within seconds, and ONE line says which rank, which module and why.
 
     main thread:      exception -> report() --+
-                                              +--> lock -> elect (store.compare_set) -> winner prints -> os._exit
+                                              +--> lock -> elect (store.compare_set) -> winner prints ->
+                                              os._exit
     sentinel thread:  SIGTERM, SIGINT  -------+            losers stay silent
                       every 0.5 s: failure key in the store? a peer's process gone? launcher gone?
 
-Why a sentinel thread: the launcher sends SIGTERM to the others about 0.1 s after the first process ends, and a Python
-signal handler cannot run while the main thread sits in C++ (a collective, a group being built). The C half of Python's
-handler runs at once in any thread and writes the signal number to a pipe (``signal.set_wakeup_fd``); the sentinel reads
-that pipe. Blocking SIGTERM with a signal mask would do as well, but child processes inherit a mask (data loader workers
-could not be terminated), and threads started before would still die silently.
+Why a sentinel thread: the launcher sends SIGTERM to the others about 0.1 s after the first process ends, and
+a Python signal handler cannot run while the main thread sits in C++ (a collective, a group being built). The
+C half of Python's handler runs at once in any thread and writes the signal number to a pipe
+(``signal.set_wakeup_fd``); the sentinel reads that pipe. Blocking SIGTERM with a signal mask would do as
+well, but child processes inherit a mask (data loader workers could not be terminated), and threads started
+before would still die silently.
 
-Why an election: the neighbours of a dead rank fail too (connection closed) and must not each print their own story.
-Invariant: a process that leaves because of a failure has stood for election first, so a process that is gone without a
-failure key in the store has died without a message (SIGKILL, out of memory).
+Why an election: the neighbours of a dead rank fail too (connection closed) and must not each print their own
+story. Invariant: a process that leaves because of a failure has stood for election first, so a process that
+is gone without a failure key in the store has died without a message (SIGKILL, out of memory).
 """
 
 from __future__ import annotations
@@ -37,11 +39,13 @@ import torch.distributed as dist
 
 from pipeline.errors import ConfigError, LocalpipeError, PeerLost
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 WATCH_S = 0.5
 """Seconds between two looks of the sentinel at the store and at the peers' processes."""
 GRACE_S = 2.0
 """Seconds that a rank which lost a peer waits for the peer's own report."""
-REAP_S = 3.0
+REAP_S = 2.0
 """Seconds that the winner gives its peers on this host to end by themselves before it kills them."""
 
 
@@ -79,9 +83,9 @@ class FailureDesk:
     """Where every failure of this rank goes. Create it in the main thread, before anything can fail.
 
     Args:
-        store: shared by all ranks of this attempt, or None (one process). The desk works on its own connections.
+        store: shared by all ranks of this attempt, or None (one process). The desk clones its connection.
         describe: what this rank runs, e.g. ``"modules 1-2 (layer2.0 .. layer3.1)"``; see ``describe``.
-        run_dir: where ``failure-rank<r>.txt`` (the traceback) goes; None: only the innermost line is printed.
+        run_dir: where ``failure-rank<r>.txt`` (the traceback) goes; None: the line names file and line.
         store_host: the rank whose process serves the store, None if the launcher does. It leaves last.
     """
 
@@ -101,8 +105,11 @@ class FailureDesk:
         self._store = store.clone() if store is not None else None
         self._me = Process.current(describe)
         self._peers: dict[int, Process] = {}
+        self._launcher = os.getppid()
+        self._store_gone = False
         self._now = (-1, -1, "starting")
-        self._lock = threading.Lock()  # held from the election to os._exit: nobody ends a winner before it has printed
+        # Held from the election to os._exit: nobody ends a winner before it has printed.
+        self._lock = threading.Lock()
         self._restore: list[Callable[[], object]] = []
         self._thread: threading.Thread | None = None
         if self._store is not None and world_size > 1:
@@ -122,70 +129,75 @@ class FailureDesk:
     def report(self, error: BaseException, module: str | None = None) -> NoReturn:
         """End this process because of ``error``; at most one rank of the job prints a line.
 
-        ``module``: the module at fault, e.g. ``"module 2 (layer3.0-layer3.4)"``. Exit code 130 for KeyboardInterrupt,
-        the code of a SystemExit, else 1. With one process it raises SystemExit, else it calls ``os._exit``: threads
-        that wait in C++ would abort an orderly exit.
+        ``module``: the module at fault, e.g. ``"module 2 (layer3.0-layer3.4)"``. Exit code 130 for
+        KeyboardInterrupt, the code of a SystemExit, else 1. With one process it raises SystemExit, else it
+        calls ``os._exit``: threads that wait in C++ would abort an orderly exit.
         """
         self._lock.acquire()
         if isinstance(error, KeyboardInterrupt):
             self._leave(130, lambda: f"stopped by ctrl-C{self._where()}")
-        if isinstance(error, PeerLost):
+        if isinstance(error, PeerLost | dist.DistError) or "onnection closed by peer" in str(error):
             self._await_peers_own_report()
-            self._leave(1, lambda: self._obituary(str(error)))
+            witness = str(error) if isinstance(error, PeerLost) else self._own_story(error, module)
+            obituary = self._obituary(witness)
+            self._leave(1, lambda: obituary)
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
         self._leave(code, lambda: self._own_story(error, module))
 
     def close(self) -> None:
         """Orderly end: from now on this rank's process may go. Restores the signal handlers."""
-        if self._store is not None:
-            self._store.set(f"left/{self.rank}", "1")
         if self._thread is not None:
             os.write(self._wake, b"\0")
             self._thread.join()
-        for restore in reversed(self._restore):
+            self._thread = None
+        if self._store is not None:  # after the sentinel has ended: the store may go from here on
+            self._store.set(f"left/{self.rank}", "1")
+        for restore in self._restore:
             restore()
         self._restore.clear()
 
-    # -- the sentinel thread ------------------------------------------------------------------------------------------
+    # -- the sentinel thread ---------------------------------------------------------------------------------
 
     def _start_sentinel(self, store: dist.Store) -> None:
         bell, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
-        for number in (signal.SIGTERM, signal.SIGINT):
+        previous_fd = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        self._restore.append(lambda: signal.set_wakeup_fd(previous_fd))
+        for number in SIGNALS:
             # The Python half of the handler does nothing: the sentinel acts on the byte in the pipe.
             previous = signal.signal(number, _ignore)
             self._restore.append(lambda number=number, previous=previous: signal.signal(number, previous))
-        previous_fd = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
-        self._restore.append(lambda: signal.set_wakeup_fd(previous_fd))
-        os.register_at_fork(after_in_child=_forget_signals)  # else a worker's SIGTERM would ring our bell
+        self._restore.append(lambda: os.close(self._wake))
+        # A forked worker shares the pipe: a SIGTERM meant for it must never ring our bell.
+        os.register_at_fork(
+            before=_hold_signals, after_in_parent=_let_signals, after_in_child=_forget_signals
+        )
         self._thread = threading.Thread(target=self._watch, args=(bell, store), name="sentinel", daemon=True)
         self._thread.start()
 
     def _watch(self, bell: int, store: dist.Store) -> None:
-        launcher = os.getppid()
         while True:
             rang = select.select([bell], [], [], WATCH_S)[0]
             number = os.read(bell, 1)[0] if rang else None
             if number == 0:
                 os.close(bell)
                 return
-            gone = self._store_gone(store)
-            if not gone and store.check(["failure"]):
+            if self._has(store, "failure"):
                 self._lock.acquire()  # not while this very process is the one that prints
                 self._exit(1)
             lost = self._dead_peers(store)
-            orphan = os.getppid() != launcher
-            if not (number or lost or orphan or gone):
+            if not (number or lost or self._orphaned() or self._store_gone):
                 continue
+            obituary = self._obituary(self._doing())  # before the election: losers end at once, are dead too
             self._lock.acquire()
             if number == signal.SIGINT:
                 self._leave(130, lambda: f"stopped by ctrl-C{self._where()}")
-            if lost:
-                self._leave(1, lambda: self._obituary(self._doing()))
-            if number == signal.SIGTERM:
+            if number == signal.SIGTERM and not lost:
                 self._leave(143, lambda: f"rank {self.rank}: stopped by SIGTERM{self._where()}")
-            what = "the launcher has ended" if orphan else "lost the store (did its host end?)"
-            self._leave(1, lambda what=what: f"rank {self.rank}: {what}{self._where()}")
+            self._leave(1, lambda line=obituary: line)
+
+    def _orphaned(self) -> bool:
+        return os.getppid() != self._launcher
 
     def _dead_peers(self, store: dist.Store) -> list[int]:
         """Ranks of this host whose process is gone although they neither failed aloud nor left in order."""
@@ -193,31 +205,24 @@ class FailureDesk:
         for rank in range(self._world_size):
             if rank == self.rank:
                 continue
-            with contextlib.suppress(RuntimeError):
-                if rank not in self._peers and store.check([f"process/{rank}"]):
-                    self._peers[rank] = self._read(store, rank)
+            if rank not in self._peers and self._has(store, f"process/{rank}"):
+                self._peers[rank] = self._read(store, rank)
             peer = self._peers.get(rank)
-            if peer is None or peer.host != self._me.host or not peer.gone():
-                continue
-            with contextlib.suppress(RuntimeError):
-                if store.check([f"left/{rank}"]):
-                    continue
-            dead.append(rank)
+            ended = peer is not None and peer.host == self._me.host and peer.gone()
+            if ended and not self._has(store, f"left/{rank}"):
+                dead.append(rank)
         return dead
 
     def _read(self, store: dist.Store, rank: int) -> Process:
         return Process(**json.loads(store.get(f"process/{rank}")))
 
-    # -- the way out --------------------------------------------------------------------------------------------------
+    # -- the way out -----------------------------------------------------------------------------------------
 
     def _await_peers_own_report(self) -> None:
-        """A closed connection says nothing about the cause: wait until a report or a dead process explains it."""
+        """A closed connection does not tell the cause: wait until a report or a dead process explains it."""
         end = time.monotonic() + GRACE_S
         while self._store is not None and time.monotonic() < end:
-            with contextlib.suppress(RuntimeError):
-                if self._store.check(["failure"]):
-                    return
-            if self._dead_peers(self._store):
+            if self._has(self._store, "failure") or self._store_gone or self._dead_peers(self._store):
                 return
             time.sleep(0.05)
 
@@ -232,12 +237,14 @@ class FailureDesk:
         if self._store is None:
             return True
         ballot = f"rank {self.rank}"
-        try:
-            return self._store.compare_set("failure", "", ballot) == ballot.encode()
-        except RuntimeError:
-            # The store is gone. Its host lingers after a report (see _exit), so we would have seen the failure key:
-            # the host died without a message. No vote is possible; the lowest other rank tells.
-            return self.rank == min(rank for rank in range(self._world_size) if rank != self._store_host)
+        if not self._has(self._store, "failure") and not self._store_gone:
+            with contextlib.suppress(RuntimeError):
+                return self._store.compare_set("failure", "", ballot) == ballot.encode()
+            self._store_gone = True
+        # No vote is possible without a store. Its host lingers after a report (see _exit), so we would have
+        # seen the failure key: the host died without a message. The lowest other rank tells.
+        lowest = min(rank for rank in range(self._world_size) if rank != self._store_host)
+        return self._store_gone and self.rank == lowest
 
     def _reap(self) -> None:
         """A peer that is stopped, or hangs in C code with the interpreter lock held, cannot end itself."""
@@ -263,7 +270,7 @@ class FailureDesk:
             time.sleep(3 * WATCH_S)  # the others read the failure key from us
         os._exit(code)
 
-    # -- the words ----------------------------------------------------------------------------------------------------
+    # -- the words -------------------------------------------------------------------------------------------
 
     def _where(self) -> str:
         epoch, step, _ = self._now
@@ -277,23 +284,26 @@ class FailureDesk:
         """The line for ranks that left no message; ``witness``: what this rank saw."""
         if self._store is None:
             return witness
-        dead = set(self._dead_peers(self._store))
-        if self._store_host is not None and self._store_gone(self._store):
-            dead.add(self._store_host)
+        dead = self._dead_peers(self._store)
+        if self._store_gone:  # then nobody can be told from one who left in order
+            dead = [] if self._store_host is None else [self._store_host]
         if not dead:
-            return witness
-        named = ", ".join(f"rank {rank} ({self._modules(rank)})" for rank in sorted(dead))
+            what = "the launcher has ended; " if self._orphaned() else ""
+            return what + witness
+        named = ", ".join(f"rank {rank} ({self._modules(rank)})" for rank in dead)
         return f"{named} died without a message (killed? out of memory?); {witness}"
 
-    def _store_gone(self, store: dist.Store) -> bool:
-        try:
-            store.check(["failure"])
-        except RuntimeError:
-            return True
+    def _has(self, store: dist.Store, key: str) -> bool:
+        """Is ``key`` in the store? One that failed is not asked again: each try prints a C++ traceback."""
+        if not self._store_gone:
+            try:
+                return store.check([key])
+            except RuntimeError:
+                self._store_gone = True
         return False
 
     def _modules(self, rank: int) -> str:
-        with contextlib.suppress(RuntimeError):
+        if self._has(self._store, f"process/{rank}"):  # read again: described since
             self._peers[rank] = self._read(self._store, rank)
         return self._peers[rank].modules if rank in self._peers else "unknown modules"
 
@@ -314,12 +324,26 @@ class FailureDesk:
         if text.startswith("rank "):
             return text[:800] + at
         epoch, step, _ = self._now
-        place = [f"rank {self.rank}", module, f"epoch {epoch} step {step}" if step >= 0 else "before the first step"]
+        place = [
+            f"rank {self.rank}",
+            module,
+            f"epoch {epoch} step {step}" if step >= 0 else "before the first step",
+        ]
         return ", ".join(filter(None, place)) + f": {text[:800]}{at}"
 
 
 def _ignore(number: int, frame: object) -> None:
     """Python half of the signal handlers; the sentinel thread does the work."""
+
+
+def _hold_signals() -> None:
+    if signal.getsignal(signal.SIGTERM) is _ignore:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _let_signals() -> None:
+    if signal.getsignal(signal.SIGTERM) is _ignore:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _forget_signals() -> None:
@@ -328,3 +352,4 @@ def _forget_signals() -> None:
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -1,10 +1,10 @@
-"""From the launcher's environment to a working rank: device, threads, process group, failure desk, orderly end.
+"""From the launcher's environment to a working rank: device, threads, groups, failure desk, orderly end.
 
-    torchrun / srun: WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT     plain ``python``: none of these
-              |                                                                          |
-    store (of the launcher, or on rank 0) -> desk -> device -> process group             desk -> device
-              |                                                                          |
-    with Runtime() as runtime: ...                                                       the same code, one process
+    torchrun, srun: WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT      plain python: none of these
+          |                                                                           |
+    store (of the launcher, or on rank 0) -> desk -> device -> process groups         desk -> device
+          |                                                                           |
+    with Runtime() as runtime: ...                                                    the same code, no group
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -29,8 +30,9 @@ DEVICES = ("auto", "cpu", "cuda", "cuda-shared")
 def choose_device(request: str, local_rank: int, local_world_size: int) -> tuple[torch.device, str]:
     """Return the compute device of this rank and the backend ("nccl" or "gloo") of its edges.
 
-    auto: one GPU per rank if there are enough, else CPU. cuda: one GPU per rank or ConfigError. cuda-shared: the ranks
-    of a machine share its GPUs, messages go through pinned host memory (NCCL refuses two ranks on one GPU).
+    auto: one GPU per rank if there are enough, else CPU. cuda: one GPU per rank or ConfigError. cuda-shared:
+    the ranks of a machine share its GPUs, messages go through pinned host memory (NCCL refuses two ranks on
+    one GPU).
     """
     if request not in DEVICES:
         raise ConfigError(f"runtime.device: unknown device {request!r}; valid: {', '.join(DEVICES)}")
@@ -38,12 +40,14 @@ def choose_device(request: str, local_rank: int, local_world_size: int) -> tuple
     enough = gpus >= local_world_size and dist.is_nccl_available()
     if request == "cuda" and not enough:
         raise ConfigError(
-            f"runtime.device = 'cuda' needs NCCL and {local_world_size} GPUs on this machine, one per rank; found {gpus}: "
-            "start fewer ranks, or use 'cuda-shared' (ranks share a GPU, slower) or 'cpu'"
+            f"runtime.device = 'cuda' needs NCCL and {local_world_size} GPUs on this machine, one per rank; "
+            f"found {gpus}: start fewer ranks, or use 'cuda-shared' (ranks share a GPU, slower) or 'cpu'"
         )
     if request == "cuda-shared":
         if gpus == 0:
-            raise ConfigError("runtime.device = 'cuda-shared' needs a GPU on this machine, found none: use 'cpu'")
+            raise ConfigError(
+                "runtime.device = 'cuda-shared' needs a GPU on this machine, found none: use 'cpu'"
+            )
         return torch.device("cuda", local_rank % gpus), "gloo"
     if request == "cuda" or (request == "auto" and enough and gpus > 0):
         return torch.device("cuda", local_rank), "nccl"
@@ -53,12 +57,15 @@ def choose_device(request: str, local_rank: int, local_world_size: int) -> tuple
 def set_threads(threads: int, local_world_size: int) -> int:
     """Set the number of intra-op threads (0: this machine's cores divided among its ranks) and return it.
 
-    One inter-op thread: a stage is sequential, and idle pools cost start-up time. Call before any tensor work.
+    One inter-op thread: a stage is sequential, and idle pools cost start-up time. Call before any tensor
+    work.
     """
     count = threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
     torch.set_num_threads(count)
     if torch.get_num_interop_threads() != 1:
-        with contextlib.suppress(RuntimeError):  # refused once parallel work has started (embedded in other code)
+        with contextlib.suppress(
+            RuntimeError
+        ):  # refused once parallel work has started (embedded in other code)
             torch.set_num_interop_threads(1)
     return count
 
@@ -98,7 +105,11 @@ class Runtime:
             if self.world_size > 1:
                 self.store = self._open_store()
                 self.desk = FailureDesk(
-                    self.store, self.rank, self.world_size, run_dir=self.run_dir, store_host=self._store_host()
+                    self.store,
+                    self.rank,
+                    self.world_size,
+                    run_dir=self.run_dir,
+                    store_host=self._store_host(),
                 )
             self.device, self.backend = choose_device(
                 self._device_request, self.local_rank, self.local_world_size
@@ -124,7 +135,8 @@ class Runtime:
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's ``value`` (picklable), by rank, on rank 0; None elsewhere. Collective.
 
-        Raises DeadlineExceeded naming the ranks that did not come, PeerLost. So do ``broadcast`` and ``barrier``.
+        Raises DeadlineExceeded naming the ranks that did not come, PeerLost. So do ``broadcast`` and
+        ``barrier``.
         """
         if self.control is None:
             return [value]
@@ -149,7 +161,7 @@ class Runtime:
                 dist.barrier(group=self.control)
 
     def close(self) -> None:
-        """Leave together: a rank that goes while a peer still waits for it would look like a failure there."""
+        """Leave together: a rank that goes while a peer still waits for it would look like a failure."""
         if self.store is not None:
             self._meet(self.store, "closing")
             dist.destroy_process_group()
@@ -167,7 +179,8 @@ class Runtime:
     def _open_store(self) -> dist.Store:
         timeout = timedelta(seconds=self.deadline_s)
         store, _, _ = next(dist.rendezvous("env://", self.rank, self.world_size, timeout=timeout))
-        # torchrun keeps its store over restarts: without a prefix per attempt, ranks read the addresses of dead ones.
+        # torchrun keeps its store over restarts: without a prefix per attempt, ranks read the addresses of
+        # dead ones.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         return dist.PrefixStore(f"/localpipe/attempt_{attempt}", store)
 
@@ -184,7 +197,7 @@ class Runtime:
         self.control = dist.new_group(backend="gloo", timeout=timeout)
 
     @contextlib.contextmanager
-    def _collective(self, name: str):
+    def _collective(self, name: str) -> Iterator[None]:
         """Turn gloo's errors into ours; a counter per rank in the store tells afterwards who did not come."""
         self._controls += 1
         self.store.set(f"control/{self.rank}", str(self._controls))
@@ -196,8 +209,8 @@ class Runtime:
             who = f"rank {', '.join(absent)}" if absent else "a peer"
             if "timed out" in str(exc).lower():
                 raise DeadlineExceeded(
-                    f"rank {self.rank} has waited {self.deadline_s:g} s in a {name} for {who}; slow, hung or stopped - "
-                    "raise runtime.deadline_s if the step really takes that long"
+                    f"rank {self.rank} has waited {self.deadline_s:g} s in a {name} for {who}; slow, hung or "
+                    "stopped - raise runtime.deadline_s if the step really takes that long"
                 ) from exc
             peer = int(absent[0]) if absent else -1
             raise PeerLost(peer, f"rank {self.rank} was in a {name} when it lost {who}") from exc
@@ -208,14 +221,15 @@ class Runtime:
 
     def _meet(self, store: dist.Store, name: str) -> None:
         keys = [f"{name}/{rank}" for rank in range(self.world_size)]
-        store.set(keys[self.rank], str(time.time()))
+        store.set(keys[self.rank], "1")
         self._wait_keys(store, keys, "finish")
 
     def _wait_keys(self, store: dist.Store, keys: list[str], verb: str) -> None:
-        try:
-            store.wait(keys, timedelta(seconds=self.deadline_s))
-        except RuntimeError as exc:
-            absent = [key.rpartition("/")[2] for key in keys if not store.check([key])]
-            raise DeadlineExceeded(
-                f"rank {self.rank} has waited {self.deadline_s:g} s for rank {', '.join(absent)} to {verb}"
-            ) from exc
+        end = time.monotonic() + self.deadline_s
+        while not store.check(keys):  # store.wait would block in C++, and print warnings when it times out
+            if time.monotonic() > end:
+                absent = ", ".join(key.rpartition("/")[2] for key in keys if not store.check([key]))
+                raise DeadlineExceeded(
+                    f"rank {self.rank} has waited {self.deadline_s:g} s for rank {absent} to {verb}"
+                )
+            time.sleep(0.02)

@@ -18,9 +18,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pipeline.errors import DataError
 from pipeline.local_module import LocalModule
 from pipeline.schedule import Action, Kind, Message, messages_needed, messages_sent
-from pipeline.transport import Header, Receiver, Sender
+from pipeline.transport import Edges, Header, Receiver, Sender
 from pipeline.transport import Kind as MessageKind
 from pipeline.transport import Message as Received
 
@@ -34,25 +35,6 @@ class Batch:
     image: Tensor | None
 
 
-@dataclass
-class Links:
-    """The edges of a stage; None where there is no neighbour or nothing to send."""
-
-    activations_in: Receiver | None = None
-    activations_out: Sender | None = None
-    gradients_in: Receiver | None = None
-    gradients_out: Sender | None = None
-
-    def every(self) -> list[Receiver | Sender]:
-        """All edges that exist."""
-        edges = (self.activations_in, self.activations_out, self.gradients_in, self.gradients_out)
-        return [edge for edge in edges if edge is not None]
-
-    def wait_s(self) -> float:
-        """Seconds spent waiting for neighbours so far."""
-        return sum(edge.wait_s for edge in self.every())
-
-
 class Progress(Protocol):
     """Told where a stage is, so that an error can say so."""
 
@@ -64,7 +46,6 @@ class Counters:
     """Sums since the last :meth:`Stage.take_counters`. Seconds of host time; ``errors`` counts wrong test images."""
 
     busy_s: dict[int, float] = field(default_factory=dict)
-    data_wait_s: float = 0.0
     queue_depth_sum: int = 0
     queue_depth_count: int = 0
     steps: int = 0
@@ -95,7 +76,7 @@ class Stage:
         schedule: the actions of one step.
         gradient_order: gradient messages in the order in which the next stage sends them during one step.
         micro_batches: parts of a batch.
-        links: edges to the neighbours.
+        edges: to the neighbours.
         forward_image: whether a later stage reconstructs the image, so that it must be sent on.
         progress: told the step and the action before each action.
         before_action: called with every action before it runs (fault injection, tracing).
@@ -107,14 +88,14 @@ class Stage:
         schedule: Sequence[Action],
         gradient_order: Sequence[Message],
         micro_batches: int,
-        links: Links,
+        edges: Edges,
         forward_image: bool,
         progress: Progress | None = None,
         before_action: Callable[[int, Action], None] | None = None,
     ) -> None:
         self.modules: Mapping[int, LocalModule] = {m.plan.index: m for m in modules}
         self.schedule = tuple(schedule)
-        self.links = links
+        self.edges = edges
         self._first, self._last = min(self.modules), max(self.modules)
         self._gradient_order = tuple(gradient_order)
         self._micro_batches = micro_batches
@@ -126,6 +107,9 @@ class Stage:
         self._batch: list[_Input] = []
         self._expected: Iterator[Message] = iter(())
         self._arrived: dict[Message, Received] = {}
+        self._data_wait_s = 0.0
+        self._waited_before_epoch = 0.0
+        self.current: Action | None = None
         self.counters = Counters()
 
     # --- training -----------------------------------------------------------------------------------------------------
@@ -139,10 +123,12 @@ class Stage:
                 self._progress(epoch, step, str(action))
             if self._before_action is not None:
                 self._before_action(step, action)
-            waited, started = self.links.wait_s(), time.perf_counter()
+            self.current = action
+            waited, started = self.wait_s(), time.perf_counter()
             self._act(action, epoch, step)
-            elapsed = time.perf_counter() - started - (self.links.wait_s() - waited)
+            elapsed = time.perf_counter() - started - (self.wait_s() - waited)
             self.counters.busy_s[action.module] = self.counters.busy_s.get(action.module, 0.0) + elapsed
+        self.current = None
         self.counters.steps += 1
         assert not self._inputs and not self._hidden and not self._arrived
 
@@ -193,7 +179,7 @@ class Stage:
         h = module.forward(micro_batch, x, item.labels, item.image, item.scale, step)
         if index != self._last:
             self._hidden[micro_batch] = h
-        elif self.links.activations_out is not None:
+        elif self.edges.activation_out is not None:
             header = Header(
                 MessageKind.TRAIN,
                 epoch=epoch,
@@ -202,7 +188,7 @@ class Stage:
                 rows=len(item.labels),
                 batch_rows=item.batch_rows,
             )
-            self.links.activations_out.send(header, **self._payload(h, item.labels, item.image))
+            self.edges.activation_out.send(header, **self._payload(h, item.labels, item.image))
 
     def _payload(self, h: Tensor, labels: Tensor, image: Tensor | None) -> dict[str, Tensor]:
         payload = {"activation": h, "labels": labels}
@@ -212,7 +198,7 @@ class Stage:
         return payload
 
     def _next_input(self, micro_batch: int, epoch: int, step: int) -> _Input:
-        receiver = self.links.activations_in
+        receiver = self.edges.activation_in
         if receiver is None:
             item = self._batch[micro_batch]
             self.counters.images += len(item.labels)
@@ -233,7 +219,7 @@ class Stage:
 
     def _await_gradient(self, wanted: Message, epoch: int, step: int) -> None:
         """Take messages in the order in which they were sent until the wanted one is here."""
-        receiver = self.links.gradients_in
+        receiver = self.edges.gradient_in
         assert receiver is not None
         while wanted not in self._arrived:
             module, micro_batch, key = expected = next(self._expected)
@@ -246,7 +232,7 @@ class Stage:
             if module in self.modules:
                 self.modules[module].receive(micro_batch, key, gradient)
                 continue
-            assert self.links.gradients_out is not None
+            assert self.edges.gradient_out is not None
             header = Header(
                 MessageKind.GRADIENT,
                 epoch=epoch,
@@ -256,7 +242,7 @@ class Stage:
                 rows=len(gradient),
                 batch_rows=self._inputs[micro_batch].batch_rows,
             )
-            self.links.gradients_out.send(header, gradient=gradient)
+            self.edges.gradient_out.send(header, gradient=gradient)
 
     def _close(self, micro_batch: int, module: int) -> None:
         """Give buffers back: gradients once their module has used them, the input once every module is done."""
@@ -281,8 +267,8 @@ class Stage:
         if batch is not None:
             x, labels = batch.x, batch.labels
         else:
-            assert self.links.activations_in is not None
-            message = self.links.activations_in.take(MessageKind.EVAL, epoch=epoch, step=step, micro_batch=0)
+            assert self.edges.activation_in is not None
+            message = self.edges.activation_in.take(MessageKind.EVAL, epoch=epoch, step=step, micro_batch=0)
             x, labels = message.fields["activation"], message.fields["labels"]
         if self._progress is not None:
             self._progress(epoch, step, "test")
@@ -291,16 +277,53 @@ class Stage:
             for level, logits in scores.items():
                 wrong = (logits.argmax(dim=1) != labels).sum()
                 self.counters.wrong[index, level] = self.counters.wrong.get((index, level), 0) + wrong
-        if self.links.activations_out is not None:
+        if self.edges.activation_out is not None:
             rows = len(labels)
             header = Header(MessageKind.EVAL, epoch=epoch, step=step, micro_batch=0, rows=rows, batch_rows=rows)
-            self.links.activations_out.send(header, activation=x, labels=labels)
+            self.edges.activation_out.send(header, activation=x, labels=labels)
         else:
             loss = torch.nn.functional.cross_entropy(x.float(), labels, reduction="sum")
             self.counters.test_loss_sum += float(loss)
         self.counters.tested += len(labels)
         if message is not None:
             message.release()
+
+    # --- waiting and counting -----------------------------------------------------------------------------------------
+
+    def fetch(self, batches: Iterator[Batch], what: str) -> Batch:
+        """The next batch of the first stage; the time until it is there counts as waiting.
+
+        Raises:
+            DataError: there are fewer batches than were announced.
+        """
+        started = time.perf_counter()
+        try:
+            return next(batches)
+        except StopIteration:
+            raise DataError(f"the data ended in the middle of {what}: fewer batches than len() had announced") from None
+        finally:
+            self._data_wait_s += time.perf_counter() - started
+
+    def receivers(self) -> list[Receiver]:
+        """The incoming edges."""
+        return [edge for edge in (self.edges.activation_in, self.edges.gradient_in) if edge is not None]
+
+    def senders(self) -> list[Sender]:
+        """The outgoing edges."""
+        return [edge for edge in (self.edges.activation_out, self.edges.gradient_out) if edge is not None]
+
+    def wait_s(self) -> float:
+        """Seconds spent waiting for neighbours and data so far."""
+        return self._data_wait_s + sum(edge.wait_s for edge in (*self.receivers(), *self.senders()))
+
+    def begin_epoch(self) -> float:
+        """Mark the start of an epoch for :meth:`wait_since_epoch`; returns :meth:`wait_s`."""
+        self._waited_before_epoch = self.wait_s()
+        return self._waited_before_epoch
+
+    def wait_since_epoch(self) -> float:
+        """Seconds spent waiting since :meth:`begin_epoch`."""
+        return self.wait_s() - self._waited_before_epoch
 
     def take_counters(self) -> Counters:
         """The counters since the last call."""

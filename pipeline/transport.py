@@ -1,21 +1,22 @@
 """One directed edge between two ranks: a 2-rank process group, one FIFO, checked messages. Knows no model.
 
-    rank r                                                            rank r + 1
-    send() -> [slot][slot] == isend == 2-rank group ==> [slot][slot][slot] -> thread checks header -> queue -> take()
-                ^ its thread frees a slot once taken       ^ release() posts the slot again (back-pressure)
+    rank r                                                      rank r + 1
+    send() -> [slot][slot] == isend, 2-rank group ==> [slot][slot][slot] -> thread: header ok? -> take()
+              ^ a thread frees the slot once taken    ^ release() posts the slot again: back-pressure
 
-A message is ONE flat uint8 buffer, always sent in full so that both ends agree on the count (short messages pass
-silently, long ones abort the receiver):
+A message is ONE flat uint8 buffer, always sent in full so that both ends agree on the count (short messages
+pass silently, long ones abort the receiver):
 
-    | header: 16 int64 words, 128 B | field 0, max_rows rows | pad to 64 B | field 1 | ...      rows used: in the header
+    | header: 16 int64 words, 128 B | field 0: max_rows rows | pad to 64 B | field 1 | ...
 
-Why threads: a gloo ``Work`` completes only inside ``wait()``, and a ``wait()`` that times out closes the pair for ever.
-So daemon threads wait in C++ without limit, and the main thread waits on a Python queue with a deadline: it stays
-interruptible, and a late peer costs an error message and not the connection. Receives are posted ahead, so the two
-directions cannot dead-lock. gloo does not notice a peer killed in mid-transfer; the deadline covers that.
+Why threads: a gloo ``Work`` completes only inside ``wait()``, and a ``wait()`` that times out closes the pair
+for ever. So daemon threads wait in C++ without limit, and the main thread waits on a Python queue with a
+deadline: it stays interruptible, and a late peer costs an error message and not the connection. Receives are
+posted ahead, so the two directions cannot dead-lock. gloo does not notice a peer killed in mid-transfer; the
+deadline covers that.
 
-Where the bytes live: CPU or NCCL - the buffer the fields are views of is the buffer on the wire. CUDA over gloo
-(ranks sharing a GPU) - the wire buffer is pinned host memory and each slot has a twin on the device.
+Where the bytes live: CPU or NCCL - the buffer the fields are views of is the buffer on the wire. CUDA over
+gloo (ranks sharing a GPU) - the wire buffer is pinned host memory and each slot has a twin on the device.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from __future__ import annotations
 import hashlib
 import json
 import queue
+import re
 import threading
 import time
 from collections import deque
@@ -40,7 +42,8 @@ MAGIC = 0x6C6F63616C706970  # "localpip"
 WORDS = 16
 HEADER_BYTES = 8 * WORDS
 ALIGN = 64
-FOREVER = timedelta(days=7)  # for waits in daemon threads: the deadline of the main thread governs, not the group's
+FOREVER = timedelta(days=7)
+"""For waits in daemon threads: the deadline of the main thread governs, not the group's."""
 
 
 class Kind(IntEnum):
@@ -56,8 +59,8 @@ class Kind(IntEnum):
 class Header:
     """Which message this is.
 
-    ``rows``: how many rows of each field are filled. ``key`` and ``batch_rows`` (rows of the whole batch that this
-    micro-batch is a part of) are carried for the caller.
+    ``rows``: how many rows of each field are filled. ``key`` and ``batch_rows`` (rows of the whole batch that
+    this micro-batch is a part of) are carried for the caller.
     """
 
     kind: Kind
@@ -83,7 +86,9 @@ class FieldSpec:
 
     def __post_init__(self) -> None:
         if self.channels_last and len(self.shape_per_row) != 3:
-            raise WireError(f"field {self.name!r}: channels_last needs (C, H, W) per row, got {self.shape_per_row}")
+            raise WireError(
+                f"field {self.name!r}: channels_last needs (C, H, W) per row, got {self.shape_per_row}"
+            )
 
     def nbytes(self, rows: int) -> int:
         """Bytes of ``rows`` rows."""
@@ -107,7 +112,7 @@ class MessageSpec:
         return HEADER_BYTES + sum(_aligned(field.nbytes(self.max_rows)) for field in self.fields)
 
     def fingerprint(self) -> int:
-        """63-bit number that differs when a name, dtype, shape, layout or ``max_rows`` differs; same on every machine."""
+        """63-bit number, the same on every machine, that any other name, dtype or shape changes."""
         return int.from_bytes(hashlib.sha256(self.describe().encode()).digest()[:8], "big") >> 1
 
     def describe(self) -> str:
@@ -137,7 +142,7 @@ def _aligned(nbytes: int) -> int:
 
 
 class _Slot:
-    """One preallocated message: bytes on the wire, field views on the compute device, header words on the host."""
+    """One preallocated message: bytes on the wire, fields on the compute device, header words on the host."""
 
     def __init__(self, spec: MessageSpec, device: torch.device, gloo: bool) -> None:
         cuda = device.type == "cuda"
@@ -148,7 +153,9 @@ class _Slot:
         self.local = torch.zeros_like(self.wire, device=device) if self.staged else self.wire
         self.views = spec.views(self.local)
         self.words = self.wire[:HEADER_BYTES].view(torch.int64)
-        self.host_words = torch.zeros(WORDS, dtype=torch.int64, pin_memory=True) if self.on_device else self.words
+        self.host_words = (
+            torch.zeros(WORDS, dtype=torch.int64, pin_memory=True) if self.on_device else self.words
+        )
         self.copied = torch.cuda.Event() if self.staged else None
         self.side = torch.cuda.Stream(device) if self.on_device else None
 
@@ -163,13 +170,13 @@ class _Slot:
             self.copied.synchronize()  # gloo's thread reads host memory and knows no CUDA stream
         self.host_words.copy_(torch.tensor([*words, *[0] * (WORDS - len(words))]))
         if self.on_device:
-            self.words.copy_(self.host_words, non_blocking=True)  # same stream as isend's ordering: no host wait
+            self.words.copy_(self.host_words, non_blocking=True)  # isend waits for this stream: no host wait
 
     def finish(self, work: dist.Work) -> list[int]:
         """Block this (daemon) thread until the transfer is over; return the header words.
 
-        NCCL: ``work.wait()`` only orders this thread's side stream after the transfer, so that stream is synchronised
-        here; afterwards the main thread may use the buffer on any stream.
+        NCCL: ``work.wait()`` only orders this thread's side stream after the transfer, so that stream is
+        synchronised here; afterwards the main thread may use the buffer on any stream.
         """
         if self.side is None:
             work.wait(FOREVER)
@@ -191,7 +198,7 @@ class _Slot:
         }
 
     def before_reuse(self) -> None:
-        """The next transfer may overwrite the wire buffer. NCCL: irecv itself waits for the current stream's reads."""
+        """The next transfer may overwrite the wire buffer. NCCL: irecv waits for the current stream."""
         if self.copied is not None:
             self.copied.synchronize()
 
@@ -230,21 +237,23 @@ class _End:
 
     def _late(self, doing: str, more: str = "") -> DeadlineExceeded:
         return DeadlineExceeded(
-            f"rank {self._rank} has waited {self._deadline_s:g} s {doing}{more}; rank {self._peer} is slow, hung or "
-            "stopped - raise runtime.deadline_s if the step really takes that long"
+            f"rank {self._rank} has waited {self._deadline_s:g} s {doing}{more}; rank {self._peer} is slow, "
+            "hung or stopped - raise runtime.deadline_s if the step really takes that long"
         )
 
     def _lost(self, doing: str, cause: BaseException) -> PeerLost:
-        lines = str(cause).splitlines() or [type(cause).__name__]
-        return PeerLost(self._peer, f"rank {self._rank} was {doing} when the connection was lost ({lines[0][:160]})")
+        # gloo: "[<path of its build>] Connection closed by peer [127.0.0.1]:37112. This is typically ..."
+        text = re.sub(r"^\[[^]]*\] ", "", str(cause)).split(". ")[0].splitlines()[:1]
+        reason = "".join(text) or type(cause).__name__
+        return PeerLost(self._peer, f"rank {self._rank} was {doing} when the connection was lost ({reason})")
 
 
 class Sender(_End):
     """Sending end of an edge.
 
-    ``depth`` messages can be on their way; ``send`` then blocks until the peer takes the oldest, and adds the time to
-    ``wait_s``. ``peer_slots`` is the ``slots`` of the receiving end: that many receives are posted there, so that many
-    DONE messages end the stream. Counters: ``wait_s``, ``bytes_sent``.
+    ``depth`` messages can be on their way; ``send`` then blocks until the peer takes the oldest, and adds the
+    time to ``wait_s``. ``peer_slots`` is the ``slots`` of the receiving end: that many receives are posted
+    there, so that many DONE messages end the stream. Counters: ``wait_s``, ``bytes_sent``.
     """
 
     def __init__(
@@ -273,7 +282,7 @@ class Sender(_End):
         self._thread = self._start("_drain")
 
     def send(self, header: Header, **tensors: torch.Tensor) -> None:
-        """Copy ``tensors``, (header.rows, *shape_per_row) by field name, into a free slot and start sending it.
+        """Copy ``tensors``, (header.rows, *shape_per_row) by field name, into a free slot; start sending it.
 
         A field may be left out: the message is as long, but arrives without it.
         The tensors may be changed as soon as this returns. A float tensor is cast to the field's float dtype.
@@ -296,7 +305,7 @@ class Sender(_End):
             self._free.put(slot)
 
     def finish(self) -> None:
-        """Announce the end of the stream: one DONE per receive the peer has posted. Does not wait for the peer."""
+        """Announce the end of the stream: one DONE per receive of the peer; does not wait for it."""
         self.flush()
         header = Header(Kind.DONE, 0, 0, 0)
         slot = _Slot(self.spec, self._device, self._gloo)
@@ -317,20 +326,25 @@ class Sender(_End):
             raise self._late(f"for rank {self._peer} to close the {self._label} edge")
 
     def _check(self, header: Header, tensors: dict[str, torch.Tensor]) -> None:
-        if not tensors.keys() <= {field.name for field in self.spec.fields} or header.rows > self.spec.max_rows:
+        if (
+            not tensors.keys() <= {field.name for field in self.spec.fields}
+            or header.rows > self.spec.max_rows
+        ):
             raise WireError(
-                f"rank {self._rank}: {header.rows} rows of {sorted(tensors)} do not fit the edge to rank {self._peer}: "
-                f"{self.spec.describe()}"
+                f"rank {self._rank}: {header.rows} rows of {sorted(tensors)} do not fit the edge to rank "
+                f"{self._peer}: {self.spec.describe()}"
             )
         for field in self.spec.fields:
             tensor = tensors.get(field.name)
             if tensor is None:
                 continue
-            castable = tensor.dtype == field.dtype or (tensor.is_floating_point() and field.dtype.is_floating_point)
+            castable = tensor.dtype == field.dtype or (
+                tensor.is_floating_point() and field.dtype.is_floating_point
+            )
             if tuple(tensor.shape) != (header.rows, *field.shape_per_row) or not castable:
                 raise WireError(
-                    f"rank {self._rank}: {field.name} {tensor.dtype} {tuple(tensor.shape)} does not fit {header.rows} "
-                    f"rows of {field} on the edge to rank {self._peer}"
+                    f"rank {self._rank}: {field.name} {tensor.dtype} {tuple(tensor.shape)} does not fit "
+                    f"{header.rows} rows of {field} on the edge to rank {self._peer}"
                 )
 
     def _words(self, header: Header, tensors: dict[str, torch.Tensor]) -> list[int]:
@@ -355,7 +369,9 @@ class Sender(_End):
             raise self._late(f"for rank {self._peer} to take the {self._label} of {oldest}") from None
         if self._failure is not None or slot is None:
             self._free.put(None)  # every later call fails as well
-            raise self._failure or PeerLost(self._peer, f"the {self._label} edge to rank {self._peer} is closed")
+            raise self._failure or PeerLost(
+                self._peer, f"the {self._label} edge to rank {self._peer} is closed"
+            )
         return slot
 
     def _drain(self) -> None:
@@ -384,12 +400,12 @@ class Message:
     _slot: _Slot
 
     def release(self) -> None:
-        """Give the slot back to the wire. On CUDA: all reads must be ordered before the current stream's next work."""
+        """Give the slot back to the wire. On CUDA: reads on other streams must be ordered before this one."""
         self._receiver._release(self._slot)
 
 
 class Receiver(_End):
-    """Receiving end of an edge: ``slots`` receives are posted ahead; a slot is posted again when it is released.
+    """Receiving end of an edge: ``slots`` receives are posted ahead, each again once its message is released.
 
     Counters: ``messages`` taken, ``wait_s`` seconds ``take`` has blocked.
     """
@@ -430,7 +446,8 @@ class Receiver(_End):
             self.wait_s += time.monotonic() - start
         if item is None:
             self._ended = WireError(
-                f"rank {self._rank} expected the {self._label} of {wanted}, but rank {self._peer} has ended its stream"
+                f"rank {self._rank} expected the {self._label} of {wanted}, "
+                f"but rank {self._peer} has ended its stream"
             )
             raise self._ended
         header, slot = item
@@ -449,7 +466,7 @@ class Receiver(_End):
         return self._ready.qsize()
 
     def close(self) -> int:
-        """Take the rest of the stream, release all slots and end the thread; return how many messages nobody took."""
+        """Drain the stream, release all slots and end the thread; return how many messages nobody took."""
         unread = 0
         for slot in list(self._held):
             self._release(slot)
@@ -515,8 +532,8 @@ class Receiver(_End):
         for (name, value), got in zip(expected.items(), words, strict=False):
             if got != value:
                 raise WireError(
-                    f"rank {self._rank} expected {name} {value} in the {self._label} from rank {self._peer}, but "
-                    f"rank {self._peer} sent {got}"
+                    f"rank {self._rank} expected {name} {value} in the {self._label} from rank {self._peer}, "
+                    f"but rank {self._peer} sent {got}"
                 )
         kind, *rest = words[4:11]
         return Header(Kind(kind), *rest)
@@ -526,13 +543,13 @@ class Receiver(_End):
 class EdgeSpecs:
     """What one rank receives and sends; None where there is no such edge (ends of the chain, no cascade)."""
 
-    activations_in: MessageSpec | None = None
+    activation_in: MessageSpec | None = None
     """from rank - 1"""
-    activations_out: MessageSpec | None = None
+    activation_out: MessageSpec | None = None
     """to rank + 1"""
-    gradients_in: MessageSpec | None = None
+    gradient_in: MessageSpec | None = None
     """from rank + 1"""
-    gradients_out: MessageSpec | None = None
+    gradient_out: MessageSpec | None = None
     """to rank - 1"""
 
 
@@ -540,15 +557,15 @@ class EdgeSpecs:
 class Edges:
     """The ends of the edges of one rank, named as in EdgeSpecs."""
 
-    activations_in: Receiver | None = None
-    activations_out: Sender | None = None
-    gradients_in: Receiver | None = None
-    gradients_out: Sender | None = None
+    activation_in: Receiver | None = None
+    activation_out: Sender | None = None
+    gradient_in: Receiver | None = None
+    gradient_out: Sender | None = None
 
     def close(self) -> int:
         """End all streams in an order that cannot dead-lock; return how many arrived messages nobody took."""
-        senders = [end for end in (self.activations_out, self.gradients_out) if end is not None]
-        receivers = [end for end in (self.activations_in, self.gradients_in) if end is not None]
+        senders = [end for end in (self.activation_out, self.gradient_out) if end is not None]
+        receivers = [end for end in (self.activation_in, self.gradient_in) if end is not None]
         for sender in senders:
             sender.finish()
         unread = sum(receiver.close() for receiver in receivers)
@@ -571,15 +588,18 @@ def connect(
 ) -> Edges:
     """Agree on all messages, then create one group per directed edge. Collective: every rank calls it.
 
-    Before any group exists each edge's two descriptions are compared; WireError names both sides. Groups are made and
-    warmed up in one order on all ranks: down 0->1, up 1->0, down 1->2, ... Raises DeadlineExceeded, PeerLost.
+    Before any group exists each edge's two descriptions are compared; WireError names both sides. Groups are
+    made and warmed up in one order on all ranks: down 0->1, up 1->0, down 1->2, ... Raises DeadlineExceeded,
+    PeerLost.
     """
     texts = {name: spec and f"{spec.describe()}, {slots} slots" for name, spec in vars(specs).items()}
-    everyone = [json.loads(t) for t in _collect(store, rank, world_size, "edges", json.dumps(texts), deadline_s)]
+    everyone = [
+        json.loads(t) for t in _collect(store, rank, world_size, "edges", json.dumps(texts), deadline_s)
+    ]
     edges = Edges()
     for upper in range(world_size - 1):
         for label, source, target in (("activation", upper, upper + 1), ("gradient", upper + 1, upper)):
-            sent, expected = everyone[source][f"{label}s_out"], everyone[target][f"{label}s_in"]
+            sent, expected = everyone[source][f"{label}_out"], everyone[target][f"{label}_in"]
             if sent != expected:
                 raise WireError(
                     f"rank {target} expects {expected or f'no {label}'} from rank {source}, "
@@ -587,21 +607,22 @@ def connect(
                 )
     for upper in range(world_size - 1):
         for label, source, target in (("activation", upper, upper + 1), ("gradient", upper + 1, upper)):
-            if everyone[source][f"{label}s_out"] is None:
+            if everyone[source][f"{label}_out"] is None:
                 continue
-            # gloo: bounds the connection only, waits pass FOREVER. NCCL: the watchdog would kill a posted-ahead receive.
+            # gloo: bounds the connection only, waits pass FOREVER. NCCL: the watchdog would kill a
+            # posted-ahead receive.
             timeout = timedelta(seconds=deadline_s) if backend == "gloo" else FOREVER
             group = dist.new_group([source, target], timeout=timeout, backend=backend)
             if rank not in (source, target):
                 continue
             _warm_up(group, source, target, device if backend != "gloo" else torch.device("cpu"))
             if rank == source:
-                spec = getattr(specs, f"{label}s_out")
+                spec = getattr(specs, f"{label}_out")
                 end = Sender(group, target, spec, depth, slots, deadline_s, device, label)
-                setattr(edges, f"{label}s_out", end)
+                setattr(edges, f"{label}_out", end)
             else:
-                spec = getattr(specs, f"{label}s_in")
-                setattr(edges, f"{label}s_in", Receiver(group, source, spec, slots, deadline_s, device, label))
+                spec = getattr(specs, f"{label}_in")
+                setattr(edges, f"{label}_in", Receiver(group, source, spec, slots, deadline_s, device, label))
     return edges
 
 
@@ -633,21 +654,24 @@ def agree(
     for r, v in enumerate(values):
         holders.setdefault(v, []).append(r)
     if len(holders) > 1:
-        parts = [f"{_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'} '{v}'" for v, ranks in holders.items()]
+        parts = [
+            f"{_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'} '{v}'" for v, ranks in holders.items()
+        ]
         raise ConfigError(f"ranks disagree about {name}: " + "; ".join(parts))
 
 
-def _collect(store: dist.Store, rank: int, world_size: int, name: str, value: str, deadline_s: float) -> list[str]:
+def _collect(
+    store: dist.Store, rank: int, world_size: int, name: str, value: str, deadline_s: float
+) -> list[str]:
     """Publish ``value`` and return everyone's, by rank."""
     keys = [f"agree/{name}/{r}" for r in range(world_size)]
     store.set(keys[rank], value)
-    try:
-        store.wait(keys, timedelta(seconds=deadline_s))
-    except RuntimeError as exc:
-        missing = [r for r, key in enumerate(keys) if not store.check([key])]
-        raise DeadlineExceeded(
-            f"rank {rank} has waited {deadline_s:g} s for {_ranks(missing)} to publish {name}"
-        ) from exc
+    end = time.monotonic() + deadline_s
+    while not store.check(keys):  # store.wait would block in C++, and print warnings when it times out
+        if time.monotonic() > end:
+            missing = _ranks([r for r, key in enumerate(keys) if not store.check([key])])
+            raise DeadlineExceeded(f"rank {rank} has waited {deadline_s:g} s for {missing} to publish {name}")
+        time.sleep(0.02)
     return [text.decode() for text in store.multi_get(keys)]
 
 

@@ -1,8 +1,8 @@
 """Run a function in real processes that see what ``torchrun`` would show them.
 
-Processes come from a fork server that has imported torch once, before any thread or tensor exists: a rank starts in a
-fraction of a second where ``spawn`` takes three seconds on a small machine. They are real processes all the same: they
-can be killed, stopped, and have an exit code.
+Processes come from a fork server that has imported torch once, before any thread or tensor exists: a rank
+starts in a fraction of a second where ``spawn`` takes three seconds on a small machine. They are real
+processes all the same: they can be killed, stopped, and have an exit code.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def run_ranks(
 ) -> list[RankResult]:
     """Call ``function(rank, *args)`` in ``world_size`` processes and return how each ended, by rank.
 
-    ``function`` must be at module level and its result picklable. An exception is printed to the rank's stderr, exit
-    code 1. After ``timeout_s`` all processes are killed and TimeoutError carries their stderr.
+    ``function`` must be at module level and its result picklable. An exception is printed to the rank's
+    stderr, exit code 1. After ``timeout_s`` all processes are killed and TimeoutError carries their stderr.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
@@ -84,7 +84,7 @@ def run_ranks(
 def _collect(
     ranks: list[Any], results: list[Connection], start: float, timeout_s: float
 ) -> tuple[dict[int, Any], dict[int, float]]:
-    """Values and end times by rank. Values are read at once: a large one would block its sender in the pipe."""
+    """Values and end times by rank. Values are read at once: a large one blocks its sender in the pipe."""
     values: dict[int, Any] = {}
     ended: dict[int, float] = {}
     open_ends = dict(enumerate(results))

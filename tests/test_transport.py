@@ -1,4 +1,4 @@
-"""The wire: real processes, real sockets. One start of two ranks serves most checks; each check is its own edge."""
+"""The wire: real processes, real sockets. One start of two ranks serves most checks."""
 
 from __future__ import annotations
 
@@ -57,11 +57,13 @@ def message(spec: MessageSpec, seed: int, rows: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
-# -- what the two ranks do ---------------------------------------------------------------------------------------------
+# -- what the two ranks do -----------------------------------------------------------------------------------
 
 
 def start_group(rank: int, world_size: int) -> dist.Store:
-    store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=rank == 0, wait_for_workers=False)
+    store = dist.TCPStore(
+        "127.0.0.1", int(os.environ["MASTER_PORT"]), is_master=rank == 0, wait_for_workers=False
+    )
     timeout = timedelta(seconds=30)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timeout)
     return store
@@ -203,7 +205,7 @@ def check_both_directions(rank: int) -> Any:
         got = receiver.take(Kind.TRAIN, 0, step, 0)
         right = right and bool((got.fields["activation"] == peer).all())
         got.release()
-    Edges(activations_in=receiver, activations_out=sender).close()
+    Edges(activation_in=receiver, activation_out=sender).close()
     return right
 
 
@@ -219,10 +221,19 @@ def check_untaken(rank: int) -> Any:
     return end.close()
 
 
-CHECKS = {f.__name__.removeprefix("check_"): f for f in (
-    check_round_trip, check_order, check_back_pressure, check_late_sender, check_wrong_step, check_foreign_bytes,
-    check_both_directions, check_untaken,
-)}  # fmt: skip
+CHECKS = {
+    f.__name__.removeprefix("check_"): f
+    for f in (
+        check_round_trip,
+        check_order,
+        check_back_pressure,
+        check_late_sender,
+        check_wrong_step,
+        check_foreign_bytes,
+        check_both_directions,
+        check_untaken,
+    )
+}
 
 
 def all_checks(rank: int) -> dict[str, Any]:
@@ -241,7 +252,7 @@ def pair() -> list[RankResult]:
     return run_ranks(all_checks, 2, timeout_s=60)
 
 
-# -- one start, many checks --------------------------------------------------------------------------------------------
+# -- one start, many checks ----------------------------------------------------------------------------------
 
 
 def test_ranks_end_in_order(pair: list[RankResult]) -> None:
@@ -265,24 +276,25 @@ def test_back_pressure_is_bounded_and_named(pair: list[RankResult]) -> None:
     assert sent == 3 + 2 and pair[1].value["back_pressure"] == 2
     assert 1.5 <= waited <= seconds < 4
     assert text == (
-        "rank 0 has waited 1.5 s for rank 1 to take the activation of epoch 0 step 2 micro-batch 0; rank 1 is slow, "
-        "hung or stopped - raise runtime.deadline_s if the step really takes that long"
+        "rank 0 has waited 1.5 s for rank 1 to take the activation of epoch 0 step 2 micro-batch 0; rank 1 "
+        "is slow, hung or stopped - raise runtime.deadline_s if the step really takes that long"
     )
 
 
 def test_late_sender_is_named(pair: list[RankResult]) -> None:
     text, waited = pair[1].value["late_sender"]
     assert text == (
-        "rank 1 has waited 0.5 s (deadline 0.5 s) for the activation of epoch 0 step 51 micro-batch 0 from rank 0; "
-        "last message: step 50, 0.5 s ago; rank 0 is slow, hung or stopped - raise runtime.deadline_s if the step "
-        "really takes that long"
+        "rank 1 has waited 0.5 s (deadline 0.5 s) for the activation of epoch 0 step 51 micro-batch 0 from "
+        "rank 0; last message: step 50, 0.5 s ago; rank 0 is slow, hung or stopped - raise "
+        "runtime.deadline_s if the step really takes that long"
     )
     assert 0.5 <= waited < 1.5
 
 
 def test_wrong_step_and_wrong_shape_are_refused(pair: list[RankResult]) -> None:
     assert pair[1].value["wrong_step"] == (
-        "rank 1 expected TRAIN epoch 0 step 8 micro-batch 0 key 0 from rank 0, got TRAIN epoch 0 step 7 micro-batch 0 key 0"
+        "rank 1 expected TRAIN epoch 0 step 8 micro-batch 0 key 0 from rank 0, "
+        "got TRAIN epoch 0 step 7 micro-batch 0 key 0"
     )
     assert "(4, 2) does not fit 4 rows of activation float32 (3,)" in pair[0].value["wrong_step"]
 
@@ -299,14 +311,16 @@ def test_untaken_messages_are_counted(pair: list[RankResult]) -> None:
     assert pair[1].value["untaken"] == 2
 
 
-# -- agreement, then a chain of three ----------------------------------------------------------------------------------
+# -- agreement, then a chain of three ------------------------------------------------------------------------
 
 
 def chain_specs(rank: int, world_size: int, width: int) -> EdgeSpecs:
     down = MessageSpec((FieldSpec("activation", torch.float32, (width,)),), 4)
     up = MessageSpec((FieldSpec("gradient", torch.float32, (width,)),), 4)
     first, last = rank == 0, rank == world_size - 1
-    return EdgeSpecs(None if first else down, None if last else down, None if last else up, None if first else up)
+    return EdgeSpecs(
+        None if first else down, None if last else down, None if last else up, None if first else up
+    )
 
 
 def chain(rank: int) -> dict[str, Any]:
@@ -315,7 +329,9 @@ def chain(rank: int) -> dict[str, Any]:
     options = {"slots": 2, "depth": 2, "deadline_s": 10.0, "device": CPU, "backend": "gloo"}
     attempts = [
         lambda: agree(store, rank, 3, "configuration", "abc" if rank < 2 else "abd", 10.0),
-        lambda: connect(dist.PrefixStore("a", store), rank, 3, chain_specs(rank, 3, 4 if rank < 2 else 5), **options),
+        lambda: connect(
+            dist.PrefixStore("a", store), rank, 3, chain_specs(rank, 3, 4 if rank < 2 else 5), **options
+        ),
     ]
     for attempt in attempts:
         try:
@@ -331,15 +347,15 @@ def chain(rank: int) -> dict[str, Any]:
     edges = connect(dist.PrefixStore("b", store), rank, 3, chain_specs(rank, 3, 4), **options)
     x = torch.zeros(4, 4)
     for step in range(3):
-        if edges.activations_in:
-            got = edges.activations_in.take(Kind.TRAIN, 0, step, 0)
+        if edges.activation_in:
+            got = edges.activation_in.take(Kind.TRAIN, 0, step, 0)
             x = got.fields["activation"] + 1
             got.release()
             header = Header(Kind.GRADIENT, 0, step, 0, 0, 4)
-            edges.gradients_out.send(header, gradient=x)
-        if edges.activations_out:
-            edges.activations_out.send(train(step), activation=x)
-            edges.gradients_in.take(Kind.GRADIENT, 0, step, 0).release()
+            edges.gradient_out.send(header, gradient=x)
+        if edges.activation_out:
+            edges.activation_out.send(train(step), activation=x)
+            edges.gradient_in.take(Kind.GRADIENT, 0, step, 0).release()
     results["x"] = float(x.sum())
     results["unread"] = edges.close()
     results["threads"] = threading.active_count()
@@ -350,7 +366,7 @@ def chain(rank: int) -> dict[str, Any]:
 
 def test_agreement_and_chain() -> None:
     ranks = run_ranks(chain, 3)
-    assert [(r.exit_code, r.stderr) for r in ranks] == [(0, "")] * 3
+    assert [(r.exit_code, r.stderr) for r in ranks] == [(0, "")] * 3  # not even a warning
     for r in ranks:
         assert r.value["errors"][:2] == [
             ("ConfigError", "ranks disagree about configuration: ranks 0, 1 have 'abc'; rank 2 has 'abd'"),
@@ -367,7 +383,7 @@ def test_agreement_and_chain() -> None:
     assert [r.value["x"] for r in ranks] == [0.0, 16.0, 32.0]
 
 
-# -- a dead peer -------------------------------------------------------------------------------------------------------
+# -- a dead peer ---------------------------------------------------------------------------------------------
 
 
 def lose_a_peer(rank: int) -> Any:
@@ -383,9 +399,9 @@ def lose_a_peer(rank: int) -> Any:
     try:
         if rank == 0:
             for step in range(4):
-                edges.activations_out.send(train(step), activation=torch.zeros(4, 4))
+                edges.activation_out.send(train(step), activation=torch.zeros(4, 4))
         else:
-            edges.activations_in.take(Kind.TRAIN, 0, 0, 0)
+            edges.activation_in.take(Kind.TRAIN, 0, 0, 0)
     except PeerLost as exc:
         return exc.peer, time.time() - float(store.get("killed")), str(exc)
     finally:
@@ -397,17 +413,22 @@ def lose_a_peer(rank: int) -> Any:
 def test_killed_peer_is_noticed_fast() -> None:
     ranks = run_ranks(lose_a_peer, 3)
     assert ranks[1].exit_code == -signal.SIGKILL
-    for rank, words in ((0, "to take the activation of epoch 0 step 1"), (2, "for the activation of epoch 0 step 0")):
+    for rank, words in (
+        (0, "to take the activation of epoch 0 step 1"),
+        (2, "for the activation of epoch 0 step 0"),
+    ):
         peer, seconds, text = ranks[rank].value
         assert peer == 1 and seconds < 2
         assert text.startswith(f"rank {rank} was ") and words in text
 
 
-# -- no process needed -------------------------------------------------------------------------------------------------
+# -- no process needed ---------------------------------------------------------------------------------------
 
 
 def test_layout_and_fingerprint() -> None:
-    assert RICH.nbytes == HEADER_BYTES + 384 + 64 + 320  # 6 * 30 * 2 = 360, 6 * 8 = 48, 6 * 48 = 288, each to 64
+    assert (
+        RICH.nbytes == HEADER_BYTES + 384 + 64 + 320
+    )  # 6 * 30 * 2 = 360, 6 * 8 = 48, 6 * 48 = 288, each to 64
     assert RICH.describe() == (
         "6 rows of activation bfloat16 (5, 3, 2) channels_last + labels int64 () + image uint8 (3, 4, 4)"
     )

@@ -14,7 +14,8 @@ from pipeline.config import Config, from_dict, validate
 from pipeline.local_module import LocalModule
 from pipeline.methods import Task
 from pipeline.numerics import Numerics
-from pipeline.stage import Batch, Links, Stage
+from pipeline.stage import Batch, Stage
+from pipeline.transport import Edges
 
 CLASSES = 4
 IMAGE = (3, 8, 8)
@@ -81,7 +82,7 @@ def tiny_stage(config: Config, dtype: torch.dtype = torch.float32) -> tuple[Stag
     """All modules of the tiny network in one stage without neighbours."""
     plan = tiny_plan(config)
     modules = build_modules(plan, 0, tiny_blocks(), Numerics(torch.device("cpu"), dtype, False), fresh=True)
-    stage = Stage(modules, plan.schedules[0], (), config.schedule.micro_batches, Links(), forward_image=False)
+    stage = Stage(modules, plan.schedules[0], (), config.schedule.micro_batches, Edges(), forward_image=False)
     return stage, modules, plan
 
 

@@ -1,0 +1,46 @@
+"""Train a network by local learning, one process per stage.
+
+    torchrun --nproc_per_node=4 launch/train.py                                   the default recipe
+    torchrun --nproc_per_node=4 launch/train.py --recipe cifar10-resnet32-k16-dgl-hpff
+    python launch/train.py --set model.modules=1                                  backpropagation, one process
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from pipeline import ConfigError, load_config, recipe_names, to_toml, train
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", metavar="NAME", help="a recipe that ships with localpipe (see --list-recipes)")
+    parser.add_argument("--config", metavar="FILE.toml", type=Path, help="your own recipe; on top of --recipe if both")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one key; repeatable")
+    parser.add_argument("--run-dir", metavar="DIR", type=Path, help="where results go; default runs/NAME-TIME")
+    parser.add_argument("--quiet", action="store_true", help="print only the final report")
+    parser.add_argument("--list-recipes", action="store_true", help="print the names of the recipes and end")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
+    arguments = parser.parse_args()
+    first = os.environ.get("RANK", "0") == "0"
+    if arguments.list_recipes:
+        print("\n".join(recipe_names()) if first else "", end="\n" if first else "")
+        return 0
+    try:
+        config = load_config(arguments.recipe, arguments.config, arguments.set)
+    except ConfigError as error:
+        if first:
+            print(f"localpipe: {error}", file=sys.stderr)
+        return 2
+    if arguments.print_config:
+        print(to_toml(config) if first else "", end="")
+        return 0
+    train(config, run_dir=arguments.run_dir, quiet=arguments.quiet)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

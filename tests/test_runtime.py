@@ -1,0 +1,328 @@
+"""Runtime and failure desk: one failure, one line, everybody gone within seconds.
+
+The jobs under the real ``torchrun`` have three ranks; the others come from the fork server (rank 0 hosts the
+store).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers_spawn import RankResult, run_ranks
+
+from pipeline import runtime as runtime_module
+from pipeline.errors import ConfigError
+from pipeline.failure import FailureDesk
+from pipeline.runtime import Runtime, choose_device, set_threads
+from pipeline.transport import EdgeSpecs, FieldSpec, Header, Kind, MessageSpec, connect
+
+ROOT = Path(__file__).parents[1]
+WORLD = 3
+
+
+def specs(rank: int) -> EdgeSpecs:
+    down = MessageSpec((FieldSpec("activation", torch.float32, (4,)),), 2)
+    up = MessageSpec((FieldSpec("gradient", torch.float32, (4,)),), 2)
+    first, last = rank == 0, rank == WORLD - 1
+    return EdgeSpecs(
+        None if first else down, None if last else down, None if last else up, None if first else up
+    )
+
+
+def job(mode: str, run_dir: str) -> None:
+    """Ten steps of a chain; at step 5 something happens to rank 2 (``all``: to every rank)."""
+    with Runtime(
+        "cpu", threads=1, deadline_s=1.5 if mode == "stop" else 20.0, run_dir=Path(run_dir)
+    ) as runtime:
+        rank, desk = runtime.rank, runtime.desk
+        print(f"pid {os.getpid()} rank {rank}", flush=True)
+        desk.describe(f"modules {rank}-{rank} (block{rank})")
+        edges = connect(
+            runtime.store, rank, WORLD, specs(rank), slots=2, depth=2, deadline_s=runtime.deadline_s,
+            device=runtime.device, backend=runtime.backend,
+        )  # fmt: skip
+        for step in range(10):
+            desk.progress(0, step, "computing")
+            if step == 5:
+                happen(mode, runtime)
+            if edges.activation_in is not None:
+                edges.activation_in.take(Kind.TRAIN, 0, step, 0).release()
+                edges.gradient_out.send(Header(Kind.GRADIENT, 0, step, 0, rows=2), gradient=torch.ones(2, 4))
+            if edges.activation_out is not None:
+                edges.activation_out.send(
+                    Header(Kind.TRAIN, 0, step, 0, rows=2), activation=torch.ones(2, 4)
+                )
+                edges.gradient_in.take(Kind.GRADIENT, 0, step, 0).release()
+        edges.close()
+
+
+def happen(mode: str, runtime: Runtime) -> None:
+    if mode == "config":
+        raise ConfigError("train.batch_size = 0: must be at least 1")
+    if mode == "collective":  # the main threads of ranks 0 and 1 sit in C++
+        if runtime.rank != 2:
+            runtime.desk.progress(0, 5, "in a C++ wait")
+            runtime.store.wait(["never"])
+        time.sleep(0.5)
+    if runtime.rank != 2:
+        return
+    print(f"trouble {time.time()}", flush=True)
+    if mode == "raise":
+        try:
+            raise ValueError("boom\nsecond line")
+        except ValueError as exc:
+            runtime.desk.report(exc, "module 2 (layer3.0-layer3.4)")
+    if mode == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if mode == "leave":
+        os._exit(0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# -- under torchrun ------------------------------------------------------------------------------------------
+
+
+def torchrun(mode: str, run_dir: Path) -> tuple[int, list[str], float]:
+    """(exit code, our lines on stderr, seconds from the trouble to the end); none may survive."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}",
+        __file__, mode, str(run_dir),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    ended = time.time()
+    pids = [int(pid) for pid in re.findall(r"pid (\d+) rank", done.stdout)]
+    assert len(pids) == WORLD, done.stderr
+    assert not [pid for pid in pids if alive(pid)]
+    trouble = re.search(r"trouble ([\d.]+)", done.stdout)
+    lines = [line for line in done.stderr.splitlines() if "localpipe:" in line]
+    seconds = ended - float(trouble[1])
+    print(mode, f"{seconds:.2f} s from the trouble to the end of torchrun:", lines)
+    return done.returncode, lines, seconds
+
+
+def test_torchrun_a_rank_raises(tmp_path: Path) -> None:
+    code, lines, seconds = torchrun("raise", tmp_path)
+    path = tmp_path / "failure-rank2.txt"
+    expected = "localpipe: rank 2, module 2 (layer3.0-layer3.4), epoch 0 step 5: ValueError: boom second line"
+    assert lines == [f"{expected} (traceback: {path})"]
+    assert 'raise ValueError("boom' in path.read_text()
+    assert code != 0 and seconds < 10
+
+
+@pytest.mark.parametrize("mode", ["kill", "collective"])
+def test_torchrun_a_rank_is_killed(tmp_path: Path, mode: str) -> None:
+    code, lines, seconds = torchrun(mode, tmp_path)
+    assert len(lines) == 1
+    assert lines[0].startswith(
+        "localpipe: rank 2 (modules 2-2 (block2)) died without a message (killed? out of memory?); rank "
+    )
+    assert code != 0 and seconds < 10
+    assert "in a C++ wait (epoch 0 step 5)" in lines[0] or mode == "kill"
+
+
+# -- without a launcher --------------------------------------------------------------------------------------
+
+
+def job_of_rank(rank: int, mode: str, run_dir: str) -> None:
+    job(mode, run_dir)
+
+
+def our_lines(ranks: list[RankResult]) -> list[str]:
+    return [line for r in ranks for line in r.stderr.splitlines() if "localpipe:" in line]
+
+
+@pytest.mark.parametrize("mode", ["stop", "leave", "config"])
+def test_one_line_and_no_survivor(tmp_path: Path, mode: str) -> None:
+    ranks = run_ranks(job_of_rank, WORLD, mode, str(tmp_path), timeout_s=20)
+    lines = our_lines(ranks)
+    assert len(lines) == 1
+    assert all(r.exit_code != 0 for r in ranks if (mode, r.rank) != ("leave", 2))
+    if mode == "config":
+        assert lines == ["localpipe: train.batch_size = 0: must be at least 1"]
+    if mode == "leave":
+        assert "rank 2 (modules 2-2 (block2)) died without a message" in lines[0]
+    if mode == "stop":  # rank 2 cannot end itself: the rank that reports the deadline kills it
+        assert re.match(r"localpipe: rank [01] has waited 1.5 s", lines[0])
+        assert ranks[2].exit_code == -signal.SIGKILL
+
+
+def signalled(rank: int, number: int, target: int) -> None:
+    with Runtime("cpu", threads=1, deadline_s=20.0) as runtime:
+        runtime.desk.progress(1, 2, "waiting")
+        runtime.barrier()
+        if rank == target:
+            time.sleep(0.2)
+            os.kill(os.getpid(), number)
+        runtime.store.wait(["never"])
+
+
+@pytest.mark.parametrize(
+    ("number", "target", "line", "code"),
+    [
+        (signal.SIGTERM, 1, "localpipe: rank 1: stopped by SIGTERM at epoch 1 step 2", 143),
+        (signal.SIGINT, 0, "localpipe: stopped by ctrl-C at epoch 1 step 2", 130),
+    ],
+)
+def test_signals_while_the_main_thread_is_in_c(number: int, target: int, line: str, code: int) -> None:
+    ranks = run_ranks(signalled, 2, number, target, timeout_s=20)
+    assert our_lines(ranks) == [line]
+    assert ranks[target].exit_code == code and ranks[1 - target].exit_code == 1
+
+
+def host_dies(rank: int) -> None:
+    with Runtime("cpu", threads=1, deadline_s=20.0) as runtime:
+        runtime.barrier()
+        time.sleep(1.0)  # the sentinels have read who is who
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        runtime.store.wait(["never"])
+
+
+def test_the_host_of_the_store_is_killed() -> None:
+    ranks = run_ranks(host_dies, 3, timeout_s=20)
+    lines = our_lines(ranks)
+    assert len(lines) == 1 and "rank 0 (starting) died without a message" in lines[0]
+    assert [r.exit_code for r in ranks] == [-signal.SIGKILL, 1, 1]
+
+
+def orderly(rank: int) -> Any:
+    with Runtime("cpu", threads=1, deadline_s=1.0) as runtime:
+        values = runtime.gather({"rank": rank})
+        first = runtime.broadcast(f"from {rank}")
+        runtime.barrier()
+        late = None
+        if rank == 0:
+            try:
+                runtime.gather(0)
+            except Exception as exc:
+                late = f"{type(exc).__name__}: {exc}"
+        else:
+            time.sleep(1.5)
+        # A forked worker (data loader) can be terminated, and its SIGTERM is not taken for ours.
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        worker.start()
+        worker.terminate()
+        worker.join(5)
+        if rank == 1:
+            time.sleep(0.5)  # the others wait in close
+    handler = signal.getsignal(signal.SIGTERM)
+    return values, first, late, threading.active_count(), handler == signal.SIG_DFL, worker.exitcode
+
+
+def test_objects_and_orderly_end() -> None:
+    ranks = run_ranks(orderly, 2)
+    assert [r.exit_code for r in ranks] == [0, 0] and not our_lines(ranks)
+    assert ranks[0].value[0] == [{"rank": 0}, {"rank": 1}] and ranks[1].value[0] is None
+    assert [r.value[1] for r in ranks] == ["from 0"] * 2
+    assert (
+        ranks[0].value[2].startswith("DeadlineExceeded: rank 0 has waited 1 s in a gather for rank 1; slow")
+    )
+    assert [r.value[3:] for r in ranks] == [(1, True, -signal.SIGTERM)] * 2
+
+
+def no_gpus(rank: int) -> None:
+    with Runtime("cuda", threads=1, deadline_s=5.0):
+        pass
+
+
+@pytest.mark.skipif(torch.cuda.device_count() >= 2, reason="this machine has the GPUs asked for")
+def test_too_few_gpus_is_one_line() -> None:
+    ranks = run_ranks(no_gpus, 2)
+    lines = our_lines(ranks)
+    assert len(lines) == 1
+    assert lines[0].startswith("localpipe: runtime.device = 'cuda' needs NCCL and 2 GPUs on this machine")
+    assert [r.exit_code for r in ranks] == [1, 1]
+
+
+# -- one process ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_one_process_needs_no_group(alone: None) -> None:
+    with Runtime("cpu", threads=1) as runtime:
+        assert (runtime.rank, runtime.world_size, runtime.store, runtime.control) == (0, 1, None, None)
+        assert runtime.gather(3) == [3] and runtime.broadcast(4) == 4
+        runtime.barrier()
+        assert not dist.is_initialized()
+
+
+def test_one_process_fails_with_one_line(alone: None, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving, Runtime("cpu", threads=1):
+        raise KeyError("labels")
+    line = capfd.readouterr().err
+    assert leaving.value.code == 1
+    assert re.fullmatch(
+        r"localpipe: rank 0, before the first step: KeyError: 'labels' \(test_runtime.py:\d+\)\n", line
+    )
+
+
+def test_ctrl_c_is_one_line(alone: None, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving, Runtime("cpu", threads=1) as runtime:
+        runtime.desk.progress(3, 4, "computing")
+        raise KeyboardInterrupt
+    assert leaving.value.code == 130
+    assert capfd.readouterr().err == "localpipe: stopped by ctrl-C at epoch 3 step 4\n"
+
+
+def test_desk_without_a_store(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    desk = FailureDesk(None, 0, 1, run_dir=tmp_path)
+    with pytest.raises(SystemExit):
+        desk.report(ConfigError("data.root = '/nowhere': no such folder"))
+    assert capfd.readouterr().err == "localpipe: data.root = '/nowhere': no such folder\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_choose_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime_module.dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", 1, 2) == (torch.device("cuda", 1), "nccl")
+    assert choose_device("auto", 1, 3) == (torch.device("cpu"), "gloo")
+    assert choose_device("cpu", 1, 2) == (torch.device("cpu"), "gloo")
+    assert choose_device("cuda-shared", 3, 4) == (torch.device("cuda", 1), "gloo")
+    with pytest.raises(ConfigError, match="needs NCCL and 3 GPUs on this machine, one per rank; found 2"):
+        choose_device("cuda", 0, 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert choose_device("auto", 0, 1) == (torch.device("cpu"), "gloo")
+    with pytest.raises(ConfigError, match="found none"):
+        choose_device("cuda-shared", 0, 1)
+    with pytest.raises(ConfigError, match="unknown device 'tpu'"):
+        choose_device("tpu", 0, 1)
+
+
+def test_threads_are_shared_by_the_ranks_of_a_machine() -> None:
+    before = torch.get_num_threads()
+    try:
+        assert set_threads(0, 1000) == 1 == torch.get_num_threads()
+        assert set_threads(3, 1) == 3 == torch.get_num_threads()
+        assert set_threads(0, 1) == len(os.sched_getaffinity(0))
+    finally:
+        torch.set_num_threads(before)
+
+
+if __name__ == "__main__":
+    job(sys.argv[1], sys.argv[2])
