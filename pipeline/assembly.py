@@ -18,7 +18,7 @@ from pipeline.methods import Level, Task, levels_of
 from pipeline.numerics import Numerics, stable_hash
 from pipeline.partition import Partition, cut, place
 from pipeline.schedule import Action, Message, exact_schedule, messages_sent
-from pipeline.transport import FieldSpec, MessageSpec
+from pipeline.wire import FieldSpec, MessageSpec
 
 T = TypeVar("T")
 

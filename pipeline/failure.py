@@ -100,6 +100,7 @@ class FailureDesk:
     ) -> None:
         self.rank = rank
         self.run_dir = run_dir
+        self.before_exit: Callable[[], None] | None = None  # e.g. restores the terminal; os._exit runs nothing else
         self._world_size = world_size
         self._store_host = store_host
         self._store = store.clone() if store is not None else None
@@ -133,6 +134,8 @@ class FailureDesk:
         KeyboardInterrupt, the code of a SystemExit, else 1. With one process it raises SystemExit, else it
         calls ``os._exit``: threads that wait in C++ would abort an orderly exit.
         """
+        if self._world_size == 1 and self._lock.locked():
+            raise error  # our own SystemExit, on its way out
         self._lock.acquire()
         if isinstance(error, KeyboardInterrupt):
             self._leave(130, lambda: f"stopped by ctrl-C{self._where()}")
@@ -261,6 +264,9 @@ class FailureDesk:
                     os.kill(peer.pid, signal.SIGKILL)
 
     def _exit(self, code: int) -> NoReturn:
+        if self.before_exit is not None:
+            with contextlib.suppress(Exception):
+                self.before_exit()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()

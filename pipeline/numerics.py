@@ -55,16 +55,14 @@ class Numerics:
 def resolve_numerics(config: PrecisionConfig, device: torch.device) -> Numerics:
     """Choose what ``auto`` leaves open.
 
-    bf16 where the device has units for it (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX), else fp32. Channels last
-    goes with bf16 and with CUDA; in fp32 on a CPU it was measured to be slower or equal for CIFAR ResNets.
+    bf16 where the device has units for it (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX): emulated bf16 was
+    measured to be 16 times slower than fp32. Channels last always: measured 1.2 to 1.3 times faster in fp32 on a CPU
+    (benchmarks/results/precision-cpu.md).
     """
     compute = config.compute
     if compute == "auto":
         compute = "bf16" if has_bf16_units(device) else "fp32"
-    channels_last = config.channels_last == "on" or (
-        config.channels_last == "auto" and (compute == "bf16" or device.type == "cuda")
-    )
-    return Numerics(device, DTYPES[compute], channels_last)
+    return Numerics(device, DTYPES[compute], config.channels_last != "off")
 
 
 def has_bf16_units(device: torch.device) -> bool:

@@ -18,12 +18,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from pipeline.connect import Edges
 from pipeline.errors import DataError
 from pipeline.local_module import LocalModule
 from pipeline.schedule import Action, Kind, Message, messages_needed, messages_sent
-from pipeline.transport import Edges, Header, Receiver, Sender
-from pipeline.transport import Kind as MessageKind
 from pipeline.transport import Message as Received
+from pipeline.transport import Receiver, Sender
+from pipeline.wire import Header, MessageKind
 
 
 @dataclass(frozen=True)

@@ -15,22 +15,21 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.assembly import Plan, build_modules, describe, make_plan
+from pipeline.assembly import build_modules, describe, make_plan
 from pipeline.backbones import Blocks, blocks_of, build_blocks
 from pipeline.config import Config, to_toml, validate
+from pipeline.connect import Edges, EdgeSpecs, agree, connect
 from pipeline.errors import ConfigError, LocalpipeError
-from pipeline.local_module import LocalModule
 from pipeline.methods import Task
-from pipeline.numerics import Numerics, resolve_numerics
+from pipeline.numerics import resolve_numerics
 from pipeline.optimiser import learning_rate
 from pipeline.partition import cut, place
-from pipeline.report import EpochRecord, Progress, RunDirectory, View, open_view, summarise
+from pipeline.report import EpochRecord, Progress, RunDirectory, open_view, summarise
 from pipeline.runtime import Runtime
 from pipeline.schedule import Action
 from pipeline.sources import Facts, ImageSource, LoaderData, LoaderSource, Source
 from pipeline.stage import Batch, Stage
 from pipeline.telemetry import Telemetry, merge
-from pipeline.transport import EdgeSpecs, Edges, agree, connect
 from pipeline.version import VERSION
 from pipeline.weights import merged_state, weights_sha256
 
@@ -125,6 +124,8 @@ class _Run:
             self.before_action,
         )
         self.view = open_view(quiet=self.quiet) if self.leader else None
+        if self.view is not None:
+            runtime.desk.before_exit = self.view.close  # a live view hides the cursor
         try:
             self._start_view()
             self._epochs(facts)

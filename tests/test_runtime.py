@@ -23,10 +23,11 @@ import torch.distributed as dist
 from helpers_spawn import RankResult, run_ranks
 
 from pipeline import runtime as runtime_module
+from pipeline.connect import EdgeSpecs, connect
 from pipeline.errors import ConfigError
 from pipeline.failure import FailureDesk
 from pipeline.runtime import Runtime, choose_device, set_threads
-from pipeline.transport import EdgeSpecs, FieldSpec, Header, Kind, MessageSpec, connect
+from pipeline.wire import FieldSpec, Header, MessageKind, MessageSpec
 
 ROOT = Path(__file__).parents[1]
 WORLD = 3
@@ -58,13 +59,13 @@ def job(mode: str, run_dir: str) -> None:
             if step == 5:
                 happen(mode, runtime)
             if edges.activation_in is not None:
-                edges.activation_in.take(Kind.TRAIN, 0, step, 0).release()
-                edges.gradient_out.send(Header(Kind.GRADIENT, 0, step, 0, rows=2), gradient=torch.ones(2, 4))
+                edges.activation_in.take(MessageKind.TRAIN, 0, step, 0).release()
+                edges.gradient_out.send(Header(MessageKind.GRADIENT, 0, step, 0, rows=2), gradient=torch.ones(2, 4))
             if edges.activation_out is not None:
                 edges.activation_out.send(
-                    Header(Kind.TRAIN, 0, step, 0, rows=2), activation=torch.ones(2, 4)
+                    Header(MessageKind.TRAIN, 0, step, 0, rows=2), activation=torch.ones(2, 4)
                 )
-                edges.gradient_in.take(Kind.GRADIENT, 0, step, 0).release()
+                edges.gradient_in.take(MessageKind.GRADIENT, 0, step, 0).release()
         edges.close()
 
 

@@ -15,20 +15,10 @@ import torch
 import torch.distributed as dist
 from helpers_spawn import RankResult, run_ranks
 
+from pipeline.connect import Edges, EdgeSpecs, agree, connect
 from pipeline.errors import ConfigError, DeadlineExceeded, PeerLost, WireError
-from pipeline.transport import (
-    HEADER_BYTES,
-    Edges,
-    EdgeSpecs,
-    FieldSpec,
-    Header,
-    Kind,
-    MessageSpec,
-    Receiver,
-    Sender,
-    agree,
-    connect,
-)
+from pipeline.transport import Receiver, Sender
+from pipeline.wire import HEADER_BYTES, FieldSpec, Header, MessageKind, MessageSpec
 
 CPU = torch.device("cpu")
 SMALL = MessageSpec((FieldSpec("activation", torch.float32, (3,)),), max_rows=4)
@@ -44,7 +34,7 @@ BIG = MessageSpec((FieldSpec("activation", torch.float32, (1024, 1024)),), max_r
 
 
 def train(step: int, rows: int = 4) -> Header:
-    return Header(Kind.TRAIN, 0, step, 0, key=0, rows=rows, batch_rows=100)
+    return Header(MessageKind.TRAIN, 0, step, 0, key=0, rows=rows, batch_rows=100)
 
 
 def message(spec: MessageSpec, seed: int, rows: int) -> dict[str, torch.Tensor]:
@@ -89,7 +79,7 @@ def check_round_trip(rank: int) -> Any:
             for tensor in sent.values():
                 tensor.zero_()  # the copy is ours: the caller may overwrite at once
             continue
-        got = end.take(Kind.TRAIN, 0, step, 0)
+        got = end.take(MessageKind.TRAIN, 0, step, 0)
         reference = sent["activation"].contiguous(memory_format=torch.channels_last)
         results.append(
             got.header == train(step, rows)
@@ -112,7 +102,7 @@ def check_order(rank: int) -> Any:
         if rank == 0:
             end.send(train(step), activation=torch.full((4, 3), float(step)))
         else:
-            got = end.take(Kind.TRAIN, 0, step, 0)
+            got = end.take(MessageKind.TRAIN, 0, step, 0)
             values.append(float(got.fields["activation"][3, 2]))
             addresses.add(got.fields["activation"].data_ptr())
             got.release()
@@ -140,7 +130,7 @@ def check_back_pressure(rank: int) -> Any:
     dist.barrier()
     depth = end.queue_depth()
     for step in range(6):
-        end.take(Kind.TRAIN, 0, step, 0).release()
+        end.take(MessageKind.TRAIN, 0, step, 0).release()
     end.close()
     return depth
 
@@ -152,9 +142,9 @@ def check_late_sender(rank: int) -> Any:
         dist.barrier()
         end.close()
         return None
-    end.take(Kind.TRAIN, 0, 50, 0).release()
+    end.take(MessageKind.TRAIN, 0, 50, 0).release()
     try:
-        end.take(Kind.TRAIN, 0, 51, 0)
+        end.take(MessageKind.TRAIN, 0, 51, 0)
     except DeadlineExceeded as exc:
         dist.barrier()
         end.close()
@@ -172,7 +162,7 @@ def check_wrong_step(rank: int) -> Any:
         end.send(train(7), activation=torch.zeros(4, 3))
     else:
         try:
-            end.take(Kind.TRAIN, 0, 8, 0)
+            end.take(MessageKind.TRAIN, 0, 8, 0)
         except WireError as exc:
             text = str(exc)
     end.close()
@@ -187,7 +177,7 @@ def check_foreign_bytes(rank: int) -> Any:
         return None
     end = Receiver(group, 0, SMALL, 1, 5.0, CPU, "activation")
     try:
-        end.take(Kind.TRAIN, 0, 0, 0)
+        end.take(MessageKind.TRAIN, 0, 0, 0)
     except WireError as exc:
         dist.barrier()
         return str(exc)
@@ -202,7 +192,7 @@ def check_both_directions(rank: int) -> Any:
     right = True
     for step in range(5):
         sender.send(train(step, 6), activation=tensor)
-        got = receiver.take(Kind.TRAIN, 0, step, 0)
+        got = receiver.take(MessageKind.TRAIN, 0, step, 0)
         right = right and bool((got.fields["activation"] == peer).all())
         got.release()
     Edges(activation_in=receiver, activation_out=sender).close()
@@ -217,7 +207,7 @@ def check_untaken(rank: int) -> Any:
             end.send(train(step), activation=torch.zeros(4, 3))
         end.close()
         return None
-    end.take(Kind.TRAIN, 0, 0, 0)
+    end.take(MessageKind.TRAIN, 0, 0, 0)
     return end.close()
 
 
@@ -348,14 +338,14 @@ def chain(rank: int) -> dict[str, Any]:
     x = torch.zeros(4, 4)
     for step in range(3):
         if edges.activation_in:
-            got = edges.activation_in.take(Kind.TRAIN, 0, step, 0)
+            got = edges.activation_in.take(MessageKind.TRAIN, 0, step, 0)
             x = got.fields["activation"] + 1
             got.release()
-            header = Header(Kind.GRADIENT, 0, step, 0, 0, 4)
+            header = Header(MessageKind.GRADIENT, 0, step, 0, 0, 4)
             edges.gradient_out.send(header, gradient=x)
         if edges.activation_out:
             edges.activation_out.send(train(step), activation=x)
-            edges.gradient_in.take(Kind.GRADIENT, 0, step, 0).release()
+            edges.gradient_in.take(MessageKind.GRADIENT, 0, step, 0).release()
     results["x"] = float(x.sum())
     results["unread"] = edges.close()
     results["threads"] = threading.active_count()
@@ -401,7 +391,7 @@ def lose_a_peer(rank: int) -> Any:
             for step in range(4):
                 edges.activation_out.send(train(step), activation=torch.zeros(4, 4))
         else:
-            edges.activation_in.take(Kind.TRAIN, 0, 0, 0)
+            edges.activation_in.take(MessageKind.TRAIN, 0, 0, 0)
     except PeerLost as exc:
         return exc.peer, time.time() - float(store.get("killed")), str(exc)
     finally:

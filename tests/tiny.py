@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from pipeline.assembly import Plan, build_modules, make_plan
 from pipeline.backbones import BasicBlock
 from pipeline.config import Config, from_dict, validate
+from pipeline.connect import Edges
 from pipeline.local_module import LocalModule
 from pipeline.methods import Task
 from pipeline.numerics import Numerics
 from pipeline.stage import Batch, Stage
-from pipeline.transport import Edges
 
 CLASSES = 4
 IMAGE = (3, 8, 8)

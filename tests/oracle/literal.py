@@ -67,9 +67,7 @@ def _level(
 ) -> Tensor:
     released = config.hierarchy.variant == "released"
     count = len(modules)
-    if released:
-        position = m / (count - 2) if count > 2 else 0.0
-    elif level == "independent":
+    if released or level == "independent":
         position = m / (count - 2) if count > 2 else 0.0
     else:
         position = (m - 1) / (count - 3) if count > 3 else 0.0

@@ -1,0 +1,155 @@
+"""Before step 0: all ranks agree on version, configuration and messages; then edges are built in one order."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from pipeline.errors import ConfigError, DeadlineExceeded, PeerLost, WireError
+from pipeline.transport import Receiver, Sender
+from pipeline.wire import FOREVER, MessageSpec
+
+
+@dataclass(frozen=True)
+class EdgeSpecs:
+    """What one rank receives and sends; None where there is no such edge (ends of the chain, no cascade)."""
+
+    activation_in: MessageSpec | None = None
+    """from rank - 1"""
+    activation_out: MessageSpec | None = None
+    """to rank + 1"""
+    gradient_in: MessageSpec | None = None
+    """from rank + 1"""
+    gradient_out: MessageSpec | None = None
+    """to rank - 1"""
+
+
+@dataclass
+class Edges:
+    """The ends of the edges of one rank, named as in EdgeSpecs."""
+
+    activation_in: Receiver | None = None
+    activation_out: Sender | None = None
+    gradient_in: Receiver | None = None
+    gradient_out: Sender | None = None
+
+    def close(self) -> int:
+        """End all streams in an order that cannot dead-lock; return how many arrived messages nobody took."""
+        senders = [end for end in (self.activation_out, self.gradient_out) if end is not None]
+        receivers = [end for end in (self.activation_in, self.gradient_in) if end is not None]
+        for sender in senders:
+            sender.finish()
+        unread = sum(receiver.close() for receiver in receivers)
+        for sender in senders:
+            sender.close()
+        return unread
+
+
+def connect(
+    store: dist.Store,
+    rank: int,
+    world_size: int,
+    specs: EdgeSpecs,
+    *,
+    slots: int,
+    depth: int,
+    deadline_s: float,
+    device: torch.device,
+    backend: str,
+) -> Edges:
+    """Agree on all messages, then create one group per directed edge. Collective: every rank calls it.
+
+    Before any group exists each edge's two descriptions are compared; WireError names both sides. Groups are
+    made and warmed up in one order on all ranks: down 0->1, up 1->0, down 1->2, ... Raises DeadlineExceeded,
+    PeerLost.
+    """
+    texts = {name: spec and f"{spec.describe()}, {slots} slots" for name, spec in vars(specs).items()}
+    everyone = [
+        json.loads(t) for t in _collect(store, rank, world_size, "edges", json.dumps(texts), deadline_s)
+    ]
+    edges = Edges()
+    for upper in range(world_size - 1):
+        for label, source, target in (("activation", upper, upper + 1), ("gradient", upper + 1, upper)):
+            sent, expected = everyone[source][f"{label}_out"], everyone[target][f"{label}_in"]
+            if sent != expected:
+                raise WireError(
+                    f"rank {target} expects {expected or f'no {label}'} from rank {source}, "
+                    f"rank {source} sends {sent or f'no {label}'}"
+                )
+    for upper in range(world_size - 1):
+        for label, source, target in (("activation", upper, upper + 1), ("gradient", upper + 1, upper)):
+            if everyone[source][f"{label}_out"] is None:
+                continue
+            # gloo: bounds the connection only, waits pass FOREVER. NCCL: the watchdog would kill a
+            # posted-ahead receive.
+            timeout = timedelta(seconds=deadline_s) if backend == "gloo" else FOREVER
+            group = dist.new_group([source, target], timeout=timeout, backend=backend)
+            if rank not in (source, target):
+                continue
+            _warm_up(group, source, target, device if backend != "gloo" else torch.device("cpu"))
+            if rank == source:
+                spec = getattr(specs, f"{label}_out")
+                end = Sender(group, target, spec, depth, slots, deadline_s, device, label)
+                setattr(edges, f"{label}_out", end)
+            else:
+                spec = getattr(specs, f"{label}_in")
+                setattr(edges, f"{label}_in", Receiver(group, source, spec, slots, deadline_s, device, label))
+    return edges
+
+
+def _warm_up(group: dist.ProcessGroup, source: int, target: int, device: torch.device) -> None:
+    """One element each way of the edge: a lazily built communicator is built now, in the common order."""
+    one = torch.zeros(1, device=device)
+    rank = dist.get_rank()
+    peer = target if rank == source else source
+    try:
+        if rank == source:
+            dist.send(one, target, group=group)
+        else:
+            dist.recv(one, source, group=group)
+    except RuntimeError as exc:
+        raise PeerLost(peer, f"rank {rank} was connecting to rank {peer} when it failed ({exc})") from exc
+
+
+def agree(
+    store: dist.Store | None, rank: int, world_size: int, name: str, value: str, deadline_s: float
+) -> None:
+    """Refuse to start unless every rank passes the same ``value``; use each ``name`` once per run.
+
+    Raises ConfigError naming the ranks that differ, DeadlineExceeded naming the ranks that did not answer.
+    """
+    if store is None:
+        return
+    values = _collect(store, rank, world_size, name, value, deadline_s)
+    holders: dict[str, list[int]] = {}
+    for r, v in enumerate(values):
+        holders.setdefault(v, []).append(r)
+    if len(holders) > 1:
+        parts = [
+            f"{_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'} '{v}'" for v, ranks in holders.items()
+        ]
+        raise ConfigError(f"ranks disagree about {name}: " + "; ".join(parts))
+
+
+def _collect(
+    store: dist.Store, rank: int, world_size: int, name: str, value: str, deadline_s: float
+) -> list[str]:
+    """Publish ``value`` and return everyone's, by rank."""
+    keys = [f"agree/{name}/{r}" for r in range(world_size)]
+    store.set(keys[rank], value)
+    end = time.monotonic() + deadline_s
+    while not store.check(keys):  # store.wait would block in C++, and print warnings when it times out
+        if time.monotonic() > end:
+            missing = _ranks([r for r, key in enumerate(keys) if not store.check([key])])
+            raise DeadlineExceeded(f"rank {rank} has waited {deadline_s:g} s for {missing} to publish {name}")
+        time.sleep(0.02)
+    return [text.decode() for text in store.multi_get(keys)]
+
+
+def _ranks(ranks: list[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
