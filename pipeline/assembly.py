@@ -109,7 +109,8 @@ def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int) -> Plan:
     shapes = tuple(by_block[names[-1]] for names in partition.modules)
     if shapes[-1] != (task.classes,):
         raise ConfigError(
-            f"the network ends in {shapes[-1]}, the data has {task.classes} classes; its last block must give class scores"
+            f"the network ends in {shapes[-1]}, the data has {task.classes} classes; "
+            "the last block must give class scores"
         )
     reconstructing = set()
     with torch.random.fork_rng(devices=[]):

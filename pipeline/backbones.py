@@ -115,7 +115,7 @@ def blocks_of(network: nn.Sequential) -> Blocks:
 
 
 class UncutModel(nn.Module):
-    """The whole network in one process. State-dict keys are ``<block name>.<parameter>``, as a training run saves them."""
+    """The whole network in one process. Its state-dict keys are ``<block>.<parameter>``, as a run saves them."""
 
     def __init__(self, blocks: Blocks) -> None:
         super().__init__()

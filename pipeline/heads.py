@@ -268,7 +268,7 @@ class PatchedHead(nn.Module):
 
 
 class VectorInput(nn.Module):
-    """Views a vector feature (B, D) as a map (B, D, 1, 1), so that a head for maps also serves modules that end flat."""
+    """Views a vector feature (B, D) as a map (B, D, 1, 1), so that heads for maps serve flat modules too."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, :, None, None] if x.dim() == 2 else x

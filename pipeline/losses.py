@@ -63,10 +63,8 @@ def similarity_matrix(x: Tensor) -> Tensor:
     over positions (unbiased).
     """
     x = _full(x)
-    if x.dim() == 4 and x.size(1) > 3 and x.size(2) > 1:
-        x = x.flatten(2).std(dim=2)
-    else:
-        x = x.flatten(1)
+    reduced = x.dim() == 4 and x.size(1) > 3 and x.size(2) > 1
+    x = x.flatten(2).std(dim=2) if reduced else x.flatten(1)
     x = x - x.mean(dim=1, keepdim=True)
     x = x / (x.norm(dim=1, keepdim=True) + 1e-8)
     return (x @ x.t()).clamp(-1.0, 1.0)

@@ -78,7 +78,7 @@ class Level(nn.Module):
         """Run all heads and their backward passes on a detached feature (B, C, H, W).
 
         Returns:
-            ``scale * d(level loss)/d(feature)``, shape and dtype of the feature, and the un-weighted loss of every term.
+            ``scale * d(level loss)/d(feature)``, like the feature, and the un-weighted loss of every term.
         """
         gradient = torch.zeros_like(feature)
         losses = {

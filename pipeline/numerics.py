@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.config import PrecisionConfig
+from pipeline.errors import ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
@@ -52,17 +54,42 @@ class Numerics:
         module.to(device=self.device, dtype=dtype, memory_format=self.layout)
 
 
-def resolve_numerics(config: PrecisionConfig, device: torch.device) -> Numerics:
+def resolve_numerics(config: PrecisionConfig, device: torch.device, network: Iterable[nn.Module]) -> Numerics:
     """Choose what ``auto`` leaves open.
 
     bf16 where the device has units for it (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX): emulated bf16 was
     measured to be 16 times slower than fp32. Channels last always: measured 1.2 to 1.3 times faster in fp32 on a CPU
-    (benchmarks/results/precision-cpu.md).
+    (benchmarks/results/precision-cpu.md); except where oneDNN's NHWC kernels write out of bounds.
+
+    Raises:
+        ConfigError: ``channels_last = "on"`` for a network for which that would corrupt memory.
     """
     compute = config.compute
     if compute == "auto":
         compute = "bf16" if has_bf16_units(device) else "fp32"
-    return Numerics(device, DTYPES[compute], config.channels_last != "off")
+    channels_last = config.channels_last != "off"
+    if channels_last and device.type == "cpu" and (narrow := _narrow_strided_convolution(network)) is not None:
+        if config.channels_last == "on":
+            raise ConfigError(
+                f"precision.channels_last = 'on': the strided 1x1 convolution with {narrow} input channels would "
+                "corrupt memory on this CPU (oneDNN issue 6035); use 'auto' or 'off'"
+            )
+        channels_last = False
+    return Numerics(device, DTYPES[compute], channels_last)
+
+
+def _narrow_strided_convolution(network: Iterable[nn.Module]) -> int | None:
+    """Input channels of a strided 1x1 convolution with fewer than 16 of them, or None.
+
+    The weight gradient of such a convolution writes past its workspace in NHWC (oneDNN issue 6035: fewer than 8
+    channels with AVX2, 16 with AVX512; seen with torch 2.15 as heap corruption).
+    """
+    for block in network:
+        for layer in block.modules():
+            strided = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and max(layer.stride) > 1
+            if strided and layer.in_channels < 16:
+                return layer.in_channels
+    return None
 
 
 def has_bf16_units(device: torch.device) -> bool:

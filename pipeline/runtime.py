@@ -10,6 +10,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ import torch.distributed as dist
 from pipeline.errors import ConfigError, DeadlineExceeded, PeerLost
 from pipeline.failure import FailureDesk
 
+_RUNS = itertools.count()
 DEVICES = ("auto", "cpu", "cuda", "cuda-shared")
 
 
@@ -68,6 +71,15 @@ def set_threads(threads: int, local_world_size: int) -> int:
         ):  # refused once parallel work has started (embedded in other code)
             torch.set_num_interop_threads(1)
     return count
+
+
+@functools.cache
+def _base_store(rank: int, world_size: int, deadline_s: float) -> dist.Store:
+    """The connection to the launcher's store. One per process: where rank 0 serves the store itself, a second run
+    could otherwise reach the server of the first."""
+    timeout = timedelta(seconds=deadline_s)
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+    return store
 
 
 class Runtime:
@@ -177,12 +189,12 @@ class Runtime:
         return None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
 
     def _open_store(self) -> dist.Store:
-        timeout = timedelta(seconds=self.deadline_s)
-        store, _, _ = next(dist.rendezvous("env://", self.rank, self.world_size, timeout=timeout))
+        store = _base_store(self.rank, self.world_size, self.deadline_s)
         # torchrun keeps its store over restarts: without a prefix per attempt, ranks read the addresses of
         # dead ones.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"/localpipe/attempt_{attempt}", store)
+        # A script may train several times: every run of this process gets its own keys, in the same order on all ranks.
+        return dist.PrefixStore(f"/localpipe/attempt_{attempt}/run_{next(_RUNS)}", store)
 
     def _init_groups(self, store: dist.Store) -> None:
         timeout = timedelta(seconds=self.deadline_s)

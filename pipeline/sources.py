@@ -156,7 +156,7 @@ class LoaderSource:
             try:
                 counts[name] = len(loader)
             except TypeError:
-                raise ConfigError(f"the {name} loader has no length; give it __len__, or use a map-style data set") from None
+                raise ConfigError(f"the {name} loader has no length; give it __len__") from None
             if counts[name] == 0:
                 raise ConfigError(f"the {name} loader is empty; it must yield at least one batch")
         image, labels = next(iter(data.train))

@@ -67,7 +67,7 @@ class Telemetry:
         self._bytes_before = 0
 
     def pulse(self, stage: Stage, started: float) -> None:
-        """Publish the live numbers of this stage if the last ones are old. ``started``: monotonic start of the epoch."""
+        """Publish this stage's live numbers if the last ones are old. ``started``: when the epoch began (monotonic)."""
         now = time.monotonic()
         if not self._live or now - self._last_pulse < PULSE_S:
             return

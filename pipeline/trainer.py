@@ -21,7 +21,7 @@ from pipeline.config import Config, to_toml, validate
 from pipeline.connect import Edges, EdgeSpecs, agree, connect
 from pipeline.errors import ConfigError, LocalpipeError
 from pipeline.methods import Task
-from pipeline.numerics import resolve_numerics
+from pipeline.numerics import Numerics, resolve_numerics
 from pipeline.optimiser import learning_rate
 from pipeline.partition import cut, place
 from pipeline.report import EpochRecord, Progress, RunDirectory, open_view, summarise
@@ -52,7 +52,7 @@ def train(
         network: a network of your own, cut between its children; its weights are kept and updated in place on the
             rank that owns them. Without it ``config.model.name`` is built and initialised from ``config.train.seed``.
         data: your own loaders; only rank 0 reads from them. Without it ``config.data.name`` is opened.
-        run_dir: where config.toml, metrics.jsonl, summary.json, model.pt and heads.pt go; default ``runs/<name>-<time>``.
+        run_dir: where config.toml, metrics.jsonl, summary.json, model.pt, heads.pt go; default ``runs/<name>-<time>``.
         quiet: print only the final report.
         before_action: called with (step, action) before every action of this rank's schedule.
 
@@ -92,7 +92,7 @@ class _Run:
     def run(self, run_dir: Path | None) -> dict[str, Any]:
         """Everything, in order; the cheap refusals first."""
         runtime, config = self.runtime, self.config
-        self._refuse_early()
+        self.numerics = self._refuse_early()
         agree(runtime.store, runtime.rank, runtime.world_size, "the version", VERSION, config.runtime.deadline_s)
         agree(
             runtime.store,
@@ -103,7 +103,6 @@ class _Run:
             config.runtime.deadline_s,
         )
         self.directory = self._make_directory(run_dir)
-        self.numerics = resolve_numerics(config.precision, runtime.device)
         self.source, facts = self._open_data()
         blocks, task = self._blocks(facts)
         self.plan = make_plan(config, blocks, task, runtime.world_size)
@@ -141,10 +140,11 @@ class _Run:
 
     # --- before step 0 ------------------------------------------------------------------------------------------------
 
-    def _refuse_early(self) -> None:
-        """Refusals that need no data: more modules than blocks, more ranks than modules."""
+    def _refuse_early(self) -> Numerics:
+        """Refusals that need no data: more modules than blocks, more ranks than modules, a layout that cannot work."""
         blocks = blocks_of(self.network) if self.network is not None else build_blocks(self.config.model.name, 3, 10)
         place(len(cut(list(blocks), self.config.model)), self.runtime.world_size)
+        return resolve_numerics(self.config.precision, self.runtime.device, blocks.values())
 
     def _make_directory(self, run_dir: Path | None) -> RunDirectory:
         path = None

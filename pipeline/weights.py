@@ -12,7 +12,7 @@ from pipeline.config import Config
 
 
 def weights_sha256(states: list[dict[str, dict[str, Tensor]]]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers, blocks then heads, in module order."""
+    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers, in module order."""
     digest = hashlib.sha256()
     for state in states:
         for part in ("blocks", "heads"):
@@ -28,5 +28,5 @@ def merged_state(states: list[dict[str, dict[str, Tensor]]], part: str) -> dict[
 
 
 def load_model(config: Config, classes: int, in_channels: int = 3) -> nn.Module:
-    """The un-cut network of ``config.model.name``, for a run's ``model.pt``: ``load_model(...).load_state_dict(...)``."""
+    """The un-cut network of ``config.model.name``, into which a run's ``model.pt`` loads."""
     return UncutModel(build_blocks(config.model.name, in_channels, classes))

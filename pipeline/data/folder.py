@@ -81,7 +81,8 @@ def _scan_directory(root: Path) -> dict[str, _Split]:
     for name, folders in (("train", ("train",)), ("test", TEST_NAMES)):
         folder = next((top / f for f in folders if (top / f).is_dir()), None)
         if folder is None:
-            raise ConfigError(f"data.root = '{root}' has no {' or '.join(f + '/' for f in folders)} directory with classes")
+            wanted = " or ".join(f"{f}/" for f in folders)
+            raise ConfigError(f"data.root = '{root}' has no {wanted} directory with one directory per class")
         split = splits[name]
         for file in sorted(folder.glob("*/*")):
             if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
@@ -116,8 +117,8 @@ def _scan_tar(path: Path, compressed: bool, budget: int) -> dict[str, _Split]:
                     held += member.size
                     if held > budget:
                         raise ConfigError(
-                            f"data.root = '{path}' holds more than data.cache_gib = {budget / GIB:g} GiB and is compressed, "
-                            "so it cannot be read at random; extract it, or raise data.cache_gib"
+                            f"data.root = '{path}' holds more than data.cache_gib = {budget / GIB:g} GiB and is "
+                            "compressed, so it cannot be read at random; extract it, or raise data.cache_gib"
                         )
                 else:
                     data = (member.offset_data, member.size)

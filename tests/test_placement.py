@@ -1,0 +1,128 @@
+"""The weights do not depend on where modules run or how fast: 1, 2, 3 and 4 processes, with random delays."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers_spawn import run_ranks
+from tiny import tiny_batch, tiny_blocks, tiny_config, tiny_stage
+from torch import nn
+
+from pipeline import LoaderData, train
+from pipeline.schedule import Action
+from pipeline.weights import weights_sha256
+
+STEPS = 5
+ROWS = 8
+MODULES = 4
+CASES = [
+    (method, variant, span, micro_batches)
+    for method in ("dgl", "predsim", "infopro", "infopro-contrast", "greedy")
+    for variant, span, micro_batches in (("plain", 1, 1), ("hpff", 2, 1), ("hpff", 2, 2))
+] + [("infopro", "released", 2, 1), ("infopro", "hpff", 3, 2), ("dgl", "hpff", MODULES, 1)]
+
+
+class Batches:
+    """A loader with a length: STEPS batches of fixed random images."""
+
+    batch_size = ROWS
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __iter__(self) -> Any:
+        for step in range(STEPS):
+            batch = tiny_batch(step, ROWS)
+            yield batch.image, batch.labels
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(7)
+    return nn.Sequential(tiny_blocks())
+
+
+def dawdle(rank: int) -> Any:
+    """Sleep a random 0 to 4 ms before every action: another interleaving in every run."""
+    generator = random.Random(time.time_ns() + rank)
+
+    def before_action(step: int, action: Action) -> None:
+        time.sleep(generator.random() * 0.004)
+
+    return before_action
+
+
+def config_of(case: tuple[str, str, int, int]) -> Any:
+    method, variant, span, micro_batches = case
+    return tiny_config(
+        method, variant, span, MODULES, schedule={"micro_batches": micro_batches}, train={"epochs": 1}
+    )
+
+
+def train_all(rank: int, cases: list[tuple[str, str, int, int]], folder: str) -> list[str]:
+    """Every case, one after another in the same processes; returns the weights' digests."""
+    digests = []
+    for index, case in enumerate(cases):
+        summary = train(
+            config_of(case),
+            network=network(),
+            data=LoaderData(Batches(), Batches()),
+            run_dir=Path(folder) / str(index),
+            quiet=True,
+            before_action=dawdle(rank),
+        )
+        assert summary["world_size"] >= 1 and summary["steps"] == STEPS
+        digests.append(summary["weights_sha256"])
+    return digests
+
+
+@pytest.fixture(scope="module")
+def digests() -> dict[int, list[str]]:
+    """The digests of all cases by number of processes."""
+    found = {}
+    for ranks in (1, 2, 3, 4):
+        with tempfile.TemporaryDirectory() as folder:
+            results = run_ranks(train_all, ranks, CASES, folder, timeout_s=300)
+        for result in results:
+            assert result.exit_code == 0, result.stderr
+            assert result.value == results[0].value
+        found[ranks] = results[0].value
+    return found
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=lambda i: "-".join(map(str, CASES[i])))
+def test_weights_are_the_same_on_any_number_of_processes(digests: dict[int, list[str]], index: int) -> None:
+    assert len({digests[ranks][index] for ranks in (1, 2, 3, 4)}) == 1
+
+
+def test_different_methods_have_different_weights(digests: dict[int, list[str]]) -> None:
+    """The digest sees the weights: no two cases agree by accident."""
+    assert len(set(digests[1])) == len(CASES)
+
+
+@pytest.mark.parametrize("method", ["dgl", "infopro"])
+@pytest.mark.parametrize("span", [1, 2])
+def test_two_micro_batches_equal_gradient_accumulation(method: str, span: int) -> None:
+    """M = 2: the same weights as two half batches in turn, whose gradients are added before the update."""
+    whole, modules, _ = tiny_stage(tiny_config(method, "hpff", span, MODULES, schedule={"micro_batches": 2}))
+    halves, reference, _ = tiny_stage(tiny_config(method, "hpff", span, MODULES))
+    halves.schedule = tuple(action for action in halves.schedule if action.kind.value != "U")
+    for step in range(3):
+        batch = tiny_batch(step, ROWS)
+        whole.train_step(1, step, batch)
+        for start in (0, ROWS // 2):
+            part = slice(start, start + ROWS // 2)
+            half = type(batch)(batch.x[part], batch.labels[part], batch.image[part])
+            halves.train_step(1, step, half)
+        for module in reference:
+            for parameter in itertools.chain(module.parameters, *[lv.parameters() for lv in module.levels.values()]):
+                if parameter.grad is not None:
+                    parameter.grad /= 2
+            module.update()
+    assert weights_sha256([m.state() for m in modules]) == weights_sha256([m.state() for m in reference])
