@@ -292,6 +292,11 @@ def validate(config: Config) -> Config:
             f"hierarchy.cascade_span = {config.hierarchy.cascade_span} is larger than model.modules = "
             f"{config.model.modules}; the largest span is K, which is end-to-end flow"
         )
+    if config.optim.schedule == "cosine" and config.train.epochs == 1 and config.optim.warmup_epochs == 0:
+        raise ConfigError(
+            "train.epochs = 1 with the cosine schedule and no warm-up has learning rate 0 throughout; "
+            "use optim.schedule=constant or more epochs"
+        )
     if config.optim.nesterov and config.optim.name == "sgd" and config.optim.momentum == 0:
         raise ConfigError("optim.momentum = 0 with optim.nesterov = true; set optim.nesterov=false")
     return config

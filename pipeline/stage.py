@@ -120,11 +120,11 @@ class Stage:
         self._batch = [] if batch is None else list(self._split(batch))
         self._expected = iter(self._gradient_order)
         for action in self.schedule:
+            self.current = action
             if self._progress is not None:
                 self._progress(epoch, step, str(action))
             if self._before_action is not None:
                 self._before_action(step, action)
-            self.current = action
             waited, started = self.wait_s(), time.perf_counter()
             self._act(action, epoch, step)
             elapsed = time.perf_counter() - started - (self.wait_s() - waited)

@@ -54,6 +54,7 @@ def test_common_spellings_of_precision_are_understood() -> None:
         ("method.task=[1, -1]", ["method.task", "two weights"]),
         ("schedule.micro_batches=3", ["data.batch_size", "not divisible", "micro_batches = 3"]),
         ("hierarchy.cascade_span=9", ["hierarchy.cascade_span = 9", "model.modules = 4"]),
+        ("optim.momentum=0", ["optim.momentum = 0", "optim.nesterov=false"]),
         ("optim.lr=0", ["optim.lr = 0", "greater than 0"]),
         ("nonsense", ["--set nonsense", "section.key=value"]),
     ],
