@@ -9,6 +9,7 @@ The names below are the public interface; everything else may change.
 from pipeline.backbones import UncutModel, backbone_names, build_blocks, register_backbone
 from pipeline.config import Config, from_dict, load_config, recipe_names, to_toml
 from pipeline.errors import ConfigError, LocalpipeError
+from pipeline.report import plot_curve, read_metrics
 from pipeline.sources import LoaderData
 from pipeline.trainer import train
 from pipeline.version import VERSION as __version__
@@ -26,6 +27,8 @@ __all__ = [
     "from_dict",
     "load_config",
     "load_model",
+    "plot_curve",
+    "read_metrics",
     "recipe_names",
     "register_backbone",
     "to_toml",

@@ -161,8 +161,9 @@ class LoaderSource:
                 raise ConfigError(f"the {name} loader is empty; it must yield at least one batch")
         image, labels = next(iter(data.train))
         rows = len(labels)
-        test_rows = [len(y) for _, y in data.test]
-        tests = sum(-(-n // self._micro_batch) for n in test_rows)
+        tests = counts["test"]
+        if getattr(data.test, "batch_size", None) is None or data.test.batch_size > self._micro_batch:
+            tests = sum(-(-len(y) // self._micro_batch) for _, y in data.test)  # batches that will be cut
         self.facts = Facts(0, tuple(image.shape[1:]), counts["train"], tests, counts["train"] * rows)
 
     def train(self, epoch: int) -> Iterator[Batch]:

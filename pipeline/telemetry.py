@@ -82,7 +82,7 @@ class Telemetry:
                 losses={
                     name: float(total) / max(counters.steps, 1) for name, total in module.loss_sums.items()
                 },
-                busy_fraction=sum(counters.busy_s.values()) / wall,
+                busy_fraction=counters.busy_s.get(index, 0.0) / wall,
                 wait_fraction=waited / wall,
                 queue_depth=counters.queue_depth_sum / max(counters.queue_depth_count, 1),
                 peak_memory_bytes=peak_memory_bytes(self._device),
@@ -116,7 +116,12 @@ class Telemetry:
                 count = wrong.get((index, level))
                 errors[level] = 100.0 * count / counters.tested if count is not None and counters.tested else None
             record = ModuleRecord(
-                index, self._rank, self._plan.partition.label(index), module.take_losses(counters.steps), errors
+                index=index,
+                rank=self._rank,
+                blocks=self._plan.partition.label(index),
+                losses=module.take_losses(counters.steps),
+                head_error_pct=errors,
+                busy_s=counters.busy_s.get(index, 0.0),
             )
             modules.append(dataclasses.asdict(record))
         record = StageRecord(

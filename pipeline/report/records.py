@@ -18,6 +18,7 @@ class ModuleRecord:
     ``losses`` are epoch means, named ``level.loss`` (``"independent.reconstruction"``, ``"cascade.task"``) or
     ``"final"`` for the last module. ``head_error_pct`` holds test-set errors in percent by level
     (``"independent"``, ``"cascade"``, ``"final"``), None where a head does not classify or was not tested.
+    ``busy_s`` is the time its forward, heads, backward and update took in this epoch.
     ``blocks`` names the network blocks in the module, first to last, such as ``"stem-layer1.2"``.
     """
 
@@ -26,6 +27,7 @@ class ModuleRecord:
     blocks: str
     losses: dict[str, float]
     head_error_pct: dict[str, float | None]
+    busy_s: float = 0.0
 
     def losses_under(self, keys: Sequence[str]) -> list[float]:
         """The losses whose full name or level is one of ``keys``."""
@@ -89,7 +91,8 @@ class EpochRecord:
 class LiveModule:
     """One local module within an epoch; ``losses`` as in ModuleRecord, but means of the epoch so far.
 
-    The last four values are those of its stage; fractions go from 0 to 1.
+    ``busy_fraction`` is its own share of the time, the last three values are those of its stage; fractions
+    go from 0 to 1.
     """
 
     index: int

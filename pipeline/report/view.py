@@ -6,6 +6,7 @@ Only rank 0 opens a view; the other ranks send it their records.
 from __future__ import annotations
 
 import math
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ from pipeline.report.records import (
     progress_parts,
 )
 
+LOG_WIDTH = 140  # columns of output that goes to a file or a pipe
 _WIDE = 110  # columns of the console from which on headings are spelled out
 
 
@@ -209,9 +211,13 @@ class LiveView(View):
 def open_view(console: Console | None = None, *, quiet: bool = False) -> View:
     """Return the live view if ``console`` (default: standard output) is a terminal, else plain lines.
 
-    ``quiet`` leaves only the final report.
+    ``quiet`` leaves only the final report. A log file or pipe has no width of its own: it gets LOG_WIDTH columns, in
+    which every column of the report is legible.
     """
-    console = Console() if console is None else console
+    if console is None:
+        console = Console()
+        if not console.is_terminal and "COLUMNS" not in os.environ:
+            console = Console(width=LOG_WIDTH)
     if console.is_terminal and console.is_interactive and not quiet:
         return LiveView(console)
     return PlainView(console, quiet=quiet)

@@ -1,0 +1,95 @@
+"""The README's commands and example are the ones that run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from pipeline import load_config, recipe_names
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_ci_runs_exactly_the_readme_test_command() -> None:
+    command = next(block.strip() for block in code_blocks("bash") if "pytest" in block)
+    assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+    assert command.startswith("python3 -m venv")
+
+
+def test_the_first_command_installs_and_starts_the_default_job() -> None:
+    """The job itself runs in test_learning.py; here: the same install, the same script, no argument."""
+    command = code_blocks("bash")[0].strip()
+    assert re.fullmatch(
+        r"python3 -m venv \.venv && \.venv/bin/pip install -q \. && "
+        r"\.venv/bin/torchrun --nproc_per_node=4 launch/train\.py",
+        command,
+    )
+
+
+def test_recipes_and_keys_in_the_readme_exist() -> None:
+    for name in re.findall(r"--recipe ([a-z0-9-]+)", README):
+        assert name in recipe_names()
+    for assignment in re.findall(r"--set ([a-z_]+\.[a-z_]+=\S+?)[`\s)]", README):
+        load_config(assignments=[assignment])
+
+
+def test_tests_named_in_the_readme_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)`", README)
+    assert named
+    for path in named:
+        assert (ROOT / path).is_file(), path
+
+
+def test_files_named_in_the_readme_exist() -> None:
+    for path in re.findall(r"`(benchmarks/[\w/.-]+|pipeline/[\w/.]+)`", README):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.slow
+def test_the_installed_package_is_complete(tmp_path: Path) -> None:
+    """What ``pip install .`` installs: code, recipes and the embedded data with its attribution, and no tests."""
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "build", "*.egg-info"))
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(source)]
+    subprocess.run(command, check=True, timeout=120)
+    (wheel,) = tmp_path.glob("localpipe-*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {"pipeline/data/digits.npz", "pipeline/data/digits_attribution.txt", "pipeline/stage.py"} <= names
+    assert {f"pipeline/recipes/{name}.toml" for name in recipe_names()} <= names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "launch/"))]
+
+
+@pytest.mark.slow
+def test_the_python_example_runs(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(code_blocks("python")[0])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "mine.py"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Local modules" in result.stdout
+    assert len(re.findall(r"^\d+\.\d+$", result.stdout, re.MULTILINE)) == 3  # every rank gets the summary
+
+
+@pytest.mark.slow
+def test_lists_and_prints(tmp_path: Path) -> None:
+    train = [sys.executable, str(ROOT / "launch" / "train.py")]
+    listed = subprocess.run([*train, "--list-recipes"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert listed.stdout.split() == recipe_names()
+    printed = subprocess.run(
+        [*train, "--print-config", "--set", "train.seed=5"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    (tmp_path / "again.toml").write_text(printed.stdout)
+    assert load_config(file=tmp_path / "again.toml").train.seed == 5
+    wrong = subprocess.run([*train, "--recipe", "digit"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert wrong.returncode == 2
+    assert wrong.stderr.startswith("localpipe: --recipe digit: no such recipe") and wrong.stderr.count("\n") == 1
