@@ -42,9 +42,8 @@ def page(command: str, summary: dict[str, Any], epochs: list[dict[str, Any]], pi
     ]
     for epoch in epochs:
         tested = "" if epoch["test_error_pct"] is None else f"{epoch['test_error_pct']:.2f}"
-        lines.append(
-            f"| {epoch['epoch']} | {epoch['step']} | {epoch['learning_rate']:.4g} | {epoch['train_loss']:.3f} | {tested} |"
-        )
+        numbers = f"{epoch['learning_rate']:.4g} | {epoch['train_loss']:.3f}"
+        lines.append(f"| {epoch['epoch']} | {epoch['step']} | {numbers} | {tested} |")
     lines += ["", "| module | blocks | error of its heads on the test set, % |", "|---|---|---|"]
     for module in epochs[-1]["modules"]:
         errors = ", ".join(f"{level} {e:.2f}" for level, e in module["head_error_pct"].items() if e is not None)
@@ -62,7 +61,8 @@ def main() -> None:
     metrics = arguments.run_dir / "metrics.jsonl"
     picture = arguments.output.with_suffix(".png")
     plot_curve(metrics, picture)
-    arguments.output.with_suffix(".md").write_text(page(arguments.command, summary, read_metrics(metrics), picture.name))
+    text = page(arguments.command, summary, read_metrics(metrics), picture.name)
+    arguments.output.with_suffix(".md").write_text(text)
 
 
 if __name__ == "__main__":

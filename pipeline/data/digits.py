@@ -1,9 +1,10 @@
-"""The embedded data set: 1,797 handwritten digits of the UCI optical-recognition set, 8x8 pixels, values 0 to 16.
+"""The embedded data set: 1,797 handwritten digits of the UCI optical-recognition set, 8x8, values 0 to 16.
 
 digits.npz was made from scikit-learn's copy, unchanged (attribution: digits_attribution.txt):
 
     digits = sklearn.datasets.load_digits()
-    numpy.savez_compressed("digits.npz", images=digits.images.astype("uint8"), labels=digits.target.astype("uint8"))
+    images, labels = digits.images.astype("uint8"), digits.target.astype("uint8")
+    numpy.savez_compressed("digits.npz", images=images, labels=labels)
 """
 
 from __future__ import annotations

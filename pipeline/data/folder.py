@@ -1,209 +1,171 @@
 """Image folders: class directories below train/ and test/ (or val/), in a directory or inside a tar file.
 
-    ROOT/train/CLASS/*.jpg      ROOT may also be ROOT.tar, .tar.gz, .tar.xz, ...; one directory above train/ is allowed
-    ROOT/test/CLASS/*.jpg
+    ROOT/train/CLASS/*.jpg      ROOT may also be a .tar, .tar.gz, .tar.bz2 or .tar.xz file,
+    ROOT/test/CLASS/*.jpg       and there may be one directory above train/ and test/.
 
-Images are decoded once and kept in memory where they fit, else each time they are needed. Nothing is extracted to disk.
+Images are decoded once and kept in memory where they fit, else each time they are needed.
 """
 
 from __future__ import annotations
 
-import io
 import tarfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
-from pipeline.data.images import DECODE_THREADS, CachedImages, ImageSet, LazyImages
+from pipeline.data.decoding import UNREADABLE, decode, size_of, unreadable
+from pipeline.data.files import GIB, SPLIT_NAMES, SPLITS, DirectoryFiles, Files, TarFiles
+from pipeline.data.images import CachedImages, ImageSet, LazyImages, in_parallel
 from pipeline.errors import ConfigError
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff"}
-TEST_NAMES = ("test", "val")
-GIB = 1 << 30
-CHUNK = 512
-
-
-@dataclass
-class _Split:
-    """The files of one split: ``read(position)`` gives the encoded bytes of the file ``names[position]``."""
-
-    names: list[str] = field(default_factory=list)
-    classes: list[str] = field(default_factory=list)
-    read: Callable[[int], bytes] = field(default=lambda position: b"")
 
 
 def load_folder(root: str, image_size: int, cache_gib: float) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
-    """Both splits and the class names (sorted, as torchvision's ImageFolder).
+    """Training set, test set and class names (sorted, as torchvision's ImageFolder).
 
     Raises:
-        ConfigError: no such path, missing or empty split, different classes in the splits, a file that is no image, or
-            images of different sizes without ``image_size``.
+        ConfigError: no such path, missing or empty split, different classes in the splits, a file that is no
+            image, images of different sizes without ``image_size``, or a compressed tar too large to cache.
     """
     path = Path(root).expanduser()
-    if not root or not path.exists():
-        raise ConfigError(
-            f"data.root = '{root}': no such directory or tar file; set data.root to a folder with train/ and test/"
-        )
+    fix = "set it to a directory or tar file with train/CLASS/*.jpg and test/CLASS/*.jpg"
+    if not root:
+        raise ConfigError(f"data.root is empty; {fix}")
+    if not path.exists():
+        raise ConfigError(f"data.root = '{root}' does not exist; {fix}")
     if path.is_dir():
-        splits = _scan_directory(path)
-        return _build(path, splits, image_size, cache_gib, may_be_lazy=True)
-    if not tarfile.is_tarfile(path):
-        raise ConfigError(f"data.root = '{root}' is neither a directory nor a tar file")
-    compressed = _is_compressed(path)
-    splits = _scan_tar(path, compressed, int(cache_gib * GIB))
-    return _build(path, splits, image_size, cache_gib, may_be_lazy=not compressed)
-
-
-def _place(path: PurePosixPath) -> tuple[str, str] | None:
-    """(split, class) of a file, or None if it is not an image of a split."""
-    if path.suffix.lower() not in SUFFIXES or path.name.startswith("."):
-        return None
-    parts = path.parts[:-1]
-    if len(parts) == 3:  # one directory above the splits
-        parts = parts[1:]
-    if len(parts) != 2 or parts[0] not in ("train", *TEST_NAMES):
-        return None
-    return ("train" if parts[0] == "train" else "test"), parts[1]
-
-
-def _scan_directory(root: Path) -> dict[str, _Split]:
-    splits = {"train": _Split(), "test": _Split()}
-    top = root
-    if not (root / "train").is_dir():
-        below = [child for child in sorted(root.iterdir()) if (child / "train").is_dir()]
-        top = below[0] if len(below) == 1 else root
-    for name, folders in (("train", ("train",)), ("test", TEST_NAMES)):
-        folder = next((top / f for f in folders if (top / f).is_dir()), None)
-        if folder is None:
-            wanted = " or ".join(f"{f}/" for f in folders)
-            raise ConfigError(f"data.root = '{root}' has no {wanted} directory with one directory per class")
-        split = splits[name]
-        for file in sorted(folder.glob("*/*")):
-            if file.suffix.lower() in SUFFIXES and not file.name.startswith("."):
-                split.names.append(str(file))
-                split.classes.append(file.parent.name)
-        split.read = lambda position, split=split: Path(split.names[position]).read_bytes()
-    return splits
-
-
-def _is_compressed(path: Path) -> bool:
-    with path.open("rb") as file:
-        start = file.read(6)
-    return start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
-
-
-def _scan_tar(path: Path, compressed: bool, budget: int) -> dict[str, _Split]:
-    """One pass over the members. Of a compressed tar the encoded bytes are kept, since it cannot be read at random."""
-    splits = {"train": _Split(), "test": _Split()}
-    content: dict[str, list[tuple[str, str, bytes | tuple[int, int]]]] = {"train": [], "test": []}
-    held = 0
-    try:
-        with tarfile.open(path, "r|*" if compressed else "r:") as archive:
-            for member in archive:
-                place = _place(PurePosixPath(member.name)) if member.isfile() else None
-                if place is None:
-                    continue
-                split, label = place
-                if compressed:
-                    file = archive.extractfile(member)
-                    assert file is not None
-                    data: bytes | tuple[int, int] = file.read()
-                    held += member.size
-                    if held > budget:
-                        raise ConfigError(
-                            f"data.root = '{path}' holds more than data.cache_gib = {budget / GIB:g} GiB and is "
-                            "compressed, so it cannot be read at random; extract it, or raise data.cache_gib"
-                        )
-                else:
-                    data = (member.offset_data, member.size)
-                content[split].append((member.name, label, data))
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise ConfigError(f"data.root = '{path}' cannot be read as a tar file: {error}") from error
-    for name, entries in content.items():
-        entries.sort(key=lambda entry: (entry[1], entry[0]))
-        split_files = splits[name]
-        split_files.names = [entry[0] for entry in entries]
-        split_files.classes = [entry[1] for entry in entries]
-        split_files.read = lambda position, entries=entries: _bytes_at(path, entries[position][2])
-    return splits
-
-
-def _bytes_at(path: Path, where: bytes | tuple[int, int]) -> bytes:
-    if isinstance(where, bytes):
-        return where
-    with path.open("rb") as file:
-        file.seek(where[0])
-        return file.read(where[1])
-
-
-def _build(
-    path: Path, splits: dict[str, _Split], image_size: int, cache_gib: float, may_be_lazy: bool
-) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
-    for name, split in splits.items():
-        if not split.names:
-            wanted = "train/" if name == "train" else "test/ or val/"
-            raise ConfigError(f"data.root = '{path}' has no images below {wanted}CLASS/; check the layout")
-    classes = tuple(sorted(set(splits["train"].classes)))
-    other = tuple(sorted(set(splits["test"].classes)))
-    if classes != other:
-        odd = sorted(set(classes) ^ set(other))
-        raise ConfigError(
-            f"data.root = '{path}': train has {len(classes)} classes, test has {len(other)}; "
-            f"only one of them has '{odd[0]}'; both need the same class directories"
-        )
-    first = _decode(splits["train"], 0, image_size, None)
-    shape = tuple(first.shape)
-    total = sum(len(split.names) for split in splits.values()) * first.numel()
-    if total > cache_gib * GIB and not may_be_lazy:
-        raise ConfigError(
-            f"data.root = '{path}' decodes to {total / GIB:.1f} GiB, more than data.cache_gib = {cache_gib:g}, and is "
-            "compressed; extract it, or raise data.cache_gib"
-        )
-    number = {name: index for index, name in enumerate(classes)}
-    sets: list[ImageSet] = []
-    for name in ("train", "test"):
-        split = splits[name]
-        labels = torch.tensor([number[label] for label in split.classes])
-
-        def decode(position: int, split: _Split = split) -> Tensor:
-            return _decode(split, position, image_size, shape)
-
-        if total > cache_gib * GIB:
-            sets.append(LazyImages(decode, labels))
-            continue
-        pixels = torch.empty(len(labels), *shape, dtype=torch.uint8)
-        for start, images in _decoded(decode, len(labels)):
-            pixels[start : start + len(images)] = torch.stack(images)
-        sets.append(CachedImages(pixels, labels))
+        files: Files = DirectoryFiles(path)
+    elif tarfile.is_tarfile(path):
+        files = TarFiles(path, cache_gib * GIB)
+    else:
+        raise ConfigError(f"data.root = '{root}' is no directory and no (gzip, bzip2, xz) tar file; {fix}")
+    top = _top(root, files)
+    names = {split: _names(root, files, top, split) for split in SPLITS}
+    classes = _classes(root, names)
+    images = _Images(root, files, image_size, cache_gib)
+    first = images.decode(names["train"][0], None)
+    total = sum(len(n) for n in names.values()) * first.numel()
+    lazy = images.must_be_lazy(total)
+    sets = [images.make_set(names[split], classes, tuple(first.shape), lazy) for split in SPLITS]
     return sets[0], sets[1], classes
 
 
-def _decoded(decode: Callable[[int], Tensor], count: int) -> Iterator[tuple[int, list[Tensor]]]:
-    with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        for start in range(0, count, CHUNK):
-            yield start, list(pool.map(decode, range(start, min(start + CHUNK, count))))
-
-
-def _decode(split: _Split, position: int, image_size: int, shape: tuple[int, ...] | None) -> Tensor:
-    """One image as uint8 (3, H, W), resized and cropped to ``image_size`` if that is not 0."""
-    name = split.names[position]
-    try:
-        with Image.open(io.BytesIO(split.read(position))) as picture:
-            image = TF.pil_to_tensor(picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ConfigError(f"'{name}' is no readable image ({error}); remove or replace the file") from error
-    if image_size:
-        image = TF.resize(image, [image_size], antialias=True)
-        image = TF.center_crop(image, [image_size, image_size])
-    if shape is not None and tuple(image.shape) != shape:
+def _top(root: str, files: Files) -> str:
+    """What stands before the splits: "" or one directory with a slash."""
+    if any(name in files.folders for name in SPLIT_NAMES):
+        return ""
+    tops = sorted({f.partition("/")[0] for f in files.folders if f.partition("/")[2] in SPLIT_NAMES})
+    if len(tops) > 1:
         raise ConfigError(
-            f"'{name}' is {image.shape[2]}x{image.shape[1]} pixels, others are {shape[2]}x{shape[1]}; "
-            "give all one size with --set data.image_size=N"
+            f"data.root = '{root}' has train/, test/ or val/ in several directories ('{tops[0]}', "
+            f"'{tops[1]}'); set data.root to one data set"
         )
-    return image
+    return tops[0] + "/" if tops else ""
+
+
+def _names(root: str, files: Files, top: str, split: str) -> list[str]:
+    """The images of a split, sorted by class and then by file name."""
+    present = [name for name in SPLITS[split] if top + name in files.folders]
+    wanted = " or ".join(f"{name}/" for name in SPLITS[split])
+    if not present:
+        raise ConfigError(
+            f"data.root = '{root}' has no {wanted} directory; put the {split} images in {split}/CLASS/*.jpg"
+        )
+    below = f"{top}{present[0]}/"
+    found = [name for name in files.names if name.startswith(below) and name.count("/", len(below)) == 1]
+    if not found:
+        raise ConfigError(
+            f"data.root = '{root}': {below} has no images in class directories; put them in "
+            f"{below}CLASS/*.jpg"
+        )
+    return sorted(found, key=lambda name: name.split("/"))
+
+
+def _class_of(name: str) -> str:
+    return name.split("/")[-2]
+
+
+def _classes(root: str, names: dict[str, list[str]]) -> tuple[str, ...]:
+    train, test = ({_class_of(name) for name in names[split]} for split in SPLITS)
+    for odd, there, missing in ((train - test, "train", "test"), (test - train, "test", "train")):
+        if odd:
+            raise ConfigError(
+                f"data.root = '{root}': class '{min(odd)}' has images in the {there} split but not in the "
+                f"{missing} split ({len(train)} and {len(test)} classes in train and test); give both "
+                "the same classes"
+            )
+    if len(train) < 2:
+        raise ConfigError(
+            f"data.root = '{root}' has only one class ('{min(train)}'); make a directory for each class, at "
+            "least two"
+        )
+    return tuple(sorted(train))
+
+
+class _Images:
+    """Turns names into sets of images of one size."""
+
+    def __init__(self, root: str, files: Files, image_size: int, cache_gib: float) -> None:
+        self._root = root
+        self._files = files
+        self._image_size = image_size
+        self._cache_gib = cache_gib
+
+    def must_be_lazy(self, total: int) -> bool:
+        """Whether ``total`` decoded bytes do not fit; an error if they cannot be read again."""
+        if total <= self._cache_gib * GIB:
+            return False
+        if not self._files.random_access:
+            raise ConfigError(
+                f"data.root = '{self._root}' is compressed and its images take {total / GIB:.2g} GiB, more "
+                f"than data.cache_gib = {self._cache_gib:g}; extract it and set data.root to the directory, "
+                "or raise data.cache_gib"
+            )
+        return True
+
+    def make_set(
+        self, names: list[str], classes: tuple[str, ...], shape: tuple[int, ...], lazy: bool
+    ) -> ImageSet:
+        """The images ``names``, which must all have ``shape`` (C, H, W)."""
+        number = {name: index for index, name in enumerate(classes)}
+        labels = torch.tensor([number[_class_of(name)] for name in names])
+        if lazy:
+            if not self._image_size:  # better now, from the headers, than in the middle of an epoch
+                in_parallel(lambda position: self._check_header(names[position], shape), len(names))
+            return LazyImages(lambda position: self.decode(names[position], shape), labels, shape)
+        pixels = torch.empty(len(names), *shape, dtype=torch.uint8)
+
+        def fill(position: int) -> None:
+            pixels[position] = self.decode(names[position], shape)
+
+        in_parallel(fill, len(names))
+        return CachedImages(pixels, labels)
+
+    def decode(self, name: str, shape: tuple[int, ...] | None) -> Tensor:
+        """One image, uint8 (3, H, W); ``shape`` is what it must have."""
+        try:
+            image = decode(self._files.read(name), self._image_size)
+        except UNREADABLE as error:
+            raise unreadable(self._place(name), error) from error
+        if shape is not None:
+            self._check_size(name, (image.shape[1], image.shape[2]), shape)
+        return image
+
+    def _check_header(self, name: str, shape: tuple[int, ...]) -> None:
+        try:
+            size = size_of(self._files.read(name))
+        except UNREADABLE as error:
+            raise unreadable(self._place(name), error) from error
+        self._check_size(name, size, shape)
+
+    def _check_size(self, name: str, size: tuple[int, int], shape: tuple[int, ...]) -> None:
+        if size != tuple(shape[1:]):
+            raise ConfigError(
+                f"'{self._place(name)}' is {size[1]}x{size[0]} pixels, the first image is "
+                f"{shape[2]}x{shape[1]}; bring all to one size with --set "
+                f"data.image_size=N (for example {min(shape[1:])})"
+            )
+
+    def _place(self, name: str) -> str:
+        """Where a user finds the file: a path, or for a tar file the archive and the member."""
+        return f"{self._root.rstrip('/')}/{name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,7 +13,9 @@ from torch import Tensor
 
 from pipeline.data.augmentation import Augmentation
 
-DECODE_THREADS = 4
+DECODE_THREADS = min(8, os.cpu_count() or 1)
+# A task per tiny image costs more than decoding it; a task of many large images leaves threads without work.
+MOST_IMAGES_PER_TASK = 64
 
 
 class ImageSet(Protocol):
@@ -48,10 +51,12 @@ class LazyImages:
     Args:
         decode: index -> uint8 (C, H, W); must be safe to call from several threads.
         labels: int64 (N,).
+        shape: (C, H, W) of every image.
     """
 
-    def __init__(self, decode: Callable[[int], Tensor], labels: Tensor) -> None:
+    def __init__(self, decode: Callable[[int], Tensor], labels: Tensor, shape: Sequence[int]) -> None:
         self._decode = decode
+        self._shape = tuple(shape)
         self.labels = labels
 
     def __len__(self) -> int:
@@ -59,13 +64,33 @@ class LazyImages:
 
     def images(self, indices: Tensor) -> Tensor:
         """uint8 (B, C, H, W)."""
-        return decode_all(self._decode, indices.tolist())
+        pixels = torch.empty(len(indices), *self._shape, dtype=torch.uint8)
+        wanted = indices.tolist()
+
+        def fill(position: int) -> None:
+            pixels[position] = self._decode(wanted[position])
+
+        in_parallel(fill, len(wanted))
+        return pixels
 
 
-def decode_all(decode: Callable[[int], Tensor], indices: Sequence[int]) -> Tensor:
-    """Decode several images in parallel into one uint8 (B, C, H, W)."""
-    with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        return torch.stack(list(pool.map(decode, indices)))
+def in_parallel(work: Callable[[int], object], count: int) -> None:
+    """Call ``work`` with 0 .. count-1 from a few threads.
+
+    Of several errors the one with the lowest number is raised, and what has not started is left undone.
+    """
+    size = max(1, min(MOST_IMAGES_PER_TASK, count // (2 * DECODE_THREADS)))
+
+    def some(start: int) -> None:
+        for position in range(start, min(start + size, count)):
+            work(position)
+
+    pool = ThreadPoolExecutor(DECODE_THREADS, thread_name_prefix="decode")
+    try:
+        for _ in pool.map(some, range(0, count, size)):
+            pass
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,157 @@
+"""Order, batches, prefetching: what a trainer sees of an epoch."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.data import Augmentation, CachedImages, ImageData, ImageSet, ImageStream, augment, epoch_order
+from pipeline.data.prefetch import prefetched
+
+CPU = torch.device("cpu")
+POLICY = Augmentation(2, "reflect", flip=True)
+
+
+def image_set(count: int) -> CachedImages:
+    generator = torch.Generator().manual_seed(count)
+    pixels = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    return CachedImages(pixels, torch.arange(count))
+
+
+def image_data(train: ImageSet, test: ImageSet) -> ImageData:
+    names = tuple(str(number) for number in range(len(train)))
+    return ImageData(train, test, names, (3, 8, 8), (0.5,) * 3, (0.5,) * 3, POLICY, "tiny")
+
+
+def stream(count: int = 22, batch_size: int = 4, drop_last: bool = False) -> ImageStream:
+    return ImageStream(image_data(image_set(count), image_set(10)), batch_size, 3, CPU, drop_last)
+
+
+def prefetch_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+
+
+def test_the_order_is_a_permutation_of_its_own_per_seed_and_epoch() -> None:
+    first = epoch_order(100, seed=1, epoch=1)
+    torch.manual_seed(99)  # the global generator has no say
+
+    assert sorted(first.tolist()) == list(range(100))
+    assert torch.equal(epoch_order(100, seed=1, epoch=1), first)
+    assert not torch.equal(epoch_order(100, seed=1, epoch=2), first)
+    assert not torch.equal(epoch_order(100, seed=2, epoch=1), first)
+
+
+def test_an_epoch_is_every_image_once_augmented_with_its_own_index() -> None:
+    source = image_set(22)
+    loader = stream().train_batches(epoch=4)
+    batches = list(loader)
+    order = epoch_order(22, seed=3, epoch=4)
+
+    assert [len(labels) for _, labels in batches] == [4, 4, 4, 4, 4, 2]
+    assert (len(loader), loader.batch_size, loader.drop_last) == (6, 4, False)
+    assert torch.cat([labels for _, labels in batches]).tolist() == order.tolist()
+    expected = augment(source.images(order), order, seed=3, epoch=4, policy=POLICY)
+    assert torch.equal(torch.cat([images for images, _ in batches]), expected)
+    assert batches[0][0].dtype == torch.uint8 and batches[0][1].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "drop_last", "sizes"),
+    [
+        (10, 4, False, [4, 4, 2]),
+        (10, 4, True, [4, 4]),
+        (9, 4, False, [4, 4]),  # BatchNorm cannot train on a single image
+        (8, 4, False, [4, 4]),
+        (3, 1, False, [1, 1, 1]),  # asked for
+        (1, 4, False, []),
+    ],
+)
+def test_the_last_batch(count: int, batch_size: int, drop_last: bool, sizes: list[int]) -> None:
+    batches = stream(count, batch_size, drop_last)
+
+    assert [len(labels) for _, labels in batches.train_batches(1)] == sizes
+    assert batches.train_batch_count == len(batches.train_batches(1)) == len(sizes)
+
+
+@pytest.mark.parametrize("batch_size", [3, 4, 5, 100])
+def test_a_test_is_everything_in_order_and_unchanged(batch_size: int) -> None:
+    batches = stream(batch_size=batch_size, drop_last=True)
+    found = list(batches.test_batches())
+    source = image_set(10)
+
+    assert torch.equal(torch.cat([images for images, _ in found]), source.pixels)
+    assert torch.cat([labels for _, labels in found]).tolist() == list(range(10))
+    assert batches.test_batch_count == len(batches.test_batches()) == len(found)
+
+
+@pytest.mark.parametrize("start", [0, 1, 5, 6])
+def test_an_epoch_resumes_where_it_stopped(start: int) -> None:
+    whole = list(stream().train_batches(7))[start:]
+    loader = stream().train_batches(7, start_batch=start)
+
+    assert len(loader) == len(whole)
+    for (images, labels), (again, labels_again) in zip(whole, loader, strict=True):
+        assert torch.equal(images, again) and torch.equal(labels, labels_again)
+
+
+def test_a_loader_can_be_iterated_again() -> None:
+    loader = stream().train_batches(1)
+
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(list(loader), list(loader), strict=True))
+
+
+def test_no_thread_is_left_after_an_epoch_or_an_early_stop() -> None:
+    loader = stream().train_batches(1)
+    iterator = iter(loader)
+    assert not prefetch_threads()  # nothing starts before the first batch
+    next(iterator)
+    assert len(prefetch_threads()) == 1
+    del iterator
+    assert not prefetch_threads()
+
+    for _ in loader:
+        break
+    assert not prefetch_threads()
+    assert len(list(loader)) == 6
+    assert not prefetch_threads()
+
+
+class Broken:
+    """A set whose image 5 cannot be decoded."""
+
+    labels = torch.arange(12)
+
+    def __len__(self) -> int:
+        return 12
+
+    def images(self, indices: Tensor) -> Tensor:
+        if 5 in indices.tolist():
+            raise ValueError("image 5 is broken")
+        return torch.zeros(len(indices), 3, 8, 8, dtype=torch.uint8)
+
+
+def test_an_error_of_the_thread_reaches_the_consumer_after_the_good_batches() -> None:
+    seen = []
+    with pytest.raises(ValueError, match="image 5 is broken"):
+        for _, labels in ImageStream(image_data(image_set(4), Broken()), 4, 0, CPU).test_batches():
+            seen.append(labels.tolist())
+    assert seen == [[0, 1, 2, 3]]
+    assert not prefetch_threads()
+
+
+def test_work_runs_ahead_but_not_without_bound() -> None:
+    made: list[int] = []
+    values = prefetched(lambda item: made.append(item) or item, range(100))
+
+    assert next(values) == 0
+    deadline = time.monotonic() + 5
+    while len(made) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert 2 <= len(made) <= 4  # one taken, two waiting, one in hand
+    values.close()
+    assert not prefetch_threads()
