@@ -5,16 +5,15 @@ from __future__ import annotations
 import io
 import struct
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as TF
 
 from pipeline.errors import ConfigError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff")
-JPEG_START = b"\xff\xd8\xff"
 # What Pillow's readers raise on damaged files; reading the file itself may add OSError.
 UNREADABLE = (
     OSError,
@@ -37,22 +36,14 @@ def decode(content: bytes, image_size: int) -> Tensor:
     Raises:
         one of UNREADABLE: damaged, or no image.
     """
-    image = _decode_jpeg(content) if content.startswith(JPEG_START) else None
-    if image is None:
-        with Image.open(io.BytesIO(content)) as picture:
-            image = TF.pil_to_tensor(picture.convert("RGB"))
+    with Image.open(io.BytesIO(content)) as picture:
+        # Through numpy: half the time of pil_to_tensor. Not torchvision.io, whose decoders are deprecated.
+        pixels = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
+    image = torch.from_numpy(pixels).permute(2, 0, 1)
     if image_size:
         image = TF.resize(image, [image_size], antialias=True)
         image = TF.center_crop(image, [image_size, image_size])
     return image
-
-
-def _decode_jpeg(content: bytes) -> Tensor | None:
-    """Three times as fast as Pillow on small files; None where it fails, for Pillow to judge."""
-    try:
-        return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except (RuntimeError, AttributeError):  # the latter: torchvision without its image extension
-        return None
 
 
 def size_of(content: bytes) -> tuple[int, int]:

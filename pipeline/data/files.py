@@ -12,6 +12,7 @@ from pipeline.data.decoding import IMAGE_SUFFIXES
 from pipeline.errors import ConfigError
 
 GIB = 1 << 30
+BLOCK = 512  # tar pads files to this many bytes
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstandard
 SPLITS = {"train": ("train",), "test": ("test", "val")}
 """Directory names of a split; the first that is there counts."""
@@ -59,7 +60,9 @@ class DirectoryFiles:
                 for top in self._directories(""):
                     self._scan(f"{top}/")
         except OSError as error:
-            raise ConfigError(f"data.root = '{root}' cannot be read ({error}); check the permissions") from None
+            raise ConfigError(
+                f"data.root = '{root}' cannot be read ({error}); check its permissions"
+            ) from error
 
     def _directories(self, below: str) -> list[str]:
         with os.scandir(self._root / below) as entries:
@@ -109,8 +112,9 @@ class TarFiles:
         self.names = list(self._content)
 
     def _scan(self, archive: tarfile.TarFile, budget: float) -> None:
-        held = 0
+        held = end = 0
         for member in archive:
+            end = member.offset_data + (-(-member.size // BLOCK) * BLOCK if member.isfile() else 0)
             name = posixpath.normpath(member.name).lstrip("/")  # drops a leading "./", too
             folder = name if member.isdir() else posixpath.dirname(name)
             while folder and folder not in self.folders:  # not every tar file lists its directories
@@ -136,6 +140,9 @@ class TarFiles:
                 file = archive.extractfile(member)
                 assert file is not None  # only of links and directories
                 self._content[name] = file.read()
+        if self.random_access and self._path.stat().st_size <= end:
+            # tarfile takes this for the end; compressed archives end with a checksum, which was checked.
+            raise tarfile.ReadError("no end marker")
 
     def read(self, name: str) -> bytes:
         """The content of one file."""

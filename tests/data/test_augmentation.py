@@ -20,7 +20,9 @@ def images(count: int, height: int = 12, width: int = 10) -> Tensor:
     return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
 
 
-def run(batch: Tensor, indices: Tensor, policy: Augmentation = CIFAR, seed: int = 5, epoch: int = 2) -> Tensor:
+def run(
+    batch: Tensor, indices: Tensor, policy: Augmentation = CIFAR, seed: int = 5, epoch: int = 2
+) -> Tensor:
     return augment(batch, indices, seed=seed, epoch=epoch, policy=policy)
 
 
@@ -70,7 +72,7 @@ def test_every_result_is_a_crop_of_the_padded_image(policy: Augmentation) -> Non
 
 
 def test_offsets_and_flips_are_uniform_and_independent() -> None:
-    # Each image holds its row number in channel 0 and its column number in channel 1: the crop can be read off.
+    # Channel 0 holds the row numbers and channel 1 the column numbers: the crop can be read off.
     count, pad = 9000, 1
     rows = torch.arange(6).view(6, 1).expand(6, 6)
     batch = torch.stack([rows, rows.T]).to(torch.uint8).expand(count, 2, 6, 6)

@@ -17,6 +17,7 @@ from pipeline.data import Augmentation, open_data
 from pipeline.errors import ConfigError
 
 CIFAR_MEAN = (0.49137, 0.48235, 0.44667)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
 CIFAR_STD = (0.24706, 0.24353, 0.26157)
 
 
@@ -125,7 +126,7 @@ def test_digits_recipe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "mean", "padding"), [(32, CIFAR_MEAN, 4), (64, (0.485, 0.456, 0.406), 8), (4, (0.485, 0.456, 0.406), 0)]
+    ("size", "mean", "padding"), [(32, CIFAR_MEAN, 4), (64, IMAGENET_MEAN, 8), (4, IMAGENET_MEAN, 0)]
 )
 def test_folder_recipe(size: int, mean: tuple[float, ...], padding: int, tmp_path: Path) -> None:
     for split in ("train", "test"):
