@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON")
     parser.add_argument("--output", metavar="FILE.md", type=Path, help="write the result as a Markdown page")
     arguments = parser.parse_args()
-    rounds, steps = (1, 2) if arguments.quick else (3, 3)
+    rounds, steps = (1, 2) if arguments.quick else (3, 4)
     result = {
         "hardware": f"{processor()}, {len(os.sched_getaffinity(0))} cores",
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "localpipe": __version__},
