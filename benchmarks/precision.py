@@ -1,6 +1,6 @@
 """Precision and memory layout on this machine: images/s of one process in fp32 and bf16, NCHW and NHWC.
 
-    python benchmarks/precision.py [--quick] [--json FILE] [--output FILE.md]
+    python benchmarks/precision.py [--rounds N] [--steps N] [--quick] [--json FILE] [--output FILE.md]
 
 Every configuration trains the default recipe for a few steps, in interleaved rounds; the table holds medians and the
 ratio to fp32 NCHW within each round.
@@ -79,7 +79,7 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Precision and layout on a CPU",
         "",
-        f"`python benchmarks/precision.py`, {result['date']}. {result['hardware']}, "
+        f"`python benchmarks/precision.py --rounds {settings['rounds']} --steps {settings['steps']}`, {result['date']}. {result['hardware']}, "
         f"torch {result['versions']['torch']}, localpipe {result['versions']['localpipe']}.",
         f"One process, one thread, ResNet-32 at 32x32, batch 32, {settings['steps']} steps a run, {settings['rounds']} "
         "interleaved rounds. Ratio: median over rounds of the ratio to fp32 NCHW in the same round.",
@@ -95,11 +95,13 @@ def table(result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
+    parser.add_argument("--steps", type=int, default=4, help="training steps of one measurement")
     parser.add_argument("--quick", action="store_true", help="one round of two steps")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON")
     parser.add_argument("--output", metavar="FILE.md", type=Path, help="write the result as a Markdown page")
     arguments = parser.parse_args()
-    rounds, steps = (1, 2) if arguments.quick else (3, 4)
+    rounds, steps = (1, 2) if arguments.quick else (arguments.rounds, arguments.steps)
     result = {
         "hardware": f"{processor()}, {len(os.sched_getaffinity(0))} cores",
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "localpipe": __version__},
