@@ -79,8 +79,9 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Precision and layout on a CPU",
         "",
-        f"`python benchmarks/precision.py --rounds {settings['rounds']} --steps {settings['steps']}`, {result['date']}. {result['hardware']}, "
-        f"torch {result['versions']['torch']}, localpipe {result['versions']['localpipe']}.",
+        f"`python benchmarks/precision.py --rounds {settings['rounds']} --steps {settings['steps']}`, "
+        f"{result['date']}. {result['hardware']}, torch {result['versions']['torch']}, "
+        f"localpipe {result['versions']['localpipe']}.",
         f"One process, one thread, ResNet-32 at 32x32, batch 32, {settings['steps']} steps a run, {settings['rounds']} "
         "interleaved rounds. Ratio: median over rounds of the ratio to fp32 NCHW in the same round.",
         "",

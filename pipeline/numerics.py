@@ -58,7 +58,7 @@ def resolve_numerics(config: PrecisionConfig, device: torch.device, network: Ite
     """Choose what ``auto`` leaves open.
 
     bf16 where the device has units for it (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX): emulated bf16 was
-    measured to be 16 times slower than fp32. Channels last always: measured 1.2 to 1.3 times faster in fp32 on a CPU
+    measured to be about 10 times slower than fp32. Channels last always: 1.15 to 1.2 times faster in fp32 on a CPU
     (benchmarks/results/precision-cpu.md); except where oneDNN's NHWC kernels write out of bounds.
 
     Raises:
