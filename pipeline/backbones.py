@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -170,8 +170,3 @@ def boundary_shapes(blocks: Blocks, image_shape: tuple[int, ...]) -> dict[str, t
                 block.train(training[name])
             shapes[name] = tuple(x.shape[1:])
     return shapes
-
-
-def parameter_count(modules: Iterable[nn.Module]) -> int:
-    """Number of parameters in ``modules``."""
-    return sum(p.numel() for module in modules for p in module.parameters())
