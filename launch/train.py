@@ -22,6 +22,7 @@ def main() -> int:
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one key; repeatable")
     parser.add_argument("--run-dir", metavar="DIR", type=Path, help="where results go; default runs/NAME-TIME")
     parser.add_argument("--quiet", action="store_true", help="print only the final report")
+    parser.add_argument("--trace", action="store_true", help="write trace.json (Chrome, Perfetto), trace.png")
     parser.add_argument("--list-recipes", action="store_true", help="print the names of the recipes and end")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
     arguments = parser.parse_args()
@@ -38,7 +39,7 @@ def main() -> int:
     if arguments.print_config:
         print(to_toml(config) if first else "", end="")
         return 0
-    train(config, run_dir=arguments.run_dir, quiet=arguments.quiet)
+    train(config, run_dir=arguments.run_dir, quiet=arguments.quiet, trace=arguments.trace)
     return 0
 
 

@@ -17,7 +17,7 @@ from pipeline.local_module import LocalModule
 from pipeline.methods import Level, Task, levels_of
 from pipeline.numerics import Numerics, stable_hash
 from pipeline.partition import Partition, cut, place
-from pipeline.schedule import Action, Message, exact_schedule, messages_sent
+from pipeline.schedule import Action, Message, lags, messages_sent, open_micro_batches, stage_schedule
 from pipeline.wire import FieldSpec, MessageSpec
 
 T = TypeVar("T")
@@ -63,18 +63,23 @@ class Plan:
         """Whether rank must send the image on to rank + 1: a later module reconstructs it."""
         return any(module > self.stages[rank][-1] for module in self.reconstructing)
 
-    def gradient_order(self, rank: int) -> tuple[Message, ...]:
-        """Gradient messages from rank to rank - 1 during one step, in the order of sending."""
+    def gradient_order(self, rank: int) -> tuple[tuple[int, Message], ...]:
+        """(lag, gradient message) from rank to rank - 1 during one step, in the order of sending."""
         first = self.stages[rank][0]
         return tuple(
-            message for action in self.schedules[rank] for message in messages_sent(action) if message[0] == first - 1
+            (action.lag, message)
+            for action in self.schedules[rank]
+            for message in messages_sent(action)
+            if message[0] == first - 1
         )
 
     def messages_held(self) -> int:
-        """Most messages of one edge that a stage holds at a time, besides those posted ahead: with schedule `exact`
-        two micro-batches are open at most, each with one activation or one gradient per key."""
+        """Most messages of one edge that a stage holds at a time, besides those posted ahead: one activation, or one
+        gradient per key, of every micro-batch that is open; with `free` the replay ring and the batch at work."""
+        if self.config.schedule.kind == "free":
+            return self.config.schedule.ring + 1
         keys = max(len(module.incoming) for module in self.modules)
-        return min(self.config.schedule.micro_batches, 2) * max(1, keys)
+        return max(open_micro_batches(schedule) for schedule in self.schedules) * max(1, keys)
 
     def activation_spec(self, rank: int, dtype: torch.dtype, channels_last: bool) -> MessageSpec:
         """What travels from rank to rank + 1 for each micro-batch."""
@@ -95,8 +100,10 @@ class Plan:
         )
 
 
-def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int) -> Plan:
-    """Cut, plan and place; every check that needs no process group happens here.
+def make_plan(
+    config: Config, blocks: Blocks, task: Task, ranks: int, stages: tuple[range, ...] | None = None
+) -> Plan:
+    """Cut, plan and place; every check that needs no process group happens here. ``stages`` overrules the placement.
 
     Raises:
         ConfigError: K > blocks, P > K, a head or patch grid that does not fit, a network that does not end in classes.
@@ -104,7 +111,7 @@ def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int) -> Plan:
     partition = cut(list(blocks), config.model)
     count = len(partition)
     modules = plan_hierarchy(count, config.hierarchy)
-    stages = place(count, ranks)
+    stages = stages or place(count, ranks)
     by_block = boundary_shapes(blocks, task.image_shape)
     shapes = tuple(by_block[names[-1]] for names in partition.modules)
     if shapes[-1] != (task.classes,):
@@ -118,8 +125,14 @@ def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int) -> Plan:
             built = [build() for build in levels_of(plan, count, shape, task, config).values()]
             if any(level.needs_image for level in built):
                 reconstructing.add(plan.index)
-    schedules = tuple(exact_schedule(modules, stage, config.schedule.micro_batches) for stage in stages)
+    schedules = tuple(
+        stage_schedule(modules, stage, config.schedule.micro_batches, _delay(config)) for stage in stages
+    )
     return Plan(config, task, partition, modules, stages, schedules, shapes, frozenset(reconstructing))
+
+
+def _delay(config: Config) -> int:
+    return config.schedule.delay if config.schedule.kind == "async" else 0
 
 
 def build_modules(
@@ -129,6 +142,7 @@ def build_modules(
     network keeps its weights. Heads are always initialised from a seed of their own, so that no weight depends on the
     placement."""
     seed = plan.config.train.seed
+    late = lags(plan.modules, _delay(plan.config)).backward
     built = []
     for index in plan.stages[rank]:
         mine = OrderedDict((name, blocks[name]) for name in plan.partition.modules[index])
@@ -140,7 +154,7 @@ def build_modules(
                     _seeded(lambda block=block: initialise(block), seed, "block", name)
             for name, build in builders.items():
                 levels[name] = _seeded(build, seed, "head", index, name)
-        built.append(LocalModule(plan.modules[index], mine, levels, plan.config, numerics))
+        built.append(LocalModule(plan.modules[index], mine, levels, plan.config, numerics, late[index]))
     return built
 
 

@@ -22,7 +22,7 @@ from pipeline.errors import ConfigError, suggest
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "digits-resnet32-k4-infopro-hpff"
 CUTS = ("auto", "even", "equal", "hpff", "balanced", "balanced-stl10")
-METHODS = ("dgl", "greedy", "infopro", "infopro-contrast", "predsim")
+METHODS = ["dgl", "greedy", "infopro", "infopro-contrast", "predsim"]  # register_method adds to it
 ALIASES = {
     "method.name": {"infopro-softmax": "infopro"},
     "precision.compute": {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16"},
@@ -76,8 +76,21 @@ class PatchesConfig:
 class ScheduleConfig:
     """The order in which a stage works."""
 
-    kind: str = "exact"  # exact: bitwise the single-process result
+    kind: str = "exact"  # exact: bitwise the single-process result | async: cascade gradients late | free: no waiting
     micro_batches: int = 1  # M: parts a batch is cut into; BatchNorm then sees the smaller parts
+    delay: int = 1  # async, d: steps between sending a cascade gradient and using it; 0 = exact
+    ring: int = 4  # free: batches that a stage keeps to train on again
+    max_uses: int = 0  # free: most steps on one batch, then the stage waits for a new one; 0 = no limit
+
+
+@dataclass(frozen=True)
+class PartitionConfig:
+    """Which rank owns which local modules. These keys never change the result of `exact` and `async`."""
+
+    kind: str = "count"  # count: equal numbers | measured: smallest time of the slowest rank | given: as in stages
+    stages: tuple[int, ...] = ()  # given: number of local modules of every rank
+    warmup: int = 1  # measured: steps of every module before those that count
+    steps: int = 3  # measured: steps of every module that count
 
 
 @dataclass(frozen=True)
@@ -125,6 +138,7 @@ class PrecisionConfig:
 
     compute: str = "auto"  # fp32 | bf16 (autocast) | fp64 | auto: bf16 where the device has bf16 units, else fp32
     channels_last: str = "auto"  # memory layout NHWC: on | off | auto
+    compile: bool = False  # torch.compile the heads, and modules that send no gradient; rounds differently
 
 
 @dataclass(frozen=True)
@@ -146,6 +160,7 @@ class Config:
     hierarchy: HierarchyConfig = field(default_factory=HierarchyConfig)
     patches: PatchesConfig = field(default_factory=PatchesConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    partition: PartitionConfig = field(default_factory=PartitionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -153,9 +168,9 @@ class Config:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def fingerprint(self) -> str:
-        """SHA-256 over every key that can change the result (all but ``runtime``)."""
+        """SHA-256 over every key that can change the result (all but ``partition`` and ``runtime``)."""
         values = dataclasses.asdict(self)
-        del values["runtime"]
+        del values["partition"], values["runtime"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -247,7 +262,8 @@ def validate(config: Config) -> Config:
         "method.name": METHODS,
         "hierarchy.variant": ("paper", "released"),
         "hierarchy.final_loss": ("auto", "local", "cascade"),
-        "schedule.kind": ("exact",),
+        "schedule.kind": ("exact", "async", "free"),
+        "partition.kind": ("count", "measured", "given"),
         "optim.name": ("sgd", "adamw"),
         "optim.schedule": ("cosine", "step", "constant"),
         "precision.compute": ("auto", "fp32", "bf16", "fp64"),
@@ -260,14 +276,16 @@ def validate(config: Config) -> Config:
             raise ConfigError(f"{key} = '{value}' is not known; {suggest(value, valid)}")
     at_least_one = (
         "model.modules hierarchy.cascade_span patches.grid schedule.micro_batches data.batch_size train.epochs "
-        "train.evaluate_every method.feature_dim method.widen method.prediction_inputs runtime.queue_depth"
+        "train.evaluate_every method.feature_dim method.widen method.prediction_inputs runtime.queue_depth "
+        "schedule.ring partition.steps"
     )
     for key in at_least_one.split():
         if _get(config, key) < 1:
             raise ConfigError(f"{key} = {_get(config, key)} must be at least 1")
     not_negative = (
         "hierarchy.independent_weight hierarchy.cascade_weight optim.weight_decay optim.clip_norm optim.momentum "
-        "optim.warmup_epochs optim.warmup_lr train.max_steps train.seed runtime.threads data.image_size data.cache_gib"
+        "optim.warmup_epochs optim.warmup_lr train.max_steps train.seed runtime.threads data.image_size data.cache_gib "
+        "schedule.delay schedule.max_uses partition.warmup"
     )
     for key in not_negative.split():
         if _get(config, key) < 0:
@@ -292,6 +310,13 @@ def validate(config: Config) -> Config:
             f"hierarchy.cascade_span = {config.hierarchy.cascade_span} is larger than model.modules = "
             f"{config.model.modules}; the largest span is K, which is end-to-end flow"
         )
+    if config.schedule.kind == "free":
+        _refuse_free(config)
+    if (config.partition.kind == "given") != bool(config.partition.stages):
+        raise ConfigError(
+            f"partition.kind = '{config.partition.kind}' and partition.stages = {list(config.partition.stages)}: "
+            "stages belong to kind 'given', for example partition.kind=given partition.stages=[2,2]"
+        )
     if config.optim.schedule == "cosine" and config.train.epochs == 1 and config.optim.warmup_epochs == 0:
         raise ConfigError(
             "train.epochs = 1 with the cosine schedule and no warm-up has learning rate 0 throughout; "
@@ -300,6 +325,21 @@ def validate(config: Config) -> Config:
     if config.optim.nesterov and config.optim.name == "sgd" and config.optim.momentum == 0:
         raise ConfigError("optim.momentum = 0 with optim.nesterov = true; set optim.nesterov=false")
     return config
+
+
+def _refuse_free(config: Config) -> None:
+    """Without waiting there is no gradient from the next module and no batch in parts."""
+    if config.model.modules > 1 and (config.hierarchy.cascade_span > 1 or config.hierarchy.final_loss == "cascade"):
+        raise ConfigError(
+            f"schedule.kind = 'free' with hierarchy.cascade_span = {config.hierarchy.cascade_span}: a cascade's "
+            "gradient belongs to one batch, and free stages train on different ones; use hierarchy.cascade_span=1 or "
+            "schedule.kind=async"
+        )
+    if config.schedule.micro_batches > 1:
+        raise ConfigError(
+            f"schedule.kind = 'free' with schedule.micro_batches = {config.schedule.micro_batches}: the replay ring "
+            "holds whole batches; use schedule.micro_batches=1"
+        )
 
 
 def _default(value: float | None, default: float) -> float:
@@ -343,7 +383,11 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         return float(value)
     if typing.get_origin(kind) is tuple:
         if isinstance(value, list | tuple) and all(isinstance(x, int | float) for x in value):
-            return tuple(float(x) for x in value)
+            if typing.get_args(kind)[0] is float:
+                return tuple(float(x) for x in value)
+            if all(isinstance(x, int) and x > 0 for x in value):
+                return tuple(value)
+            raise ConfigError(f"{key} = {value!r} must be a list of positive integers, for example [2, 2]")
         raise ConfigError(f"{key} = {value!r} must be a list of numbers, for example [5.0, 0.5]")
     if kind is str and isinstance(value, str):
         return ALIASES.get(key, {}).get(value, value)

@@ -25,6 +25,9 @@ from pipeline.methods import Level
 from pipeline.numerics import Numerics, seed_rng, stable_hash
 from pipeline.optimiser import build_optimiser, set_learning_rate
 
+BatchKey = tuple[int, int]
+"""(step, micro-batch)"""
+
 
 @dataclass
 class InFlight:
@@ -32,6 +35,7 @@ class InFlight:
 
     x: Tensor  # (b, ...) detached input; a leaf that requires grad when a gradient goes upstream
     h: Tensor  # (b, ...) output, with its graph
+    weights: list[Tensor]  # the leaves of the graph that get weight gradients
     labels: Tensor  # int64 (b,)
     image: Tensor | None  # uint8 (b, C, S, S), where a head reconstructs it
     scale: float  # share of this micro-batch in the batch: b / B
@@ -39,6 +43,18 @@ class InFlight:
     own: Tensor | None = None  # c_m
     independent: Tensor | None = None  # a_m
     received: dict[int, Tensor] = field(default_factory=dict)  # key -> gradient from module m+1
+
+
+@dataclass
+class Stash:
+    """What a late module keeps of one step until its update: the weights of its forward, the gradients of its heads."""
+
+    weights: dict[str, dict[str, Tensor]]  # block -> parameter -> copy, a leaf
+    head_gradients: list[Tensor | None]
+
+    def leaves(self) -> list[Tensor]:
+        """The copies in the order of the module's parameters."""
+        return [copy for block in self.weights.values() for copy in block.values()]
 
 
 class LocalModule:
@@ -50,6 +66,8 @@ class LocalModule:
         levels: its head levels by name, in running order: "cascade" first, others wait for its gradient.
         config: the run's configuration.
         numerics: dtype, memory layout and device.
+        lag: steps between a forward and the backward and update of its batch (schedule `async`). A late module keeps
+            a copy of its weights per step, on which the backward works, and the gradients of its heads.
     """
 
     def __init__(
@@ -59,6 +77,7 @@ class LocalModule:
         levels: OrderedDict[str, Level],
         config: Config,
         numerics: Numerics,
+        lag: int = 0,
     ) -> None:
         self.plan = plan
         self.blocks = blocks
@@ -69,13 +88,15 @@ class LocalModule:
         for module in (*blocks.values(), *levels.values()):
             numerics.place(module)
         self.parameters = [p for block in blocks.values() for p in block.parameters()]
-        head_parameters = [p for level in levels.values() for p in level.parameters()]
-        self._trained = self.parameters + head_parameters
+        self._head_parameters = [p for level in levels.values() for p in level.parameters()]
+        self._trained = self.parameters + self._head_parameters
         self.optimiser = build_optimiser(self._trained, config.optim)
         self._batchnorms: list[nn.modules.batchnorm._BatchNorm] = []
         if config.hierarchy.variant == "released":
             self._imitate_repeated_evaluations()
-        self._in_flight: dict[int, InFlight] = {}
+        self._late = lag > 0
+        self._stashes: dict[int, Stash] = {}
+        self._in_flight: dict[BatchKey, InFlight] = {}
         self.loss_sums: dict[str, Tensor] = {}
 
     @property
@@ -96,38 +117,58 @@ class LocalModule:
     # --- training: called by the schedule, in its order -------------------------------------------------------------
 
     def forward(
-        self, micro_batch: int, x: Tensor, labels: Tensor, image: Tensor | None, scale: float, step: int
+        self, key: BatchKey, x: Tensor, labels: Tensor, image: Tensor | None, scale: float
     ) -> Tensor:
         """Run f_m on a detached input (b, ...) and return h_m, detached, in the boundary dtype and layout."""
         x = x.detach()
         if self.plan.needs_input_gradient:
             x.requires_grad_()
-        seed = stable_hash(self._seed, "step", self.plan.index, step, micro_batch)
+        seed = stable_hash(self._seed, "step", self.plan.index, *key)
         seed_rng(seed, self.numerics.device)
         self._set_training(True)
         with torch.enable_grad(), self.numerics.autocast():
-            h = x
-            for block in self.blocks.values():
-                h = block(h)
+            if self._late:
+                h, weights = self._forward_on_a_copy(key[0], x)
+            else:
+                h, weights = self._run_blocks(x), list(self.parameters)
         for batchnorm in self._batchnorms:
             if batchnorm.num_batches_tracked is not None:
                 batchnorm.num_batches_tracked += self.plan.evaluations - 1
-        self._in_flight[micro_batch] = InFlight(x, h, labels, image, scale, seed)
+        self._in_flight[key] = InFlight(x, h, weights, labels, image, scale, seed)
         return self.numerics.boundary(h)
 
-    def cascade(self, micro_batch: int) -> None:
+    def _run_blocks(self, x: Tensor) -> Tensor:
+        for block in self.blocks.values():
+            x = block(x)
+        return x
+
+    def _forward_on_a_copy(self, step: int, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Forward with copies of the weights: updates come before this graph's backward and must not reach it. The
+        micro-batches of a step share the copies. BatchNorm's running statistics are not copied: they are no weights."""
+        if step not in self._stashes:
+            copies = {
+                name: {key: p.detach().clone().requires_grad_(p.requires_grad) for key, p in block.named_parameters()}
+                for name, block in self.blocks.items()
+            }
+            self._stashes[step] = Stash(copies, [None] * len(self._head_parameters))
+        stash = self._stashes[step]
+        for name, block in self.blocks.items():
+            x = torch.func.functional_call(block, stash.weights[name], (x,))
+        return x, stash.leaves()
+
+    def cascade(self, key: BatchKey) -> None:
         """Run the cascade level: c_m."""
-        item = self._in_flight[micro_batch]
-        item.own = self._run_level("cascade", item)
+        item = self._in_flight[key]
+        item.own = self._run_level("cascade", item, key[0])
 
-    def independent(self, micro_batch: int) -> None:
+    def independent(self, key: BatchKey) -> None:
         """Run the independent level: a_m."""
-        item = self._in_flight[micro_batch]
-        item.independent = self._run_level("independent", item)
+        item = self._in_flight[key]
+        item.independent = self._run_level("independent", item, key[0])
 
-    def final(self, micro_batch: int) -> None:
+    def final(self, key: BatchKey) -> None:
         """The last module's loss: cross-entropy of its output, which is the network's logits."""
-        item = self._in_flight[micro_batch]
+        item = self._in_flight[key]
         leaf = item.h.detach().requires_grad_()
         with torch.enable_grad():
             loss = cross_entropy(leaf, item.labels)
@@ -137,26 +178,26 @@ class LocalModule:
         assert leaf.grad is not None
         item.independent = leaf.grad if total == 1.0 else leaf.grad * total
 
-    def receive(self, micro_batch: int, key: int, gradient: Tensor) -> None:
-        """Take a gradient of h_m (b, ...) that module m+1 sent under ``key``."""
-        self._in_flight[micro_batch].received[key] = gradient
+    def receive(self, key: BatchKey, message_key: int, gradient: Tensor) -> None:
+        """Take a gradient of h_m (b, ...) that module m+1 sent under ``message_key``."""
+        self._in_flight[key].received[message_key] = gradient
 
-    def relay(self, micro_batch: int, key: int) -> Tensor:
-        """Activation-only backward: the gradient of x_m that travels on under ``key``. Keeps the graph."""
-        item = self._in_flight[micro_batch]
+    def relay(self, key: BatchKey, message_key: int) -> Tensor:
+        """Activation-only backward: the gradient of x_m that travels on under ``message_key``. Keeps the graph."""
+        item = self._in_flight[key]
         gradient = _sum(
-            [item.own if key == self.plan.own_key else None, item.received.get(key)], like=item.h
+            [item.own if message_key == self.plan.own_key else None, item.received.get(message_key)], like=item.h
         )
         (upstream,) = torch.autograd.grad(item.h, item.x, gradient, retain_graph=True)
         return self.numerics.boundary(upstream)
 
-    def backward(self, micro_batch: int) -> Tensor | None:
+    def backward(self, key: BatchKey) -> Tensor | None:
         """Full backward into the parameters; frees the graph. Returns the message upstream where it is `merged`."""
-        item = self._in_flight.pop(micro_batch)
-        received = [item.received[key] for key in self.plan.incoming]
+        item = self._in_flight.pop(key)
+        received = [item.received[message_key] for message_key in self.plan.incoming]
         total = _sum([item.independent, item.own, *received], like=item.h)
         merged = self.plan.merged
-        inputs = [*self.parameters, item.x] if merged else self.parameters
+        inputs = [*item.weights, item.x] if merged else item.weights
         if inputs:
             torch.autograd.backward(item.h, total, inputs=inputs)
         if not merged:
@@ -168,8 +209,13 @@ class LocalModule:
             upstream = upstream if share == 1.0 else upstream * share
         return self.numerics.boundary(upstream)
 
-    def update(self) -> None:
-        """Clip, step, clear the gradients."""
+    def update(self, step: int) -> None:
+        """Clip, step with the gradients of the batch of ``step``, clear the gradients."""
+        if self._late:
+            stash = self._stashes.pop(step)
+            gradients = [leaf.grad for leaf in stash.leaves()] + stash.head_gradients
+            for parameter, gradient in zip(self._trained, gradients, strict=True):
+                parameter.grad = gradient
         if self._clip_norm:
             torch.nn.utils.clip_grad_norm_(self._trained, self._clip_norm)
         self.optimiser.step()
@@ -179,14 +225,24 @@ class LocalModule:
         """Use ``lr`` from the next update on."""
         set_learning_rate(self.optimiser, lr)
 
-    def _run_level(self, name: str, item: InFlight) -> Tensor:
+    def _run_level(self, name: str, item: InFlight, step: int) -> Tensor:
         seed_rng(stable_hash(item.rng_seed, name), self.numerics.device)
+        stash = self._stashes.get(step)
+        if stash is not None:
+            self._swap_head_gradients(stash)
         gradient, losses = self.levels[name].backward(
             item.h.detach(), item.labels, item.image, item.scale, self.numerics.autocast
         )
+        if stash is not None:
+            self._swap_head_gradients(stash)
         for term, loss in losses.items():
             self._record(f"{name}.{term}", loss, item.scale)
         return gradient
+
+    def _swap_head_gradients(self, stash: Stash) -> None:
+        """Exchange the heads' gradients with those of one step, so that micro-batches of a step add up."""
+        for index, parameter in enumerate(self._head_parameters):
+            parameter.grad, stash.head_gradients[index] = stash.head_gradients[index], parameter.grad
 
     def _record(self, name: str, loss: Tensor, scale: float) -> None:
         """Sum losses on the device; reading them is left to the end of the epoch, so nothing waits for them here."""
@@ -205,9 +261,7 @@ class LocalModule:
         """Forward in evaluation mode. Returns h_m (boundary form) and the logits of every level that classifies."""
         self._set_training(False)
         with self.numerics.autocast():
-            h = x
-            for block in self.blocks.values():
-                h = block(h)
+            h = self._run_blocks(x)
             scores = {name: level.logits(h) for name, level in self.levels.items()}
         if self.plan.final:
             scores["final"] = h

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline import heads
 from pipeline.backbones import initialise
-from pipeline.config import Config, MethodConfig
+from pipeline.config import METHODS, Config, MethodConfig
 from pipeline.errors import ConfigError, suggest
 from pipeline.heads import Autocast, AuxiliaryHead, FeatureShape, PatchedHead
 from pipeline.hierarchy import ModulePlan, lambda_position
@@ -44,6 +44,25 @@ class Term:
     name: str
     weight: float
     make: Callable[[FeatureShape], AuxiliaryHead]
+
+
+Terms = Callable[[MethodConfig, Task, float], list[Term]]
+_REGISTERED: dict[str, Terms] = {}
+
+
+def register_method(name: str, terms: Terms) -> None:
+    """Make ``method.name = name`` known. Call it on every rank before :func:`pipeline.load_config`.
+
+    ``terms(config.method, task, position)`` gives the terms of a local loss; ``position`` in [0, 1] is where the module
+    stands between the first and the last one that has a head.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    if name in METHODS:
+        raise ConfigError(f"method '{name}' exists already; choose another name")
+    METHODS.append(name)
+    _REGISTERED[name] = terms
 
 
 class Level(nn.Module):
@@ -145,6 +164,8 @@ def method_terms(config: MethodConfig, task: Task, position: float) -> list[Term
     Raises:
         ConfigError: a head name that the method does not have.
     """
+    if config.name in _REGISTERED:
+        return _REGISTERED[config.name](config, task, position)
     head = config.head or DEFAULT_HEADS[config.name]
     if config.name == "dgl":
         if head not in DGL_HEADS:

@@ -5,23 +5,26 @@
                <------------------------------           <------------------------------
                  gradient, one per key of the hierarchy; only where a cascade crosses the edge
 
-The stage knows nothing of epochs, files or screens. Everything it waits for has a deadline (see transport).
+An epoch is ``begin_epoch``, ``train_step`` for every batch, ``end_epoch``, which does the work that schedule `async`
+has left late. The stage knows nothing of files or screens. Everything it waits for has a deadline (see transport).
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from pipeline.connect import Edges
 from pipeline.errors import DataError
-from pipeline.local_module import LocalModule
-from pipeline.schedule import Action, Kind, Message, messages_needed, messages_sent
+from pipeline.local_module import BatchKey, LocalModule
+from pipeline.recorder import Recorder
+from pipeline.schedule import Action, Kind, Message, messages_needed, messages_sent, steps_of
 from pipeline.transport import Message as Received
 from pipeline.transport import Receiver, Sender
 from pipeline.wire import Header, MessageKind
@@ -75,24 +78,26 @@ class Stage:
     Args:
         modules: in order.
         schedule: the actions of one step.
-        gradient_order: gradient messages in the order in which the next stage sends them during one step.
+        gradient_order: (lag, message) of the gradients that the next stage sends during one step, in its order.
         micro_batches: parts of a batch.
         edges: to the neighbours.
         forward_image: whether a later stage reconstructs the image, so that it must be sent on.
         progress: told the step and the action before each action.
-        before_action: called with every action before it runs (fault injection, tracing).
+        before_action: called with every action before it runs (fault injection, measuring).
+        recorder: told what ran from when to when.
     """
 
     def __init__(
         self,
         modules: Sequence[LocalModule],
         schedule: Sequence[Action],
-        gradient_order: Sequence[Message],
+        gradient_order: Sequence[tuple[int, Message]],
         micro_batches: int,
         edges: Edges,
         forward_image: bool,
         progress: Progress | None = None,
         before_action: Callable[[int, Action], None] | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self.modules: Mapping[int, LocalModule] = {m.plan.index: m for m in modules}
         self.schedule = tuple(schedule)
@@ -103,11 +108,14 @@ class Stage:
         self._forward_image = forward_image
         self._progress = progress
         self._before_action = before_action
-        self._inputs: dict[int, _Input] = {}
-        self._hidden: dict[int, Tensor] = {}
+        self._recorder = recorder
+        self._inputs: dict[BatchKey, _Input] = {}
+        self._hidden: dict[BatchKey, Tensor] = {}
         self._batch: list[_Input] = []
-        self._expected: Iterator[Message] = iter(())
-        self._arrived: dict[Message, Received] = {}
+        self._expected: Iterator[tuple[int, Message]] = iter(())
+        self._arrived: dict[tuple[int, Message], Received] = {}
+        self._first_step = 0
+        self._end_step: int | None = None
         self._data_wait_s = 0.0
         self._waited_before_epoch = 0.0
         self.current: Action | None = None
@@ -115,50 +123,78 @@ class Stage:
 
     # --- training -----------------------------------------------------------------------------------------------------
 
+    def begin_epoch(self, first_step: int) -> None:
+        """Start an epoch whose batches are numbered from ``first_step``."""
+        self._first_step, self._end_step = first_step, None
+        self._expected = self._gradient_stream()
+        self._waited_before_epoch = self.wait_s()
+
     def train_step(self, epoch: int, step: int, batch: Batch | None) -> None:
         """One step of the schedule. ``batch`` is given to the first stage and None elsewhere."""
         self._batch = [] if batch is None else list(self._split(batch))
-        self._expected = iter(self._gradient_order)
-        for action in self.schedule:
-            self.current = action
-            if self._progress is not None:
-                self._progress(epoch, step, str(action))
-            if self._before_action is not None:
-                self._before_action(step, action)
-            waited, started = self.wait_s(), time.perf_counter()
-            self._act(action, epoch, step)
-            elapsed = time.perf_counter() - started - (self.wait_s() - waited)
-            self.counters.busy_s[action.module] = self.counters.busy_s.get(action.module, 0.0) + elapsed
-        self.current = None
+        self._run(epoch, step, [action for action in self.schedule if step - action.lag >= self._first_step])
         self.counters.steps += 1
+
+    def end_epoch(self, epoch: int, end_step: int) -> None:
+        """Do what is left late, so that the weights hold every batch before ``end_step``."""
+        self._end_step = end_step
+        for step, actions in steps_of(self.schedule, self._first_step, end_step):
+            if step >= end_step:
+                self._run(epoch, step, actions)
         assert not self._inputs and not self._hidden and not self._arrived
+
+    def _run(self, epoch: int, step: int, actions: Sequence[Action]) -> None:
+        for action in actions:
+            self.current = action
+            batch_step = step - action.lag
+            if self._progress is not None:
+                self._progress(epoch, batch_step, str(action))
+            if self._before_action is not None:
+                self._before_action(batch_step, action)
+            arrived = self._mark()
+            self._fetch_for(action, epoch, batch_step)
+            waited, started, mark = self.wait_s(), time.perf_counter(), self._mark()
+            self._act(action, epoch, batch_step)
+            blocked = self.wait_s() - waited  # for room in the queue of a message
+            elapsed = time.perf_counter() - started - blocked
+            self.counters.busy_s[action.module] = self.counters.busy_s.get(action.module, 0.0) + elapsed
+            if self._recorder is not None:
+                self._recorder.action(action, batch_step, arrived, mark, blocked)
+        self.current = None
+
+    def _mark(self) -> Any:
+        return self._recorder.mark() if self._recorder is not None else None
+
+    def _fetch_for(self, action: Action, epoch: int, step: int) -> None:
+        """Wait for the messages that an action needs."""
+        for message in messages_needed(action, self.modules[action.module].plan):
+            if action.module == self._last and (step, message) not in self._arrived:
+                self._await_gradient((step, message), epoch)
+        if action.kind is Kind.FORWARD and action.module == self._first:
+            self._inputs[step, action.micro_batch] = self._next_input(action.micro_batch, epoch, step)
 
     def _act(self, action: Action, epoch: int, step: int) -> None:
         module = self.modules[action.module]
-        micro_batch = action.micro_batch
-        for message in messages_needed(action, module.plan):
-            if message in self._arrived or action.module != self._last:
-                continue
-            self._await_gradient(message, epoch, step)
+        key = (step, action.micro_batch)
         match action.kind:
             case Kind.FORWARD:
-                self._forward(module, micro_batch, epoch, step)
+                self._forward(module, key, epoch)
             case Kind.CASCADE:
-                module.cascade(micro_batch)
+                module.cascade(key)
             case Kind.INDEPENDENT:
-                module.independent(micro_batch)
+                module.independent(key)
             case Kind.FINAL:
-                module.final(micro_batch)
+                module.final(key)
             case Kind.RELAY:
                 assert action.key is not None
-                self._send_upstream(action, module.relay(micro_batch, action.key), epoch, step)
+                self._send_upstream(action, module.relay(key, action.key), epoch, step)
             case Kind.BACKWARD:
-                upstream = module.backward(micro_batch)
+                upstream = module.backward(key)
                 if upstream is not None:
                     self._send_upstream(action, upstream, epoch, step)
-                self._close(micro_batch, action.module)
+                self._close(key, action.module)
             case Kind.UPDATE:
-                module.update()
+                module.update(step)
 
     def _split(self, batch: Batch) -> Iterator[_Input]:
         rows = len(batch.labels)
@@ -171,16 +207,15 @@ class Stage:
                 batch.x[span], batch.labels[span], image, len(part) / rows, rows, None, len(self.modules)
             )
 
-    def _forward(self, module: LocalModule, micro_batch: int, epoch: int, step: int) -> None:
+    def _forward(self, module: LocalModule, key: BatchKey, epoch: int) -> None:
         index = module.plan.index
-        if index == self._first:
-            self._inputs[micro_batch] = self._next_input(micro_batch, epoch, step)
-        item = self._inputs[micro_batch]
-        x = item.x if index == self._first else self._hidden.pop(micro_batch)
-        h = module.forward(micro_batch, x, item.labels, item.image, item.scale, step)
+        item = self._inputs[key]
+        x = item.x if index == self._first else self._hidden.pop(key)
+        h = module.forward(key, x, item.labels, item.image, item.scale)
         if index != self._last:
-            self._hidden[micro_batch] = h
+            self._hidden[key] = h
         elif self.edges.activation_out is not None:
+            step, micro_batch = key
             header = Header(
                 MessageKind.TRAIN,
                 epoch=epoch,
@@ -218,20 +253,28 @@ class Stage:
             len(self.modules),
         )
 
-    def _await_gradient(self, wanted: Message, epoch: int, step: int) -> None:
+    def _gradient_stream(self) -> Iterator[tuple[int, Message]]:
+        """(step, message) of every gradient of the epoch in the order in which the next stage sends them."""
+        for step in itertools.count(self._first_step):
+            for lag, message in self._gradient_order:
+                batch_step = step - lag
+                if batch_step >= self._first_step and (self._end_step is None or batch_step < self._end_step):
+                    yield batch_step, message
+
+    def _await_gradient(self, wanted: tuple[int, Message], epoch: int) -> None:
         """Take messages in the order in which they were sent until the wanted one is here."""
         receiver = self.edges.gradient_in
         assert receiver is not None
         while wanted not in self._arrived:
-            module, micro_batch, key = expected = next(self._expected)
+            step, (module, micro_batch, key) = expected = next(self._expected)
             message = receiver.take(MessageKind.GRADIENT, epoch=epoch, step=step, micro_batch=micro_batch, key=key)
             self._arrived[expected] = message
-            self.modules[module].receive(micro_batch, key, message.fields["gradient"])
+            self.modules[module].receive((step, micro_batch), key, message.fields["gradient"])
 
     def _send_upstream(self, action: Action, gradient: Tensor, epoch: int, step: int) -> None:
         for module, micro_batch, key in messages_sent(action):
             if module in self.modules:
-                self.modules[module].receive(micro_batch, key, gradient)
+                self.modules[module].receive((step, micro_batch), key, gradient)
                 continue
             assert self.edges.gradient_out is not None
             header = Header(
@@ -241,18 +284,21 @@ class Stage:
                 micro_batch=micro_batch,
                 key=key,
                 rows=len(gradient),
-                batch_rows=self._inputs[micro_batch].batch_rows,
+                batch_rows=self._inputs[step, micro_batch].batch_rows,
             )
             self.edges.gradient_out.send(header, gradient=gradient)
 
-    def _close(self, micro_batch: int, module: int) -> None:
+    def _close(self, batch: BatchKey, module: int) -> None:
         """Give buffers back: gradients once their module has used them, the input once every module is done."""
-        for message in [m for m in self._arrived if m[:2] == (module, micro_batch)]:
-            self._arrived.pop(message).release()
-        item = self._inputs[micro_batch]
+        step, micro_batch = batch
+        for key in self.modules[module].plan.incoming:
+            received = self._arrived.pop((step, (module, micro_batch, key)), None)
+            if received is not None:
+                received.release()
+        item = self._inputs[batch]
         item.open_modules -= 1
         if item.open_modules == 0:
-            del self._inputs[micro_batch]
+            del self._inputs[batch]
             if item.message is not None:
                 item.message.release()
 
@@ -317,13 +363,8 @@ class Stage:
         """Seconds spent waiting for neighbours and data so far."""
         return self._data_wait_s + sum(edge.wait_s for edge in (*self.receivers(), *self.senders()))
 
-    def begin_epoch(self) -> float:
-        """Mark the start of an epoch for :meth:`wait_since_epoch`; returns :meth:`wait_s`."""
-        self._waited_before_epoch = self.wait_s()
-        return self._waited_before_epoch
-
     def wait_since_epoch(self) -> float:
-        """Seconds spent waiting since :meth:`begin_epoch`."""
+        """Seconds spent waiting since ``begin_epoch``."""
         return self.wait_s() - self._waited_before_epoch
 
     def take_counters(self) -> Counters:

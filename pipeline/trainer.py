@@ -8,6 +8,7 @@ Every rank runs the same code; only the first stage reads images and only rank 0
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,12 +25,14 @@ from pipeline.methods import Task
 from pipeline.numerics import Numerics, resolve_numerics
 from pipeline.optimiser import learning_rate
 from pipeline.partition import cut, place
+from pipeline.recorder import Recorder, by_time, clock_offset_s
 from pipeline.report import EpochRecord, Progress, RunDirectory, open_view, summarise
 from pipeline.runtime import Runtime
 from pipeline.schedule import Action
 from pipeline.sources import Facts, ImageSource, LoaderData, LoaderSource, Source
 from pipeline.stage import Batch, Stage
 from pipeline.telemetry import Telemetry, merge
+from pipeline.timeline import write_trace
 from pipeline.version import VERSION
 from pipeline.weights import merged_state, weights_sha256
 
@@ -44,6 +47,7 @@ def train(
     run_dir: Path | str | None = None,
     quiet: bool = False,
     before_action: ActionHook | None = None,
+    trace: bool = False,
 ) -> dict[str, Any]:
     """Train, test and save. Call it on every rank (under torchrun), or in one process.
 
@@ -55,6 +59,7 @@ def train(
         run_dir: where config.toml, metrics.jsonl, summary.json, model.pt, heads.pt go; default ``runs/<name>-<time>``.
         quiet: print only the final report.
         before_action: called with (step, action) before every action of this rank's schedule.
+        trace: write what every rank did when: trace.json (Chrome, Perfetto) and, with matplotlib, trace.png.
 
     Returns:
         The contents of summary.json, on every rank.
@@ -63,7 +68,7 @@ def train(
     """
     settings = config.runtime
     with Runtime(settings.device, settings.threads, settings.deadline_s) as runtime:
-        run = _Run(config, runtime, network, data, quiet, before_action)
+        run = _Run(config, runtime, network, data, quiet, before_action, trace)
         return run.run(Path(run_dir) if run_dir is not None else None)
 
 
@@ -78,6 +83,7 @@ class _Run:
         data: LoaderData | None,
         quiet: bool,
         before_action: ActionHook | None,
+        trace: bool,
     ) -> None:
         self.runtime = runtime
         self.config = _named_after(validate(config), network, data)
@@ -85,6 +91,7 @@ class _Run:
         self.data = data
         self.quiet = quiet
         self.before_action = before_action
+        self.trace = trace
         self.leader = runtime.rank == 0
         self.records: list[EpochRecord] = []
         self._posted = 0
@@ -112,6 +119,7 @@ class _Run:
         )
         del blocks  # the other stages' blocks
         self.edges = self._connect()
+        self.recorder = self._recorder() if self.trace else None
         self.stage = Stage(
             self.modules,
             self.plan.schedules[runtime.rank],
@@ -121,6 +129,7 @@ class _Run:
             self.plan.image_crosses(runtime.rank),
             runtime.desk.progress,
             self.before_action,
+            self.recorder,
         )
         self.view = open_view(quiet=self.quiet) if self.leader else None
         if self.view is not None:
@@ -129,6 +138,7 @@ class _Run:
             self._start_view()
             self._epochs(facts)
             self.edges.close()
+            self._write_trace()
             return self._finish()
         except (LocalpipeError, KeyboardInterrupt):
             raise
@@ -204,6 +214,16 @@ class _Run:
             backend=runtime.backend,
         )
 
+    def _recorder(self) -> Recorder:
+        runtime = self.runtime
+        offset = clock_offset_s(runtime.store, runtime.rank, runtime.world_size)
+        recorder = Recorder(runtime.rank, runtime.device, offset)
+        stage = self.plan.stages[runtime.rank]
+        for sender, module in ((self.edges.activation_out, stage[-1]), (self.edges.gradient_out, stage[0])):
+            if sender is not None:
+                sender.on_taken = functools.partial(recorder.sent, module)
+        return recorder
+
     def _start_view(self) -> None:
         devices = self.runtime.gather(str(self.runtime.device))
         live = False
@@ -237,11 +257,10 @@ class _Run:
             for module in self.modules:
                 module.set_learning_rate(rate)
             steps = min(facts.train_batches, total - step)
-            waited, started = self.stage.begin_epoch(), time.monotonic()
+            started = time.monotonic()
             self._train_epoch(epoch, step, steps, facts, started)
             step += steps
-            wall_s = time.monotonic() - started
-            wait_s = self.stage.wait_s() - waited
+            wall_s, wait_s = time.monotonic() - started, self.stage.wait_since_epoch()
             if epoch % settings.evaluate_every == 0 or epoch == epochs:
                 self._test(epoch, step, facts)
             sent = sum(sender.bytes_sent for sender in self.stage.senders())
@@ -252,6 +271,7 @@ class _Run:
 
     def _train_epoch(self, epoch: int, first_step: int, steps: int, facts: Facts, started: float) -> None:
         batches = self.source.train(epoch) if self.source is not None else None
+        self.stage.begin_epoch(first_step)
         try:
             for index in range(steps):
                 batch: Batch | None = None
@@ -261,6 +281,7 @@ class _Run:
                 self.telemetry.pulse(self.stage, started)
                 if self.view is not None:
                     self._show(epoch, first_step, index + 1, steps, facts, started)
+            self.stage.end_epoch(epoch, first_step + steps)
         finally:
             close = getattr(batches, "close", None)  # ends the loader's thread when an epoch is cut short
             if close is not None:
@@ -311,6 +332,19 @@ class _Run:
                 self.view.epoch(record)
 
     # --- the end ------------------------------------------------------------------------------------------------------
+
+    def _write_trace(self) -> None:
+        """Gather the events of all ranks; rank 0 writes them and draws two steps from the middle of the first epoch."""
+        if self.recorder is None:
+            return
+        gathered = self.runtime.gather(self.recorder.events())
+        if gathered is not None:
+            events = by_time(event for part in gathered for event in part)
+            write_trace(events, self.directory.path / "trace.json", self._title())
+
+    def _title(self) -> str:
+        config = self.config
+        return f"{config.model.name}, {config.method.name}, schedule {config.schedule.kind}"
 
     def _finish(self) -> dict[str, Any]:
         """Collect weights and write the run directory; returns the summary on every rank."""

@@ -18,6 +18,7 @@ import re
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,7 +78,8 @@ class Sender(_End):
 
     ``depth`` messages can be on their way; ``send`` then blocks until the peer takes the oldest, and adds the
     time to ``wait_s``. ``peer_slots`` is the ``slots`` of the receiving end: that many receives are posted
-    there, so that many DONE messages end the stream. Counters: ``wait_s``, ``bytes_sent``.
+    there, so that many DONE messages end the stream. Counters: ``wait_s``, ``bytes_sent``. ``on_taken``, if set, is
+    told (header, posted, taken) of every message, seconds of ``time.perf_counter``, from a thread of this class.
     """
 
     def __init__(
@@ -96,7 +98,8 @@ class Sender(_End):
         self._sequence = 0
         self._peer_slots = peer_slots
         self._free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
-        self._in_flight: queue.SimpleQueue[tuple[dist.Work, Slot] | None] = queue.SimpleQueue()
+        self._in_flight: queue.SimpleQueue[tuple[dist.Work, Slot, float] | None] = queue.SimpleQueue()
+        self.on_taken: Callable[[Header, float, float], None] | None = None
         self._untaken: deque[Header] = deque()
         self._failure: PeerLost | None = None
         self._finished = False
@@ -182,7 +185,7 @@ class Sender(_End):
         except RuntimeError as exc:
             raise self._lost(f"sending the {self._label} of {header} to rank {self._peer}", exc) from exc
         # The queue keeps the Work alive: a Work that is garbage-collected is never delivered.
-        self._in_flight.put((work, slot))
+        self._in_flight.put((work, slot, time.perf_counter()))
         self.bytes_sent += self.spec.nbytes
 
     def _take_free(self, timeout_s: float) -> Slot:
@@ -201,7 +204,7 @@ class Sender(_End):
     def _drain(self) -> None:
         self._bind_device()
         while (item := self._in_flight.get()) is not None:
-            work, slot = item
+            work, slot, posted_s = item
             try:
                 slot.finish(work)
             except RuntimeError as exc:
@@ -210,7 +213,10 @@ class Sender(_End):
                 )
                 self._free.put(None)
                 return
-            if self._untaken.popleft().kind is not MessageKind.DONE:
+            header = self._untaken.popleft()
+            if self.on_taken is not None:
+                self.on_taken(header, posted_s, time.perf_counter())
+            if header.kind is not MessageKind.DONE:
                 self._free.put(slot)
 
 

@@ -13,10 +13,10 @@ ROOT = Path(__file__).parent.parent
 # From the bottom to the top: a file imports only from layers before its own.
 LAYERS = [
     {"errors", "version"},
-    {"config", "losses", "wire", "failure", "data", "report", "backbones"},
+    {"config", "losses", "wire", "failure", "data", "report", "backbones", "timeline"},
     {"heads", "hierarchy", "numerics", "optimiser", "partition", "transport", "runtime"},
     {"connect", "methods", "schedule", "weights"},
-    {"local_module"},
+    {"local_module", "recorder"},
     {"assembly", "stage"},
     {"sources", "telemetry"},
     {"trainer"},

@@ -9,7 +9,7 @@ import pytest
 from pipeline.config import HierarchyConfig
 from pipeline.hierarchy import ModulePlan, plan_hierarchy
 from pipeline.partition import place
-from pipeline.schedule import Kind, check_schedules, exact_schedule
+from pipeline.schedule import Kind, check_schedules, stage_schedule
 
 PAPER = HierarchyConfig(cascade_span=2, independent_weight=1.0, cascade_weight=1.0)
 
@@ -19,7 +19,7 @@ def plans(modules: int, span: int, variant: str = "paper") -> tuple[ModulePlan, 
 
 
 def text(modules: int, span: int, owned: range, micro_batches: int) -> str:
-    return " ".join(str(action) for action in exact_schedule(plans(modules, span), owned, micro_batches))
+    return " ".join(str(action) for action in stage_schedule(plans(modules, span), owned, micro_batches))
 
 
 def test_one_module_in_the_middle_does_first_what_others_wait_for() -> None:
@@ -33,7 +33,7 @@ def test_two_micro_batches_fill_the_wait_for_the_gradient() -> None:
 
 
 def test_a_stage_of_several_modules_keeps_two_graphs_at_most() -> None:
-    actions = exact_schedule(plans(8, 2), range(0, 8), 1)
+    actions = stage_schedule(plans(8, 2), range(0, 8), 1)
     open_graphs: set[int] = set()
     for action in actions:
         if action.kind is Kind.FORWARD:
@@ -44,7 +44,7 @@ def test_a_stage_of_several_modules_keeps_two_graphs_at_most() -> None:
 
 
 def test_plain_local_learning_waits_for_nobody() -> None:
-    for action in exact_schedule(plans(4, 1), range(1, 2), 2):
+    for action in stage_schedule(plans(4, 1), range(1, 2), 2):
         assert action.key is None
     assert text(4, 1, range(1, 2), 1) == "F1.0 I1.0 B1.0 U1"
 
@@ -54,7 +54,7 @@ def test_only_one_hop_separates_an_update_from_the_next_stage() -> None:
     rounds = []
     for depth in (4, 8, 16):
         modules = plans(depth, 2)
-        rounds.append(check_schedules(modules, [exact_schedule(modules, range(m, m + 1), 1) for m in range(depth)]))
+        rounds.append(check_schedules(modules, [stage_schedule(modules, range(m, m + 1), 1) for m in range(depth)]))
     fill = [count - depth for count, depth in zip(rounds, (4, 8, 16), strict=True)]
     assert fill[0] == fill[1] == fill[2]
 
@@ -66,13 +66,13 @@ def test_no_set_of_stages_waits_for_itself(variant: str, micro_batches: int) -> 
         for span in range(1, modules + 1):
             roles = plans(modules, span, variant)
             for ranks in range(1, modules + 1):
-                stages = [exact_schedule(roles, owned, micro_batches) for owned in place(modules, ranks)]
+                stages = [stage_schedule(roles, owned, micro_batches) for owned in place(modules, ranks)]
                 check_schedules(roles, stages)
 
 
 def test_the_check_notices_a_dead_lock() -> None:
     roles = plans(3, 2)
-    stages = [list(exact_schedule(roles, range(m, m + 1), 1)) for m in range(3)]
+    stages = [list(stage_schedule(roles, range(m, m + 1), 1)) for m in range(3)]
     stages[0].sort(key=lambda action: action.kind is Kind.FORWARD)  # backward before forward
     with pytest.raises(ValueError, match="wait for each other"):
         check_schedules(roles, stages)
@@ -80,7 +80,7 @@ def test_the_check_notices_a_dead_lock() -> None:
 
 def test_every_module_is_forwarded_once_per_micro_batch_and_updated_once() -> None:
     for span in (1, 2, 3, 6):
-        actions = exact_schedule(plans(6, span), range(6), 3)
+        actions = stage_schedule(plans(6, span), range(6), 3)
         for module in range(6):
             kinds = [action.kind for action in actions if action.module == module]
             assert kinds.count(Kind.FORWARD) == kinds.count(Kind.BACKWARD) == 3

@@ -32,7 +32,7 @@ from pipeline.connect import Edges
 from pipeline.local_module import LocalModule
 from pipeline.methods import Task
 from pipeline.numerics import Numerics
-from pipeline.schedule import exact_schedule
+from pipeline.schedule import stage_schedule
 from pipeline.stage import Batch, Stage
 
 TOLERANCE = 2e-5
@@ -167,7 +167,7 @@ class Replay:
         self.kinks = Kinks(self.modules, lambda bias: golden.gradients[names[id(bias)]])
         self.losses: list[dict[str, float]] = []
         plans = [module.plan for module in self.modules]
-        schedule = exact_schedule(plans, range(len(plans)), 1)
+        schedule = stage_schedule(plans, range(len(plans)), 1)
         self._stage = without_updates(
             Stage(self.modules, schedule, (), 1, Edges(), False, before_action=self.kinks.before_action)
         )
