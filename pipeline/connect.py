@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import ConfigError, DeadlineExceeded, PeerLost, WireError
+from pipeline.replay import ReplayReceiver
 from pipeline.transport import Receiver, Sender
 from pipeline.wire import FOREVER, MessageSpec
 
@@ -61,12 +62,14 @@ def connect(
     deadline_s: float,
     device: torch.device,
     backend: str,
+    ring: int = 0,
+    max_uses: int = 0,
 ) -> Edges:
     """Agree on all messages, then create one group per directed edge. Collective: every rank calls it.
 
     Before any group exists each edge's two descriptions are compared; WireError names both sides. Groups are
-    made and warmed up in one order on all ranks: down 0->1, up 1->0, down 1->2, ... Raises DeadlineExceeded,
-    PeerLost.
+    made and warmed up in one order on all ranks: down 0->1, up 1->0, down 1->2, ... With ``ring`` > 0 activations are
+    received into a replay ring (see :class:`ReplayReceiver`). Raises DeadlineExceeded, PeerLost.
     """
     texts = {name: spec and f"{spec.describe()}, {slots} slots" for name, spec in vars(specs).items()}
     everyone = [
@@ -98,7 +101,9 @@ def connect(
                 setattr(edges, f"{label}_out", end)
             else:
                 spec = getattr(specs, f"{label}_in")
-                setattr(edges, f"{label}_in", Receiver(group, source, spec, slots, deadline_s, device, label))
+                common = (group, source, spec, slots, deadline_s, device, label)
+                end = ReplayReceiver(*common, ring, max_uses) if ring else Receiver(*common)
+                setattr(edges, f"{label}_in", end)
     return edges
 
 

@@ -221,15 +221,20 @@ def steps_of(schedule: Sequence[Action], first: int, end: int) -> Iterator[tuple
 
     In each, only actions whose batch, step - lag, lies in ``first`` .. ``end`` - 1: a pipe that fills and is drained.
     """
-    for step in range(first, end + max((action.lag for action in schedule), default=0)):
-        actions = [action for action in schedule if first <= step - action.lag < end]
-        if actions:
-            yield step, actions
+    for step in range(first, end):
+        yield step, [action for action in schedule if step - action.lag >= first]
+    yield from late_steps(schedule, first, end)
+
+
+def late_steps(schedule: Sequence[Action], first: int, end: int) -> Iterator[tuple[int, list[Action]]]:
+    """The steps of :func:`steps_of` after the last batch."""
+    for step in range(end, end + max(action.lag for action in schedule)):
+        yield step, [action for action in schedule if first <= step - action.lag < end]
 
 
 def open_micro_batches(schedule: Sequence[Action]) -> int:
     """Most micro-batches of which a stage holds graphs and messages at a time. It does not depend on other stages."""
-    steps = 2 + 2 * max((action.lag for action in schedule), default=0)
+    steps = 2 + 2 * max(action.lag for action in schedule)
     left: dict[tuple[int, int], int] = {}
     backwards = Counter(action.micro_batch for action in schedule if action.kind is Kind.BACKWARD)
     most = 0

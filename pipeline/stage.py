@@ -24,7 +24,7 @@ from pipeline.connect import Edges
 from pipeline.errors import DataError
 from pipeline.local_module import BatchKey, LocalModule
 from pipeline.recorder import Recorder
-from pipeline.schedule import Action, Kind, Message, messages_needed, messages_sent, steps_of
+from pipeline.schedule import Action, Kind, Message, late_steps, messages_needed, messages_sent
 from pipeline.transport import Message as Received
 from pipeline.transport import Receiver, Sender
 from pipeline.wire import Header, MessageKind
@@ -47,7 +47,8 @@ class Progress(Protocol):
 
 @dataclass
 class Counters:
-    """Sums since the last :meth:`Stage.take_counters`. Seconds of host time; ``errors`` counts wrong test images."""
+    """Sums since the last :meth:`Stage.take_counters`. Seconds of host time; ``wrong`` counts wrong test images;
+    ``reused``, ``skipped`` and ``held_back`` as in :class:`pipeline.replay.ReplayCounts`."""
 
     busy_s: dict[int, float] = field(default_factory=dict)
     queue_depth_sum: int = 0
@@ -57,6 +58,9 @@ class Counters:
     tested: int = 0
     test_loss_sum: float = 0.0
     wrong: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    reused: int = 0
+    skipped: int = 0
+    held_back: int = 0
 
 
 @dataclass
@@ -129,6 +133,10 @@ class Stage:
         self._expected = self._gradient_stream()
         self._waited_before_epoch = self.wait_s()
 
+    def more_steps(self, epoch: int, done: int, planned: int) -> bool:
+        """Whether ``epoch``, with ``done`` of ``planned`` steps done here, needs another."""
+        return done < planned
+
     def train_step(self, epoch: int, step: int, batch: Batch | None) -> None:
         """One step of the schedule. ``batch`` is given to the first stage and None elsewhere."""
         self._batch = [] if batch is None else list(self._split(batch))
@@ -138,9 +146,8 @@ class Stage:
     def end_epoch(self, epoch: int, end_step: int) -> None:
         """Do what is left late, so that the weights hold every batch before ``end_step``."""
         self._end_step = end_step
-        for step, actions in steps_of(self.schedule, self._first_step, end_step):
-            if step >= end_step:
-                self._run(epoch, step, actions)
+        for step, actions in late_steps(self.schedule, self._first_step, end_step):
+            self._run(epoch, step, actions)
         assert not self._inputs and not self._hidden and not self._arrived
 
     def _run(self, epoch: int, step: int, actions: Sequence[Action]) -> None:
@@ -240,7 +247,7 @@ class Stage:
             self.counters.images += len(item.labels)
             return item
         self._note_depth(receiver)
-        message = receiver.take(MessageKind.TRAIN, epoch=epoch, step=step, micro_batch=micro_batch)
+        message = self._take_message(epoch, step, micro_batch)
         header, fields = message.header, message.fields
         self.counters.images += header.rows
         return _Input(
@@ -252,6 +259,10 @@ class Stage:
             message,
             len(self.modules),
         )
+
+    def _take_message(self, epoch: int, step: int, micro_batch: int) -> Received:
+        assert self.edges.activation_in is not None
+        return self.edges.activation_in.take(MessageKind.TRAIN, epoch=epoch, step=step, micro_batch=micro_batch)
 
     def _gradient_stream(self) -> Iterator[tuple[int, Message]]:
         """(step, message) of every gradient of the epoch in the order in which the next stage sends them."""

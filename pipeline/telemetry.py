@@ -134,6 +134,10 @@ class Telemetry:
             queue_depth=counters.queue_depth_sum / max(counters.queue_depth_count, 1),
             peak_memory_bytes=peak_memory_bytes(self._device),
             bytes_sent=sent - self._bytes_before,
+            steps=counters.steps,
+            reused=counters.reused,
+            skipped=counters.skipped,
+            held_back=counters.held_back,
         )
         self._bytes_before = sent
         report = StageReport(

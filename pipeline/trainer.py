@@ -21,6 +21,7 @@ from pipeline.backbones import Blocks, blocks_of, build_blocks
 from pipeline.config import Config, to_toml, validate
 from pipeline.connect import Edges, EdgeSpecs, agree, connect
 from pipeline.errors import ConfigError, LocalpipeError
+from pipeline.free_stage import FreeStage
 from pipeline.methods import Task
 from pipeline.numerics import Numerics, resolve_numerics
 from pipeline.optimiser import learning_rate
@@ -120,7 +121,8 @@ class _Run:
         del blocks  # the other stages' blocks
         self.edges = self._connect()
         self.recorder = self._recorder() if self.trace else None
-        self.stage = Stage(
+        make_stage = FreeStage if config.schedule.kind == "free" else Stage
+        self.stage = make_stage(
             self.modules,
             self.plan.schedules[runtime.rank],
             self.plan.gradient_order(runtime.rank + 1) if runtime.rank + 1 < runtime.world_size else (),
@@ -212,6 +214,8 @@ class _Run:
             deadline_s=settings.deadline_s,
             device=runtime.device,
             backend=runtime.backend,
+            ring=self.config.schedule.ring if self.config.schedule.kind == "free" else 0,
+            max_uses=self.config.schedule.max_uses,
         )
 
     def _recorder(self) -> Recorder:
@@ -273,14 +277,16 @@ class _Run:
         batches = self.source.train(epoch) if self.source is not None else None
         self.stage.begin_epoch(first_step)
         try:
-            for index in range(steps):
+            index = 0
+            while self.stage.more_steps(epoch, index, steps):
                 batch: Batch | None = None
                 if batches is not None:
                     batch = self.stage.fetch(batches, f"epoch {epoch}")
                 self.stage.train_step(epoch, first_step + index, batch)
                 self.telemetry.pulse(self.stage, started)
+                index += 1
                 if self.view is not None:
-                    self._show(epoch, first_step, index + 1, steps, facts, started)
+                    self._show(epoch, first_step, index, steps, facts, started)
             self.stage.end_epoch(epoch, first_step + steps)
         finally:
             close = getattr(batches, "close", None)  # ends the loader's thread when an epoch is cut short

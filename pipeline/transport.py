@@ -353,9 +353,17 @@ class Receiver(_End):
                         self._ready.put(None)
                 else:
                     arrived += 1
-                    self._ready.put((header, slot))
-        except (RuntimeError, WireError) as exc:
-            self._ready.put(exc)
+                    self._arrived(header, slot)
+        except (RuntimeError, WireError, PeerLost) as exc:
+            self._broken(exc)
+
+    def _arrived(self, header: Header, slot: Slot) -> None:
+        """A message has arrived (listening thread)."""
+        self._ready.put((header, slot))
+
+    def _broken(self, error: Exception) -> None:
+        """Nothing more will arrive (listening thread)."""
+        self._ready.put(error)
 
     def _validate(self, words: list[int], sequence: int) -> Header:
         expected = {"magic": MAGIC, "spec fingerprint": self._fingerprint, "sequence number": sequence}

@@ -31,12 +31,13 @@ FOREVER = timedelta(days=7)
 
 
 class MessageKind(IntEnum):
-    """What a message carries."""
+    """What a message carries. EPOCH marks the end of an epoch (schedule `free`), DONE that of the stream."""
 
     TRAIN = 1
     EVAL = 2
     GRADIENT = 3
     DONE = 4
+    EPOCH = 5
 
 
 @dataclass(frozen=True)

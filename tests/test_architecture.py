@@ -15,10 +15,10 @@ LAYERS = [
     {"errors", "version"},
     {"config", "losses", "wire", "failure", "data", "report", "backbones", "timeline"},
     {"heads", "hierarchy", "numerics", "optimiser", "partition", "transport", "runtime"},
-    {"connect", "methods", "schedule", "weights"},
-    {"local_module", "recorder"},
+    {"methods", "replay", "schedule", "weights"},
+    {"connect", "local_module", "recorder"},
     {"assembly", "stage"},
-    {"sources", "telemetry"},
+    {"free_stage", "sources", "telemetry"},
     {"trainer"},
     {"__init__"},
 ]

@@ -22,11 +22,27 @@ from pipeline.weights import weights_sha256
 STEPS = 5
 ROWS = 8
 MODULES = 4
-CASES = [
-    (method, variant, span, micro_batches)
+Case = tuple[str, str, int, int, str]  # method, variant, cascade span, micro-batches, schedule
+CASES: list[Case] = [
+    (method, variant, span, micro_batches, "exact")
     for method in ("dgl", "predsim", "infopro", "infopro-contrast", "greedy")
     for variant, span, micro_batches in (("plain", 1, 1), ("hpff", 2, 1), ("hpff", 2, 2))
-] + [("infopro", "released", 2, 1), ("infopro", "hpff", 3, 2), ("dgl", "hpff", MODULES, 1)]
+] + [("infopro", "released", 2, 1, "exact"), ("infopro", "hpff", 3, 2, "exact"), ("dgl", "hpff", MODULES, 1, "exact")]
+CASES += [
+    ("infopro", "hpff", 2, 1, "async-1"),
+    ("dgl", "hpff", 2, 2, "async-2"),
+    ("infopro", "released", 2, 1, "async-1"),
+    ("dgl", "hpff", 3, 1, "async-1"),
+    ("dgl", "hpff", MODULES, 2, "async-1"),
+]
+LATE = CASES[-5:]  # late gradients must be applied before an epoch ends
+DIFFERENT = len(CASES)
+SAME = {  # a case that must give the weights of another
+    ("dgl", "plain", 1, 1, "async-1"): ("dgl", "plain", 1, 1, "exact"),
+    ("infopro", "plain", 1, 1, "async-3"): ("infopro", "plain", 1, 1, "exact"),
+    ("infopro", "hpff", 2, 2, "async-0"): ("infopro", "hpff", 2, 2, "exact"),
+}
+CASES += SAME
 
 
 class Batches:
@@ -58,14 +74,14 @@ def dawdle(rank: int) -> Any:
     return before_action
 
 
-def config_of(case: tuple[str, str, int, int]) -> Any:
-    method, variant, span, micro_batches = case
-    return tiny_config(
-        method, variant, span, MODULES, schedule={"micro_batches": micro_batches}, train={"epochs": 1}
-    )
+def config_of(case: Case) -> Any:
+    method, variant, span, micro_batches, name = case
+    kind, _, delay = name.partition("-")
+    schedule = {"micro_batches": micro_batches, "kind": kind, "delay": int(delay or 1)}
+    return tiny_config(method, variant, span, MODULES, schedule=schedule, train={"epochs": 2 if case in LATE else 1})
 
 
-def train_all(rank: int, cases: list[tuple[str, str, int, int]], folder: str) -> list[str]:
+def train_all(rank: int, cases: list[Case], folder: str) -> list[str]:
     """Every case, one after another in the same processes; returns the weights' digests."""
     digests = []
     for index, case in enumerate(cases):
@@ -77,7 +93,7 @@ def train_all(rank: int, cases: list[tuple[str, str, int, int]], folder: str) ->
             quiet=True,
             before_action=dawdle(rank),
         )
-        assert summary["world_size"] >= 1 and summary["steps"] == STEPS
+        assert summary["world_size"] >= 1 and summary["steps"] == STEPS * summary["epochs"]
         digests.append(summary["weights_sha256"])
     return digests
 
@@ -103,7 +119,12 @@ def test_weights_are_the_same_on_any_number_of_processes(digests: dict[int, list
 
 def test_different_methods_have_different_weights(digests: dict[int, list[str]]) -> None:
     """The digest sees the weights: no two cases agree by accident."""
-    assert len(set(digests[1])) == len(CASES)
+    assert len(set(digests[1][:DIFFERENT])) == DIFFERENT
+
+
+@pytest.mark.parametrize("case", SAME, ids=lambda case: "-".join(map(str, case)))
+def test_async_is_exact_without_a_cascade_or_a_delay(digests: dict[int, list[str]], case: Case) -> None:
+    assert digests[4][CASES.index(case)] == digests[1][CASES.index(SAME[case])]
 
 
 @pytest.mark.parametrize("method", ["dgl", "infopro"])
@@ -124,5 +145,5 @@ def test_two_micro_batches_equal_gradient_accumulation(method: str, span: int) -
             for parameter in itertools.chain(module.parameters, *[lv.parameters() for lv in module.levels.values()]):
                 if parameter.grad is not None:
                     parameter.grad /= 2
-            module.update()
+            module.update(step)
     assert weights_sha256([m.state() for m in modules]) == weights_sha256([m.state() for m in reference])

@@ -9,7 +9,7 @@ import pytest
 from pipeline.config import HierarchyConfig
 from pipeline.hierarchy import ModulePlan, plan_hierarchy
 from pipeline.partition import place
-from pipeline.schedule import Kind, check_schedules, stage_schedule
+from pipeline.schedule import Kind, check_schedules, lags, open_micro_batches, stage_schedule, steps_of
 
 PAPER = HierarchyConfig(cascade_span=2, independent_weight=1.0, cascade_weight=1.0)
 
@@ -101,3 +101,72 @@ def test_span_k_is_end_to_end_flow() -> None:
 
 def test_released_evaluations_match_the_counts_of_the_released_code() -> None:
     assert [role.evaluations for role in plans(6, 2, "released")] == [2, 3, 3, 3, 3, 2]
+
+
+# --- schedule `async` -------------------------------------------------------------------------------------------------
+
+
+def late_text(modules: int, span: int, owned: range, micro_batches: int, delay: int) -> str:
+    return " ".join(map(str, stage_schedule(plans(modules, span), owned, micro_batches, delay)))
+
+
+def test_async_does_the_backward_of_an_earlier_batch_after_the_heads_of_this_one() -> None:
+    assert late_text(4, 2, range(1, 2), 1, 1) == "F1.0 C1.0 R1.0->0 I1.0 B1.0@-1 U1@-1"
+    assert late_text(4, 2, range(1, 2), 2, 2) == (
+        "F1.0 C1.0 R1.0->0 I1.0 B1.0@-2 F1.1 C1.1 R1.1->0 I1.1 B1.1@-2 U1@-2"
+    )
+
+
+@pytest.mark.parametrize("span", [1, 2, 3, 4])
+def test_async_without_delay_is_exact(span: int) -> None:
+    for owned in (range(0, 4), range(1, 2), range(2, 4)):
+        assert late_text(4, span, owned, 2, 0) == text(4, span, owned, 2)
+
+
+def test_modules_that_receive_no_gradient_are_never_late() -> None:
+    assert lags(plans(5, 1), 3).backward == (0, 0, 0, 0, 0)
+    assert lags(plans(5, 2), 3).backward == (3, 3, 3, 0, 0)
+
+
+def test_a_gradient_that_travels_further_is_late_once_per_hop() -> None:
+    late = lags(plans(6, 4), 1)
+    assert late.backward == (3, 3, 2, 1, 0, 0)
+    assert late.relay == {(4, 1): 0, (3, 1): 1, (2, 1): 2, (3, 0): 0, (2, 0): 1, (1, 0): 2}
+
+
+@pytest.mark.parametrize("variant", ["paper", "released"])
+@pytest.mark.parametrize("delay", [1, 2])
+def test_no_set_of_late_stages_waits_for_itself(variant: str, delay: int) -> None:
+    for modules in (2, 3, 5):
+        for span in range(1, modules + 1):
+            roles = plans(modules, span, variant)
+            for ranks in range(1, modules + 1):
+                for micro_batches in (1, 3):
+                    stages = [stage_schedule(roles, owned, micro_batches, delay) for owned in place(modules, ranks)]
+                    check_schedules(roles, stages, steps=4)
+
+
+def test_no_late_stage_waits_once_the_pipe_is_full() -> None:
+    """Every action takes one round, so one more step costs as many rounds as the longest stage has actions. `exact`
+    needs more: without an independent head to fill it, a stage waits for the next one's forward and heads."""
+    roles = plan_hierarchy(8, dataclasses.replace(PAPER, independent_weight=0.0))
+    for delay, waits in ((1, False), (0, True)):
+        stages = [stage_schedule(roles, range(m, m + 1), 1, delay) for m in range(8)]
+        extra = check_schedules(roles, stages, steps=21) - check_schedules(roles, stages, steps=20)
+        assert (extra > max(map(len, stages))) == waits
+
+
+@pytest.mark.parametrize("depth", [4, 8, 64])
+def test_a_stage_holds_d_more_batches_and_not_more_with_depth(depth: int) -> None:
+    roles = plans(depth, 2)
+    for delay in (0, 1, 2, 3):
+        held = [open_micro_batches(stage_schedule(roles, range(m, m + 1), 1, delay)) for m in range(depth)]
+        assert max(held) == 1 + delay
+
+
+def test_the_pipe_fills_and_is_drained() -> None:
+    schedule = stage_schedule(plans(4, 2), range(1, 2), 1, delay=2)
+    steps = [" ".join(map(str, actions)) for _, actions in steps_of(schedule, 5, 8)]
+    assert steps[0] == steps[1] == "F1.0 C1.0 R1.0->0 I1.0"
+    assert steps[2] == "F1.0 C1.0 R1.0->0 I1.0 B1.0@-2 U1@-2"
+    assert steps[3:] == ["B1.0@-2 U1@-2"] * 2

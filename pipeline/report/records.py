@@ -40,7 +40,9 @@ class StageRecord:
 
     Times are in seconds: ``busy_s`` computing, ``wait_s`` waiting for a message, out of ``wall_s``.
     ``queue_depth`` is the mean number of ready messages whenever one was taken. ``bytes_sent`` counts this
-    epoch only; ``peak_memory_bytes`` is the highest value so far.
+    epoch only; ``peak_memory_bytes`` is the highest value so far. ``steps`` are the stage's own. With schedule `free`,
+    ``reused`` of them were on a batch that it had trained on before, ``skipped`` batches passed it by, and it waited
+    ``held_back`` times because every batch it had was used up.
     """
 
     rank: int
@@ -52,6 +54,10 @@ class StageRecord:
     queue_depth: float
     peak_memory_bytes: int
     bytes_sent: int
+    steps: int = 0
+    reused: int = 0
+    skipped: int = 0
+    held_back: int = 0
 
     @property
     def busy_fraction(self) -> float:

@@ -153,6 +153,7 @@ def _rank_totals(epochs: Sequence[EpochRecord], position: int) -> dict[str, Any]
         "queue_depth": statistics.fmean(stage.queue_depth for stage in stages),
         "peak_memory_bytes": max(stage.peak_memory_bytes for stage in stages),
         "bytes_sent": sum(stage.bytes_sent for stage in stages),
+        **{key: sum(getattr(stage, key) for stage in stages) for key in ("steps", "reused", "skipped", "held_back")},
     }
 
 

@@ -35,6 +35,7 @@ from pipeline.report.records import (
 
 LOG_WIDTH = 140  # columns of output that goes to a file or a pipe
 _WIDE = 110  # columns of the console from which on headings are spelled out
+_REPLAY = ("reused", "skipped", "held_back")
 
 
 class View(ABC):
@@ -279,12 +280,17 @@ def _rank_table(ranks: Sequence[Mapping[str, Any]]) -> Table:
     table.add_column("device")
     table.add_column("modules")
     _numeric(table, "busy\n%", "wait\n%", "queue\ndepth", "peak memory\nMiB", "sent\nMiB")
+    free = any(rank[name] for rank in ranks for name in _REPLAY)
+    if free:
+        _numeric(table, "steps", "batches\nused again", "batches\nskipped", "held\nback")
     for rank in ranks:
         first, *others = rank["modules"]
         modules = f"{first}-{others[-1]}" if others else str(first)
         cells = [f"{100 * rank[share]:.1f}" for share in ("busy_fraction", "wait_fraction")]
         memory, sent = mebibytes(rank["peak_memory_bytes"]), mebibytes(rank["bytes_sent"])
         cells += [f"{rank['queue_depth']:.1f}", memory, sent]
+        if free:
+            cells += [f"{rank[name]:,}" for name in ("steps", *_REPLAY)]
         table.add_row(str(rank["rank"]), Text(rank["device"]), modules, *cells)
     return table
 

@@ -1,0 +1,56 @@
+"""A stage of schedule `free`: it waits for nobody (asynchronous DGL, Belilovsky et al. 2020; ALGORITHMS 4.3).
+
+    stage 0   b0 b1 b2 b3 b4 b5 ... |mark            a step on every batch of the data
+    stage 1   b0 b0 b1 b2 b2 b3 ... ....|mark        faster: trains again on what is in its ring
+    stage 2   b0    b2    b4    ... ....|mark        slower: batches pass it by
+
+An epoch ends everywhere when the first stage has seen all its data: its mark travels down behind the last batch.
+Results depend on timing; that is the price, and ReplayCounts says how much was used again and how much was passed by.
+"""
+
+from __future__ import annotations
+
+from pipeline.replay import ReplayCounts, ReplayReceiver
+from pipeline.stage import Stage
+from pipeline.transport import Message
+from pipeline.wire import Header, MessageKind
+
+
+class FreeStage(Stage):
+    """A :class:`Stage` whose input comes from a replay ring.
+
+    Its own steps per epoch may be more or fewer than the first stage's.
+    """
+
+    def more_steps(self, epoch: int, done: int, planned: int) -> bool:
+        """The first stage does the planned steps, every other one goes on until the mark has come."""
+        receiver = self._ring()
+        if receiver is None:
+            return done < planned
+        return done == 0 or not receiver.epoch_over(epoch)
+
+    def end_epoch(self, epoch: int, end_step: int) -> None:
+        """Take the mark of the end of the epoch and pass it on."""
+        super().end_epoch(epoch, end_step)
+        receiver = self._ring()
+        if receiver is not None:
+            receiver.take(MessageKind.EPOCH, epoch=epoch, step=end_step, micro_batch=0).release()
+            self._take_counts(receiver)
+        if self.edges.activation_out is not None:
+            self.edges.activation_out.send(Header(MessageKind.EPOCH, epoch, end_step, 0))
+
+    def _take_message(self, epoch: int, step: int, micro_batch: int) -> Message:
+        receiver = self._ring()
+        assert receiver is not None
+        return receiver.read()
+
+    def _ring(self) -> ReplayReceiver | None:
+        receiver = self.edges.activation_in
+        assert receiver is None or isinstance(receiver, ReplayReceiver)
+        return receiver
+
+    def _take_counts(self, receiver: ReplayReceiver) -> None:
+        counts, receiver.counts = receiver.counts, ReplayCounts()
+        self.counters.reused += counts.reused
+        self.counters.skipped += counts.skipped
+        self.counters.held_back += counts.held_back
