@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from pipeline.compilation import compile_parts
 from pipeline.config import Config
 from pipeline.hierarchy import ModulePlan
 from pipeline.losses import cross_entropy
@@ -87,6 +88,8 @@ class LocalModule:
         self._clip_norm = config.optim.clip_norm
         for module in (*blocks.values(), *levels.values()):
             numerics.place(module)
+        if config.precision.compile:
+            compile_parts(plan, blocks.values(), levels.values(), lag > 0)
         self.parameters = [p for block in blocks.values() for p in block.parameters()]
         self._head_parameters = [p for level in levels.values() for p in level.parameters()]
         self._trained = self.parameters + self._head_parameters

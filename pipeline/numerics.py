@@ -68,7 +68,7 @@ def resolve_numerics(config: PrecisionConfig, device: torch.device, network: Ite
     if compute == "auto":
         compute = "bf16" if has_bf16_units(device) else "fp32"
     channels_last = config.channels_last != "off"
-    if channels_last and device.type == "cpu" and (narrow := _narrow_strided_convolution(network)) is not None:
+    if channels_last and device.type == "cpu" and (narrow := narrow_strided_convolution(network)) is not None:
         if config.channels_last == "on":
             raise ConfigError(
                 f"precision.channels_last = 'on': the strided 1x1 convolution with {narrow} input channels would "
@@ -78,7 +78,7 @@ def resolve_numerics(config: PrecisionConfig, device: torch.device, network: Ite
     return Numerics(device, DTYPES[compute], channels_last)
 
 
-def _narrow_strided_convolution(network: Iterable[nn.Module]) -> int | None:
+def narrow_strided_convolution(network: Iterable[nn.Module]) -> int | None:
     """Input channels of a strided 1x1 convolution with fewer than 16 of them, or None.
 
     The weight gradient of such a convolution writes past its workspace in NHWC (oneDNN issue 6035: fewer than 8

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pipeline.assembly import build_modules, describe, make_plan
 from pipeline.backbones import Blocks, blocks_of, build_blocks
+from pipeline.compilation import refuse_without_compiler
 from pipeline.config import Config, to_toml, validate
 from pipeline.connect import Edges, EdgeSpecs, agree, connect
 from pipeline.errors import ConfigError, LocalpipeError
@@ -156,6 +157,8 @@ class _Run:
         """Refusals that need no data: more modules than blocks, more ranks than modules, a layout that cannot work."""
         blocks = blocks_of(self.network) if self.network is not None else build_blocks(self.config.model.name, 3, 10)
         place(len(cut(list(blocks), self.config.model)), self.runtime.world_size)
+        if self.config.precision.compile:
+            refuse_without_compiler(self.runtime.device)
         return resolve_numerics(self.config.precision, self.runtime.device, blocks.values())
 
     def _make_directory(self, run_dir: Path | None) -> RunDirectory:

@@ -13,12 +13,13 @@ ROOT = Path(__file__).parent.parent
 # From the bottom to the top: a file imports only from layers before its own.
 LAYERS = [
     {"errors", "version"},
-    {"config", "losses", "wire", "failure", "data", "report", "backbones", "timeline"},
+    {"config", "losses", "layers", "upsampling", "wire", "failure", "data", "report", "backbones", "timeline"},
     {"heads", "hierarchy", "numerics", "optimiser", "partition", "transport", "runtime"},
     {"methods", "replay", "schedule", "weights"},
-    {"connect", "local_module", "recorder"},
+    {"compilation", "connect", "recorder"},
+    {"local_module"},
     {"assembly", "stage"},
-    {"free_stage", "sources", "telemetry"},
+    {"cost", "free_stage", "sources", "telemetry"},
     {"trainer"},
     {"__init__"},
 ]
