@@ -17,7 +17,7 @@ from pipeline.local_module import LocalModule
 from pipeline.methods import Level, Task, levels_of
 from pipeline.numerics import Numerics, stable_hash
 from pipeline.partition import Partition, cut, place
-from pipeline.schedule import Action, Message, lags, messages_sent, open_micro_batches, stage_schedule
+from pipeline.schedule import Action, Message, lags, messages_sent, open_micro_batches, stage_schedules
 from pipeline.wire import FieldSpec, MessageSpec
 
 T = TypeVar("T")
@@ -125,9 +125,7 @@ def make_plan(
             built = [build() for build in levels_of(plan, count, shape, task, config).values()]
             if any(level.needs_image for level in built):
                 reconstructing.add(plan.index)
-    schedules = tuple(
-        stage_schedule(modules, stage, config.schedule.micro_batches, _delay(config)) for stage in stages
-    )
+    schedules = stage_schedules(modules, stages, config.schedule.micro_batches, _delay(config))
     return Plan(config, task, partition, modules, stages, schedules, shapes, frozenset(reconstructing))
 
 
@@ -163,6 +161,14 @@ def _seeded(build: Callable[[], T], *parts: object) -> T:
     return build()
 
 
+def _schedule_name(config: Config) -> str:
+    """``exact``, ``async (gradients 1 step late)``, ``free (ring of 4 batches)``."""
+    schedule = config.schedule
+    if schedule.kind == "async":
+        return f"async (cascade gradients {schedule.delay} step(s) late)"
+    return f"free (ring of {schedule.ring} batches)" if schedule.kind == "free" else schedule.kind
+
+
 def describe(plan: Plan, numerics: Numerics, devices: list[str]) -> list[str]:
     """The plan in a few lines for people: what trains, how it is cut, who owns what."""
     config = plan.config
@@ -180,7 +186,7 @@ def describe(plan: Plan, numerics: Numerics, devices: list[str]) -> list[str]:
     lines = [
         f"{config.model.name} on {config.data.name}: {' + '.join(parts)}, "
         f"K = {len(plan.modules)} local modules{cut_note} on {len(plan.stages)} rank(s)",
-        f"schedule {config.schedule.kind}, {config.schedule.micro_batches} micro-batch(es) of "
+        f"schedule {_schedule_name(config)}, {config.schedule.micro_batches} micro-batch(es) of "
         f"{plan.micro_batch_rows} images, {dtype}{', channels last' if numerics.channels_last else ''}",
     ]
     for rank, device in enumerate(devices):

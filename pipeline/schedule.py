@@ -112,6 +112,14 @@ def lags(plans: Sequence[ModulePlan], delay: int) -> Lags:
     return Lags(tuple(backward), relay)
 
 
+def stage_schedules(
+    plans: Sequence[ModulePlan], stages: Sequence[range], micro_batches: int, delay: int = 0
+) -> tuple[tuple[Action, ...], ...]:
+    """:func:`stage_schedule` of every stage."""
+    late = lags(plans, delay)
+    return tuple(_schedule(plans, modules, micro_batches, late) for modules in stages)
+
+
 def stage_schedule(
     plans: Sequence[ModulePlan], modules: range, micro_batches: int, delay: int = 0
 ) -> tuple[Action, ...]:
@@ -121,7 +129,11 @@ def stage_schedule(
     the next micro-batch's forward and heads are done, and the update until the last backward. Work that is late by
     declaration follows the forward and heads of its micro-batch.
     """
-    builder = _StageBuilder(plans, modules, micro_batches, lags(plans, delay))
+    return _schedule(plans, modules, micro_batches, lags(plans, delay))
+
+
+def _schedule(plans: Sequence[ModulePlan], modules: range, micro_batches: int, late: Lags) -> tuple[Action, ...]:
+    builder = _StageBuilder(plans, modules, micro_batches, late)
     for micro_batch in range(micro_batches):
         for module in modules:
             builder.heads_of(module, micro_batch)

@@ -8,7 +8,6 @@ Every rank runs the same code; only the first stage reads images and only rank 0
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pipeline.assembly import build_modules, describe, make_plan
+from pipeline import tracing
+from pipeline.assembly import build_modules, describe
 from pipeline.backbones import Blocks, blocks_of, build_blocks
 from pipeline.compilation import refuse_without_compiler
 from pipeline.config import Config, to_toml, validate
@@ -26,15 +26,14 @@ from pipeline.free_stage import FreeStage
 from pipeline.methods import Task
 from pipeline.numerics import Numerics, resolve_numerics
 from pipeline.optimiser import learning_rate
-from pipeline.partition import cut, place
-from pipeline.recorder import Recorder, by_time, clock_offset_s
+from pipeline.partition import cut, given, place
+from pipeline.placement import placed_plan, write_plan
 from pipeline.report import EpochRecord, Progress, RunDirectory, open_view, summarise
 from pipeline.runtime import Runtime
 from pipeline.schedule import Action
 from pipeline.sources import Facts, ImageSource, LoaderData, LoaderSource, Source
 from pipeline.stage import Batch, Stage
 from pipeline.telemetry import Telemetry, merge
-from pipeline.timeline import write_trace
 from pipeline.version import VERSION
 from pipeline.weights import merged_state, weights_sha256
 
@@ -114,14 +113,16 @@ class _Run:
         self.directory = self._make_directory(run_dir)
         self.source, facts = self._open_data()
         blocks, task = self._blocks(facts)
-        self.plan = make_plan(config, blocks, task, runtime.world_size)
+        self.plan, self._placement = placed_plan(config, blocks, task, self.numerics, runtime)
+        if self.leader:
+            write_plan(self.plan, self.directory.path / "plan.json")
         runtime.desk.describe(self.plan.stage_label(runtime.rank))
         self.modules = build_modules(
             self.plan, runtime.rank, blocks, self.numerics, fresh=self.network is None
         )
         del blocks  # the other stages' blocks
         self.edges = self._connect()
-        self.recorder = self._recorder() if self.trace else None
+        self.recorder = tracing.attach(runtime, self.plan, self.edges) if self.trace else None
         make_stage = FreeStage if config.schedule.kind == "free" else Stage
         self.stage = make_stage(
             self.modules,
@@ -141,7 +142,9 @@ class _Run:
             self._start_view()
             self._epochs(facts)
             self.edges.close()
-            self._write_trace()
+            if self.recorder is not None:
+                steps = min(self._steps_of_epoch, self.total_steps)
+                tracing.write(runtime, self.recorder, self.plan, self.directory.path, steps)
             return self._finish()
         except (LocalpipeError, KeyboardInterrupt):
             raise
@@ -156,7 +159,10 @@ class _Run:
     def _refuse_early(self) -> Numerics:
         """Refusals that need no data: more modules than blocks, more ranks than modules, a layout that cannot work."""
         blocks = blocks_of(self.network) if self.network is not None else build_blocks(self.config.model.name, 3, 10)
-        place(len(cut(list(blocks), self.config.model)), self.runtime.world_size)
+        count = len(cut(list(blocks), self.config.model))
+        if self.config.partition.kind == "given":
+            given(self.config.partition.stages, count, self.runtime.world_size)
+        place(count, self.runtime.world_size)
         if self.config.precision.compile:
             refuse_without_compiler(self.runtime.device)
         return resolve_numerics(self.config.precision, self.runtime.device, blocks.values())
@@ -221,21 +227,14 @@ class _Run:
             max_uses=self.config.schedule.max_uses,
         )
 
-    def _recorder(self) -> Recorder:
-        runtime = self.runtime
-        offset = clock_offset_s(runtime.store, runtime.rank, runtime.world_size)
-        recorder = Recorder(runtime.rank, runtime.device, offset)
-        stage = self.plan.stages[runtime.rank]
-        for sender, module in ((self.edges.activation_out, stage[-1]), (self.edges.gradient_out, stage[0])):
-            if sender is not None:
-                sender.on_taken = functools.partial(recorder.sent, module)
-        return recorder
-
     def _start_view(self) -> None:
         devices = self.runtime.gather(str(self.runtime.device))
         live = False
         if self.view is not None and devices is not None:
             header, *lines = describe(self.plan, self.numerics, devices)
+            lines += [self._placement] if self._placement else []
+            if self.trace and not tracing.can_draw():
+                lines.append("--trace writes trace.json only; trace.png needs matplotlib: pip install localpipe[plot]")
             labels = [self.plan.partition.label(index) for index in range(len(self.plan.modules))]
             self.view.start(header, lines, labels)
             live = not self.quiet
@@ -341,19 +340,6 @@ class _Run:
                 self.view.epoch(record)
 
     # --- the end ------------------------------------------------------------------------------------------------------
-
-    def _write_trace(self) -> None:
-        """Gather the events of all ranks; rank 0 writes them and draws two steps from the middle of the first epoch."""
-        if self.recorder is None:
-            return
-        gathered = self.runtime.gather(self.recorder.events())
-        if gathered is not None:
-            events = by_time(event for part in gathered for event in part)
-            write_trace(events, self.directory.path / "trace.json", self._title())
-
-    def _title(self) -> str:
-        config = self.config
-        return f"{config.model.name}, {config.method.name}, schedule {config.schedule.kind}"
 
     def _finish(self) -> dict[str, Any]:
         """Collect weights and write the run directory; returns the summary on every rank."""

@@ -1,0 +1,238 @@
+"""A plan on the screen: which rank owns what, what a step costs there, and how fast the pipeline would be.
+
+    modules   blocks, heads, parameters, ms of every action, memory
+    ranks     modules, ms of work, busy share, memory, bytes sent in a step
+    totals    step time, images/s, bubble, the bound that no schedule beats, other placements
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.report.records import mebibytes
+from pipeline.report.view import LOG_WIDTH
+from pipeline.timeline import NAMES, SEND, WAIT, Event
+
+_LEVELS = {"cascade": "C", "independent": "I", "final": "L"}
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """One local module.
+
+    Attributes:
+        index, rank: which, and who owns it.
+        blocks: first and last block.
+        levels: its head levels.
+        parameters, head_parameters: numbers of weights.
+        seconds: of one whole batch by kind of action (letters of :data:`pipeline.timeline.NAMES`); what it has not is
+            left out.
+        step_s: their sum, over all messages.
+        memory_bytes: of a stage that owns it alone.
+    """
+
+    index: int
+    rank: int
+    blocks: str
+    levels: tuple[str, ...]
+    parameters: int
+    head_parameters: int
+    seconds: dict[str, float]
+    step_s: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class PlannedRank:
+    """One stage.
+
+    Attributes:
+        rank: which.
+        modules: first and last local module.
+        work_s: seconds of work for one step.
+        busy: share of the time it works.
+        memory_bytes: weights, optimiser, graphs, queues.
+        sent_down_bytes, sent_up_bytes: of one step, to the next and to the previous rank.
+    """
+
+    rank: int
+    modules: tuple[int, int]
+    work_s: float
+    busy: float
+    memory_bytes: int
+    sent_down_bytes: int
+    sent_up_bytes: int
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A way to place the modules on the ranks: its name (``partition.kind``), modules of every rank, seconds a step."""
+
+    kind: str
+    sizes: tuple[int, ...]
+    step_s: float
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What a run would look like.
+
+    Attributes:
+        lines: what is planned and what is assumed, for people.
+        modules, ranks: in order.
+        step_s: predicted seconds of a step once the pipeline is full.
+        bound_s: work of the busiest rank; no schedule is faster.
+        alone_s: work of all modules, as one rank would do it.
+        batch_size: images of a step.
+        placements: alternatives, the one that is planned first.
+        schedules: actions of every rank for one step.
+        events: some simulated steps of the full pipeline.
+        first_step: the first of two complete steps in ``events``.
+        refusal: why this cannot run on these devices, or None.
+    """
+
+    lines: tuple[str, ...]
+    modules: tuple[PlannedModule, ...]
+    ranks: tuple[PlannedRank, ...]
+    step_s: float
+    bound_s: float
+    alone_s: float
+    batch_size: int
+    placements: tuple[Placement, ...]
+    schedules: tuple[tuple[str, ...], ...]
+    events: tuple[Event, ...]
+    first_step: int
+    refusal: str | None
+
+    @property
+    def images_per_s(self) -> float:
+        """Images that the pipeline trains in a second."""
+        return self.batch_size / self.step_s
+
+    @property
+    def bubble(self) -> float:
+        """Share of the time in which even the busiest rank waits."""
+        return max(0.0, 1.0 - self.bound_s / self.step_s)
+
+    def write_json(self, path: Path) -> None:
+        """Write everything but the simulated events."""
+        document: dict[str, Any] = {
+            name: value for name, value in dataclasses.asdict(self).items() if name not in ("events", "first_step")
+        }
+        document |= {"images_per_s": self.images_per_s, "bubble": self.bubble}
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def show_plan(report: PlanReport, console: Console | None = None) -> None:
+    """Print ``report`` as tables on ``console`` (default: standard output)."""
+    if console is None:
+        console = Console()
+        if not console.is_terminal and "COLUMNS" not in os.environ:
+            console = Console(width=LOG_WIDTH)
+    for number, line in enumerate(report.lines):
+        console.print(line, style="bold" if number == 0 else None, markup=False, highlight=False, soft_wrap=True)
+    for title, table in (
+        ("Local modules (milliseconds for a whole batch)", _module_table(report.modules, console.width)),
+        ("Ranks (one step)", _rank_table(report.ranks)),
+    ):
+        console.print()
+        console.print(title, style="bold")
+        console.print(table)
+    console.print()
+    for name, text in _totals(report):
+        console.print(f"{name:<17}{text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def schedule_text(report: PlanReport) -> str:
+    """Every rank's actions of one step, a line per rank, under a legend of one line."""
+    letters = ", ".join(f"{letter} {name}" for letter, name in NAMES.items() if letter not in (WAIT, SEND))
+    lines = [f"{letters}; F2.1 = module 2, micro-batch 1; ->k sends the gradient of key k; @-1 of the step before"]
+    width = len(str(len(report.schedules) - 1))
+    lines += [f"rank {rank:>{width}}  {' '.join(actions)}" for rank, actions in enumerate(report.schedules)]
+    return "\n".join(lines)
+
+
+def _module_table(modules: Sequence[PlannedModule], width: int) -> Table:
+    """``width``: columns of the console; on a narrow one the less important columns are left out."""
+    kinds = [kind for kind in NAMES if any(kind in module.seconds for module in modules)]
+    about: list[tuple[str, int, Callable[[PlannedModule], str]]] = [
+        ("#", 0, lambda m: str(m.index)),
+        ("rank", 0, lambda m: str(m.rank)),
+        ("blocks", 0, lambda m: m.blocks),
+        ("heads", 110, lambda m: " ".join(_LEVELS[level] for level in m.levels) or "-"),
+        ("weights", 100, lambda m: f"{m.parameters:,}"),
+        ("weights\nof heads", 120, lambda m: f"{m.head_parameters:,}"),
+    ]
+    for kind in kinds:
+        heading = f"{NAMES[kind]} {kind}".replace("independent", "indep.").replace(" ", "\n")
+        about.append((heading, 90 if kind == "U" else 0, lambda m, kind=kind: _ms(m.seconds.get(kind))))
+    about += [("all", 0, lambda m: _ms(m.step_s)), ("memory\nMiB", 90, lambda m: mebibytes(m.memory_bytes))]
+    columns = [(heading, cell) for heading, least, cell in about if width >= least]
+    table = _table(*(heading for heading, _ in columns), gap=2 if width >= 120 else 1)
+    for module in modules:
+        table.add_row(*(Text(cell(module)) for _, cell in columns))
+    return table
+
+
+def _rank_table(ranks: Sequence[PlannedRank]) -> Table:
+    table = _table("rank", "modules", "work\nms", "busy\n%", "memory\nMiB", "sent down\nMiB", "sent up\nMiB", gap=2)
+    for rank in ranks:
+        first, last = rank.modules
+        table.add_row(
+            str(rank.rank),
+            str(first) if first == last else f"{first}-{last}",
+            _ms(rank.work_s),
+            f"{100 * rank.busy:.1f}",
+            mebibytes(rank.memory_bytes),
+            mebibytes(rank.sent_down_bytes),
+            mebibytes(rank.sent_up_bytes),
+        )
+    return table
+
+
+def _totals(report: PlanReport) -> list[tuple[str, str]]:
+    gain = report.alone_s / report.step_s
+    totals = [
+        ("step time", f"{_ms(report.step_s)} ms, {report.images_per_s:,.0f} images/s"),
+        ("bound", f"{_ms(report.bound_s)} ms (work of the busiest rank); bubble {100 * report.bubble:.1f} %"),
+        ("one rank alone", f"{_ms(report.alone_s)} ms; {len(report.ranks)} ranks are {gain:.2f} times as fast"),
+    ]
+    for placement in report.placements:
+        sizes = _sizes(placement.sizes)
+        totals.append((f"by {placement.kind}", f"{_ms(placement.step_s)} ms a step with {sizes} modules per rank"))
+    return totals
+
+
+def _sizes(sizes: Sequence[int]) -> str:
+    if len(sizes) > 16:  # more than a reader takes in on one line
+        return f"{min(sizes)} to {max(sizes)}"
+    return "/".join(map(str, sizes))
+
+
+def _table(*headings: str, gap: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap, 0, 0))
+    for heading in headings:
+        if heading == "blocks":  # only names may shrink
+            table.add_column(heading, overflow="ellipsis", min_width=8)
+        else:
+            table.add_column(heading, justify="left" if heading in ("heads", "modules") else "right", no_wrap=True)
+    return table
+
+
+def _ms(seconds: float | None) -> str:
+    """Milliseconds with three digits or more; "-" where there is nothing."""
+    if seconds is None:
+        return "-"
+    ms = 1e3 * seconds
+    return f"{ms:,.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}"
