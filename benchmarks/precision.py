@@ -10,19 +10,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import io
-import json
-import os
-import platform
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
+from tables import document, markdown, provenance, write_json
 
-from pipeline import __version__, load_config, train
+from pipeline import load_config, train
 
 SYSTEMS = {
     "backpropagation": ["model.modules=1"],
@@ -41,13 +37,6 @@ def images_per_second(assignments: list[str], steps: int) -> float:
     config = load_config(assignments=[*assignments, f"train.max_steps={steps}", "runtime.threads=1"])
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         return train(config, run_dir=Path(folder) / "run", quiet=True)["images_per_s"]
-
-
-def processor() -> str:
-    """Name of the CPU and its widest vector units, as torch sees them."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return f"{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def measure(rounds: int, steps: int) -> list[dict[str, Any]]:
@@ -79,19 +68,18 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         "# Precision and layout on a CPU",
         "",
-        f"`python benchmarks/precision.py --rounds {settings['rounds']} --steps {settings['steps']}`, "
-        f"{result['date']}. {result['hardware']}, torch {result['versions']['torch']}, "
-        f"localpipe {result['versions']['localpipe']}.",
+        provenance(
+            result, f"python benchmarks/precision.py --rounds {settings['rounds']} --steps {settings['steps']}"
+        ),
         f"One process, one thread, ResNet-32 at 32x32, batch 32, {settings['steps']} steps a run, {settings['rounds']} "
         "interleaved rounds. Ratio: median over rounds of the ratio to fp32 NCHW in the same round.",
         "",
-        "| system | setting | images/s | low | high | ratio |",
-        "|---|---|---|---|---|---|",
     ]
+    cells = []
     for row in result["rows"]:
-        numbers = " | ".join(f"{row[key]:.1f}" for key in ("images_per_s", "low", "high"))
-        lines.append(f"| {row['system']} | {row['setting']} | {numbers} | {row['ratio']:.2f} |")
-    return "\n".join(lines) + "\n"
+        rates = (f"{row[key]:.1f}" for key in ("images_per_s", "low", "high"))
+        cells.append([row["system"], row["setting"], *rates, f"{row['ratio']:.2f}"])
+    return "\n".join([*lines, markdown(["system", "setting", "images/s", "low", "high", "ratio"], cells)]) + "\n"
 
 
 def main() -> None:
@@ -103,16 +91,10 @@ def main() -> None:
     parser.add_argument("--output", metavar="FILE.md", type=Path, help="write the result as a Markdown page")
     arguments = parser.parse_args()
     rounds, steps = (1, 2) if arguments.quick else (arguments.rounds, arguments.steps)
-    result = {
-        "hardware": f"{processor()}, {len(os.sched_getaffinity(0))} cores",
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), "localpipe": __version__},
-        "date": datetime.date.today().isoformat(),
-        "settings": {"rounds": rounds, "steps": steps, "threads": 1},
-        "rows": measure(rounds, steps),
-    }
+    result = document({"rounds": rounds, "steps": steps, "threads": 1}, measure(rounds, steps))
     print(table(result))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(arguments.json, result)
     if arguments.output is not None:
         arguments.output.write_text(table(result))
 

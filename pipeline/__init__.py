@@ -8,10 +8,13 @@ The names below are the public interface; everything else may change.
 
 from pipeline.backbones import UncutModel, backbone_names, build_blocks, register_backbone
 from pipeline.config import Config, from_dict, load_config, recipe_names, to_toml
+from pipeline.cost import step_cost
+from pipeline.cost_profile import Profile
 from pipeline.errors import ConfigError, LocalpipeError
 from pipeline.heads import AuxiliaryHead
 from pipeline.methods import Task, Term, register_method
-from pipeline.report import plot_curve, read_metrics
+from pipeline.planning import explain, measure
+from pipeline.report import plot_curve, plot_timeline, read_metrics, schedule_text, show_plan
 from pipeline.sources import LoaderData
 from pipeline.timeline import Event, SteadyState, read_trace, steady_state
 from pipeline.trainer import train
@@ -25,6 +28,7 @@ __all__ = [
     "Event",
     "LoaderData",
     "LocalpipeError",
+    "Profile",
     "SteadyState",
     "Task",
     "Term",
@@ -32,16 +36,22 @@ __all__ = [
     "__version__",
     "backbone_names",
     "build_blocks",
+    "explain",
     "from_dict",
     "load_config",
     "load_model",
+    "measure",
     "plot_curve",
+    "plot_timeline",
     "read_metrics",
     "read_trace",
     "recipe_names",
     "register_backbone",
     "register_method",
+    "schedule_text",
+    "show_plan",
     "steady_state",
+    "step_cost",
     "to_toml",
     "train",
     "weights_sha256",

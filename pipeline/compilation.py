@@ -27,6 +27,7 @@ def compile_parts(plan: ModulePlan, blocks: Iterable[nn.Module], levels: Iterabl
         for _, patched in level.heads():
             for head in patched.heads:
                 head.loss = torch.compile(head.loss)
+                head.loss_of_means = torch.compile(head.loss_of_means)
     if not late and (plan.merged or not plan.outgoing):
         for block in blocks:
             if narrow_strided_convolution([block]) is None:

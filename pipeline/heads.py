@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from pipeline import losses
 from pipeline.errors import ConfigError
+from pipeline.layers import PointwiseConv2d, PoolTo2d, RowBatchNorm2d
+from pipeline.upsampling import UpsampledConv2d
 
 FeatureShape = tuple[int, ...]  # (C, H, W) of a feature map
 Autocast = Callable[[], contextlib.AbstractContextManager[None]]
@@ -35,6 +37,17 @@ class AuxiliaryHead(nn.Module):
         """Class scores (B, classes), or None where the head does not classify."""
         return None
 
+    def window(self, height: int, width: int) -> tuple[int, int]:
+        """Sides of the windows that the head averages, before anything else, on a feature of this size; (1, 1): none.
+
+        The caller may then pool a whole map at once and pass the means of each patch to :meth:`loss_of_means`.
+        """
+        return 1, 1
+
+    def loss_of_means(self, means: Tensor, labels: Tensor) -> Tensor:
+        """The loss on a feature that is already averaged over its windows."""
+        raise NotImplementedError
+
 
 class ClassifierHead(AuxiliaryHead):
     """A network that ends in class scores, trained by cross-entropy."""
@@ -45,6 +58,24 @@ class ClassifierHead(AuxiliaryHead):
 
     def loss(self, feature: Tensor, labels: Tensor, image: Tensor | None) -> Tensor:
         return losses.cross_entropy(self.head(feature), labels)
+
+    def window(self, height: int, width: int) -> tuple[int, int]:
+        first = self.head[0] if isinstance(self.head, nn.Sequential) else None
+        if isinstance(first, PoolTo2d):
+            sides = height // first.side, width // first.side
+        elif isinstance(first, nn.AvgPool2d):
+            sides = first.kernel_size
+        else:
+            return 1, 1
+        even = min(sides) > 0 and height % sides[0] == 0 and width % sides[1] == 0
+        return sides if even else (1, 1)
+
+    def loss_of_means(self, means: Tensor, labels: Tensor) -> Tensor:
+        assert isinstance(self.head, nn.Sequential)
+        _, *layers = self.head
+        for layer in layers:
+            means = layer(means)
+        return losses.cross_entropy(means, labels)
 
     def logits(self, feature: Tensor) -> Tensor:
         return self.head(feature)
@@ -71,18 +102,19 @@ class DecoderHead(AuxiliaryHead):
         super().__init__()
         width = 12 * widen
         self.decoder = nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1),
-            nn.BatchNorm2d(width),
+            UpsampledConv2d(channels, width),
+            RowBatchNorm2d(width),
             nn.ReLU(inplace=True),
             nn.Conv2d(width, image_channels, 3, padding=1),
         )
 
     def loss(self, feature: Tensor, labels: Tensor, image: Tensor | None) -> Tensor:
         assert image is not None
-        size = image.shape[-2:]
-        if feature.shape[-2:] != size:  # at full size the interpolation is the identity
-            feature = F.interpolate(feature, size=size, mode="bilinear", align_corners=True)
-        return losses.reconstruction(self.decoder(feature), image)
+        upsampled_convolution, *layers = self.decoder
+        x = upsampled_convolution(feature, (image.size(2), image.size(3)))
+        for layer in layers:
+            x = layer(x)
+        return losses.reconstruction(x, image)
 
 
 class SimilarityHead(AuxiliaryHead):
@@ -122,7 +154,7 @@ def xcyf(shape: FeatureShape, out: int, config: str, feature_dim: int, widen: in
             nn.ReLU(inplace=True),
         ]
         channels = width
-    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    layers += [PoolTo2d(1), nn.Flatten()]
     for _ in range(linears - 1):
         layers += [nn.Linear(channels, feature_dim * widen), nn.ReLU(inplace=True)]
         channels = feature_dim * widen
@@ -144,17 +176,17 @@ def dgl_head(shape: FeatureShape, classes: int, kind: str) -> nn.Sequential:
                 nn.BatchNorm2d(channels),
                 nn.ReLU(inplace=True),
             ]
-        layers += [nn.AdaptiveAvgPool2d(2), nn.BatchNorm2d(channels), nn.Flatten(), nn.Linear(4 * channels, classes)]
+        layers += [PoolTo2d(2), nn.BatchNorm2d(channels), nn.Flatten(), nn.Linear(4 * channels, classes)]
         return nn.Sequential(*layers)
-    layers.append(nn.AdaptiveAvgPool2d(math.ceil(size / 4)))
+    layers.append(PoolTo2d(math.ceil(size / 4)))
     if kind != "mlp":
         for _ in range(3):
             layers += [
-                nn.Conv2d(channels, channels, 1, bias=False),
+                PointwiseConv2d(channels, channels),
                 nn.BatchNorm2d(channels),
                 nn.ReLU(inplace=True),
             ]
-    layers += [nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    layers += [PoolTo2d(2), nn.Flatten()]
     hidden, bias = (2, False) if kind == "auglocal" else (3, True)
     for _ in range(hidden):
         layers += [
@@ -231,29 +263,70 @@ class PatchedHead(nn.Module):
         labels: Tensor,
         image: Tensor | None,
         weight: float,
-        gradient: Tensor,
+        gradient: Tensor | None = None,
         autocast: Autocast = contextlib.nullcontext,
-    ) -> Tensor:
-        """Add ``weight * d loss / d feature`` to ``gradient`` in place and the heads' own gradients to their ``.grad``.
+    ) -> tuple[Tensor, Tensor]:
+        """Run the head and its backward pass on a feature (B, C, H, W) or (B, D) that does not require grad.
 
-        ``feature`` (B, C, H, W) must not require grad. ``autocast`` makes the context of the forward pass; a backward
-        pass chooses its dtypes from the forward's and runs outside. Returns the un-weighted loss (scalar, detached).
+        ``autocast`` makes the context of the forward pass; a backward pass chooses its dtypes from the forward's and
+        runs outside. The heads' own gradients are added to their ``.grad``.
+
+        Returns:
+            ``weight * d loss / d feature``, added to ``gradient`` in place where one is given, and the un-weighted
+            loss (float64 scalar, detached).
         """
+        window = self._window(feature)
+        if window == (1, 1):
+            return self._by_patches(feature, labels, image, weight, gradient, autocast, pooled=False)
+        means = F.avg_pool2d(feature, window)
+        means_gradient, total = self._by_patches(means, labels, None, weight, None, autocast, pooled=True)
+        spread = _spread(means_gradient, window)
+        if not feature.is_contiguous(memory_format=torch.channels_last):
+            spread = spread.contiguous()
+        return spread if gradient is None else gradient.add_(spread), total
+
+    def _window(self, feature: Tensor) -> tuple[int, int]:
+        """Windows by which the whole map may be pooled before it is cut; (1, 1) where patches do not allow it."""
+        if feature.dim() != 4 or feature.size(2) % self.grid or feature.size(3) % self.grid:
+            return 1, 1
+        return self._head(0).window(feature.size(2) // self.grid, feature.size(3) // self.grid)
+
+    def _by_patches(
+        self,
+        feature: Tensor,
+        labels: Tensor,
+        image: Tensor | None,
+        weight: float,
+        gradient: Tensor | None,
+        autocast: Autocast,
+        pooled: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The work of :meth:`backward`; ``pooled``: the feature holds the means of the head's windows."""
         patches = self._patches(feature)
-        images = [image] * len(patches) if image is None or self.grid == 1 else [
+        images = [image] * len(patches) if image is None else [
             image[:, :, rows, columns] for rows, columns in self._patches(image)
         ]
         share = 1.0 if self.separate else 1.0 / len(patches)
         total = feature.new_zeros((), dtype=torch.float64)
+        whole = len(patches) == 1
+        result = gradient if gradient is not None or whole else torch.empty_like(feature)
         for index, ((rows, columns), patch_image) in enumerate(zip(patches, images, strict=True)):
-            where = (slice(None), slice(None), rows, columns) if feature.dim() == 4 else slice(None)
-            leaf = feature[where].detach().requires_grad_()
+            leaf = feature.detach() if whole else _dense(feature[:, :, rows, columns])
+            leaf.requires_grad_()
+            head = self._head(index)
             with torch.enable_grad(), autocast():
-                loss = self._head(index).loss(leaf, labels, patch_image)
+                loss = head.loss_of_means(leaf, labels) if pooled else head.loss(leaf, labels, patch_image)
             (loss * (weight * share)).backward()
-            gradient[where] += leaf.grad
             total += loss.detach() * share
-        return total
+            assert leaf.grad is not None
+            if result is None:
+                result = leaf.grad
+            elif gradient is not None:
+                (result if whole else result[:, :, rows, columns]).add_(leaf.grad)
+            else:  # the patches cover the map once, so nothing needs to be zeroed first
+                result[:, :, rows, columns].copy_(leaf.grad)
+        assert result is not None
+        return result, total
 
     def logits(self, feature: Tensor) -> Tensor | None:
         """Mean over patches of the head's class scores, or None where it does not classify."""
@@ -265,6 +338,21 @@ class PatchedHead(nn.Module):
                 return None
             scores.append(score)
         return torch.stack(scores).mean(dim=0)
+
+
+def _dense(patch: Tensor) -> Tensor:
+    """A copy of a slice (B, C, h, w) of a map without gaps, in the map's layout."""
+    nhwc = patch.stride(1) == 1
+    return patch.clone(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+
+
+def _spread(means_gradient: Tensor, window: tuple[int, int]) -> Tensor:
+    """The gradient of a map (B, C, H, W), channels last, from that of its means over windows (B, C, h, w)."""
+    batch, channels, h, w = means_gradient.shape
+    share = (means_gradient / (window[0] * window[1])).permute(0, 2, 3, 1)
+    lines = share[:, :, :, None].expand(-1, -1, -1, window[1], -1).reshape(batch, h, 1, -1)
+    full = lines.expand(-1, -1, window[0], -1).reshape(batch, h * window[0], w * window[1], channels)
+    return full.permute(0, 3, 1, 2)
 
 
 class VectorInput(nn.Module):

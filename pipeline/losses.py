@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _WIDEN = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+_ENTROPY_FLOOR = 9.999999960041972e-13  # PyTorch's floor of p (1 - p): 1e-12 rounded to float32
 
 
 def _full(x: Tensor) -> Tensor:
@@ -17,10 +21,12 @@ def _full(x: Tensor) -> Tensor:
 
 
 def image_target(image: Tensor, like: Tensor) -> Tensor:
-    """The un-normalised image in [0, 1]: uint8 (B, C, S, S) is divided by 255, floating point is taken as it is."""
-    if image.dtype == torch.uint8:
-        return image.to(_full(like).dtype) / 255.0
-    return image.to(_full(like).dtype)
+    """The un-normalised image in [0, 1]: uint8 (B, C, S, S) is divided by 255, floating point is taken as it is.
+
+    The result has the dtype (widened) and the memory layout of ``like`` (B, C, S, S).
+    """
+    target = torch.empty_like(like, dtype=_WIDEN.get(like.dtype, like.dtype)).copy_(image)
+    return target.div_(255.0) if image.dtype == torch.uint8 else target
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -29,15 +35,40 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(_full(logits), labels)
 
 
+class _SigmoidEntropy(torch.autograd.Function):
+    """Mean binary cross-entropy of sigmoid(logits) against a target of the same shape, as two published operations.
+
+    The gradient is (p - t) p (1 - p) / max(p (1 - p), 1e-12), where PyTorch's entropy has the floor: p - t, and 0
+    where the sigmoid has saturated. It is computed with the loss, while p is at hand, so only one tensor is kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        p = torch.sigmoid(logits)
+        present = p.log().clamp_(min=-100.0)
+        absent = p.neg().log1p_().clamp_(min=-100.0)
+        entropy = torch.addcmul(absent, target, present.sub_(absent)).mean().neg_()
+        if ctx.needs_input_grad[0]:
+            unsaturated = (1.0 - p).mul_(p).div_(_ENTROPY_FLOOR).clamp_(max=1.0)
+            ctx.save_for_backward(p.sub_(target).mul_(unsaturated))
+        return entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * (gradient / slope.numel()), None
+
+
 def reconstruction(logits: Tensor, image: Tensor) -> Tensor:
     """Binary cross-entropy of sigmoid(logits) against the image, mean over all B*C*S*S entries (InfoPro, eq. 6).
 
     logits (B, C, S, S); image (B, C, S, S) uint8 or floating point in [0, 1]. Sigmoid and entropy stay separate, as
     published: where the sigmoid saturates the gradient is 0 and the logarithm is cut at -100, and the golden vectors
-    see the difference to the fused form.
+    see the difference to the numerically stable form.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        return F.binary_cross_entropy(torch.sigmoid(_full(logits)), image_target(image, logits))
+        return _SigmoidEntropy.apply(_full(logits), image_target(image, logits))
 
 
 def supervised_contrast(embedding: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:

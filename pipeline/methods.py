@@ -99,12 +99,12 @@ class Level(nn.Module):
         Returns:
             ``scale * d(level loss)/d(feature)``, like the feature, and the un-weighted loss of every term.
         """
-        gradient = torch.zeros_like(feature)
-        losses = {
-            name: head.backward(feature, labels, image, scale * self.weights[name], gradient, autocast)
-            for name, head in self.heads()
-        }
-        return gradient, losses
+        gradient: Tensor | None = None
+        losses = {}
+        for name, head in self.heads():
+            weight = scale * self.weights[name]
+            gradient, losses[name] = head.backward(feature, labels, image, weight, gradient, autocast)
+        return torch.zeros_like(feature) if gradient is None else gradient, losses
 
     def logits(self, feature: Tensor) -> Tensor | None:
         """Class scores of the first head that classifies, or None."""

@@ -6,11 +6,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from pipeline.config import MethodConfig
 from pipeline.errors import ConfigError
-from pipeline.heads import ClassifierHead, PatchedHead, dgl_head, patch_slices, pooled_linear, xcyf
+from pipeline.heads import ClassifierHead, DecoderHead, PatchedHead, dgl_head, patch_slices, pooled_linear, xcyf
 from pipeline.methods import Task, method_terms
 
 
@@ -79,7 +80,7 @@ def test_patches_give_the_mean_of_a_shared_head_or_the_sum_of_separate_heads(sep
     feature = torch.randn(4, 2, size, size, dtype=torch.float64)
     labels = torch.tensor([0, 1, 2, 3])
     gradient = torch.zeros_like(feature)
-    value = patched.backward(feature, labels, None, 0.5, gradient)
+    _, value = patched.backward(feature, labels, None, 0.5, gradient)
 
     leaf = feature.clone().requires_grad_()
     half = size // 2
@@ -139,3 +140,64 @@ def test_patch_ranges_cover_everything_once() -> None:
         for grid in (1, 2, 3):
             covered = [i for part in patch_slices(size, grid) for i in range(size)[part]]
             assert covered == list(range(size))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("size", "grid"), [(8, 1), (8, 2), (9, 2)])
+@pytest.mark.parametrize("kind", ["mlp-sr", "mlp", "cnn", "predsim", "greedy"])
+def test_pooling_the_whole_map_once_changes_nothing(
+    kind: str, size: int, grid: int, layout: torch.memory_format
+) -> None:
+    """A head that pools first may see the means of its patches only; also with a gradient to add to."""
+    patch = (4, -(-size // grid), -(-size // grid))
+    torch.manual_seed(0)
+
+    def make() -> ClassifierHead:
+        if kind == "predsim":
+            return ClassifierHead(pooled_linear(patch, 3, 16))
+        return ClassifierHead(xcyf(patch, 3, "0c1f", 8, 1) if kind == "greedy" else dgl_head(patch, 3, kind))
+
+    if kind == "predsim" and size % grid:
+        pytest.skip("a linear layer needs patches of one size")
+    patched = PatchedHead(make, grid).double().to(memory_format=layout)
+    reference = copy.deepcopy(patched)
+    feature = torch.randn(6, 4, size, size, dtype=torch.float64).contiguous(memory_format=layout)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    start = torch.randn_like(feature)
+    gradient, value = patched.backward(feature, labels, None, 0.5, start.clone())
+
+    leaf = feature.clone().requires_grad_()
+    parts = [leaf[:, :, a, b] for a in patch_slices(size, grid) for b in patch_slices(size, grid)]
+    total = torch.stack([reference.heads[0].loss(part, labels, None) for part in parts]).mean()
+    (0.5 * total).backward()
+    assert float(value) == pytest.approx(float(total.detach()), rel=1e-12)
+    torch.testing.assert_close(gradient, start + leaf.grad, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(patched.backward(feature, labels, None, 0.5)[0], leaf.grad, rtol=1e-10, atol=1e-13)
+    reference.heads[0].loss(parts[0], labels, None)  # as many BatchNorm updates in both
+    for mine, other in zip(patched.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad / 2.0, other.grad, rtol=1e-9, atol=1e-12)  # two backward passes
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(16, 16), (8, 8), (4, 4), (5, 7)])
+def test_the_decoder_is_upsampling_convolution_batchnorm_relu_convolution_entropy(
+    size: tuple[int, int], layout: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    head = DecoderHead(16, 3, 1).double()
+    plain = nn.Sequential(nn.Conv2d(16, 12, 3, 1, 1), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 3, 3, 1, 1)).double()
+    plain.load_state_dict(head.decoder.state_dict())
+    feature = torch.randn(3, 16, *size, dtype=torch.float64).contiguous(memory_format=layout)
+    image = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    mine, other = feature.clone().requires_grad_(), feature.clone().requires_grad_()
+    loss = head.loss(mine, torch.zeros(3, dtype=torch.int64), image)
+    up = F.interpolate(other, size=(16, 16), mode="bilinear", align_corners=True)
+    expected = F.binary_cross_entropy(torch.sigmoid(plain(up)), image.double() / 255)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0.0)
+    torch.testing.assert_close(mine.grad, other.grad, rtol=1e-10, atol=1e-14)
+    for a, b in zip(head.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-10, atol=1e-14)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(head.decoder.state_dict()[name], value, rtol=1e-10, atol=1e-14)

@@ -68,3 +68,30 @@ def test_losses_are_computed_in_full_precision_under_autocast() -> None:
         for value in (losses.cross_entropy(logits, labels), losses.supervised_contrast(logits, labels)):
             assert value.dtype == torch.float32
     assert torch.equal(losses.cross_entropy(logits, labels), F.cross_entropy(logits.float(), labels))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_reconstruction_is_the_published_pair_of_operations_where_the_sigmoid_saturates_too(dtype: torch.dtype) -> None:
+    """Value and gradient; in float32 a sigmoid is 1 from 17 on, and 0 from -104 on."""
+    generator = torch.Generator().manual_seed(0)
+    extremes = torch.tensor([-200.0, -104, -90, -40, -28, -20, -16, 0, 16, 16.9, 17.5, 20, 40, 200])
+    logits = torch.cat([extremes, 4.0 * torch.randn(50, generator=generator)]).to(dtype).view(1, 1, 8, 8)
+    image = torch.randint(0, 256, (1, 1, 8, 8), generator=generator, dtype=torch.uint8)
+    values = []
+    for loss in (losses.reconstruction, lambda x, u: F.binary_cross_entropy(torch.sigmoid(x), u.to(dtype) / 255)):
+        leaf = logits.clone().requires_grad_()
+        value = loss(leaf, image)
+        (0.7 * value).backward()
+        values.append((value.detach(), leaf.grad))
+    tolerance = {"rtol": 1e-10, "atol": 1e-14} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-9}
+    for mine, other in zip(*values, strict=True):
+        torch.testing.assert_close(mine, other, **tolerance)
+    assert torch.equal(values[0][1] == 0.0, values[1][1] == 0.0)
+
+
+def test_the_target_has_the_layout_of_the_logits() -> None:
+    logits = torch.zeros(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    image = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    target = losses.image_target(image, logits)
+    assert target.is_contiguous(memory_format=torch.channels_last) and torch.equal(target, image / 255.0)
+    assert losses.image_target(image, logits.bfloat16()).dtype == torch.float32

@@ -1,0 +1,204 @@
+"""The other ways to train the same network: plain PyTorch on one device, DDP, and torch.distributed.pipelining.
+
+    one device     forward, backward, step; also with activation checkpointing
+    DDP            every rank a copy, a share of the batch
+    pipelines      GPipe with M = 1 is naive model parallelism; 1F1B, interleaved, zero-bubble
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ranks import Rank
+from torch import Tensor, nn
+from torch.distributed import pipelining
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+Step = Callable[[Tensor, Tensor], float | None]
+"""(inputs, labels) of a whole batch -> its loss, None where this rank does not see it."""
+Optimiser = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class TorchSchedule:
+    """A schedule of torch.distributed.pipelining.
+
+    Attributes:
+        parts_per_rank: parts of the network that every rank owns.
+        vee: parts are placed 0 1 2 2 1 0 and not 0 1 2 0 1 2.
+    """
+
+    name: str
+    make: Callable[..., Any]
+    parts_per_rank: int = 1
+    vee: bool = False
+
+    def owner(self, part: int, ranks: int) -> int:
+        """The rank of a part."""
+        row, place = divmod(part, ranks)
+        return ranks - 1 - place if self.vee and row % 2 else place
+
+    def fits(self, micro_batches: int, ranks: int) -> bool:
+        """Whether torch accepts this number of micro-batches."""
+        if self.make is pipelining.Schedule1F1B:
+            return micro_batches >= ranks
+        rounds = max(1, micro_batches // ranks)
+        return self.parts_per_rank == 1 or self.vee or micro_batches % rounds == 0
+
+
+GPIPE = TorchSchedule("GPipe", pipelining.ScheduleGPipe)
+ONE_F_ONE_B = TorchSchedule("1F1B", pipelining.Schedule1F1B)
+INTERLEAVED = TorchSchedule("Interleaved1F1B", pipelining.ScheduleInterleaved1F1B, 2)
+ZERO_BUBBLE = TorchSchedule("InterleavedZeroBubble", pipelining.ScheduleInterleavedZeroBubble, 2)
+ZBV = TorchSchedule("ZBVZeroBubble", pipelining.ScheduleZBVZeroBubble, 2, vee=True)
+TORCH_SCHEDULES = (GPIPE, ONE_F_ONE_B, INTERLEAVED, ZERO_BUBBLE, ZBV)
+
+
+class _Entrance(torch.autograd.Function):
+    """The identity into ``layout``; the gradient leaves contiguous, whatever the schedule asks autograd for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: torch.memory_format) -> Tensor:
+        return x.contiguous(memory_format=layout).view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.contiguous(), None
+
+
+class Part(nn.Module):
+    """Consecutive blocks behind a boundary: gloo sends contiguous tensors only, the blocks run in ``layout``."""
+
+    def __init__(self, blocks: Sequence[nn.Module], layout: torch.memory_format) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks)
+        self._layout = layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(_Entrance.apply(x, self._layout)).contiguous()
+
+
+@contextmanager
+def torch_pipeline(
+    rank: Rank,
+    schedule: TorchSchedule,
+    parts: Sequence[Sequence[nn.Module]],
+    micro_batches: int,
+    inputs: Tensor,
+    optimiser: Optimiser,
+    backend: str,
+) -> Iterator[tuple[Step, int]]:
+    """A pipeline over all ranks.
+
+    Args:
+        parts: blocks of every part, with equal weights on all ranks.
+        inputs: a whole batch, for the shapes.
+
+    Yields:
+        The step, which uses the inputs on rank 0 and the labels on the rank of the last part, and the bytes that
+        this rank sends in one.
+    """
+    with rank.group(backend):
+        layout = torch.channels_last if inputs.dim() == 4 else torch.contiguous_format
+        modules = [Part(blocks, layout).to(inputs.device) for blocks in parts]
+        if inputs.dim() == 4:
+            modules = [module.to(memory_format=torch.channels_last) for module in modules]
+        shapes = _boundaries(modules, inputs[: len(inputs) // micro_batches].contiguous())
+        mine = [part for part in range(len(parts)) if schedule.owner(part, rank.count) == rank.index]
+        stages = [
+            pipelining.PipelineStage(
+                modules[part],
+                part,
+                len(parts),
+                inputs.device,
+                input_args=shapes[part].requires_grad_(part > 0),
+                output_args=shapes[part + 1].clone().requires_grad_(),
+            )
+            for part in mine
+        ]
+        single = schedule.parts_per_rank == 1
+        pipeline = schedule.make(stages[0] if single else stages, micro_batches, loss_fn=cross_entropy)
+        trained = optimiser([parameter for part in mine for parameter in modules[part].parameters()])
+        first, last = 0 in mine, len(parts) - 1 in mine
+
+        def step(batch: Tensor, labels: Tensor) -> float | None:
+            losses: list[Tensor] | None = [] if last else None
+            arguments = (batch.contiguous(),) if first else ()
+            pipeline.step(*arguments, target=labels if last else None, losses=losses)
+            trained.step()
+            trained.zero_grad(set_to_none=True)
+            return float(torch.stack(losses).mean()) if losses else None
+
+        sent = 0
+        for part in mine:
+            for neighbour, boundary in ((part - 1, shapes[part]), (part + 1, shapes[part + 1])):
+                if 0 <= neighbour < len(parts) and neighbour not in mine:
+                    sent += boundary.numel() * boundary.element_size() * micro_batches
+        yield step, sent
+
+
+def _boundaries(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
+    """A micro-batch before every part and behind the last one."""
+    tensors = [x]
+    with torch.no_grad():
+        for module in modules:
+            tensors.append(module.eval()(tensors[-1]))
+            module.train()
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def one_device(network: nn.Sequential, optimiser: Optimiser, micro_batches: int, checkpointing: bool) -> Step:
+    """Backpropagation in one process; gradients of micro-batches are accumulated.
+
+    Args:
+        checkpointing: keep only the inputs of blocks, and run their forward passes again in the backward pass.
+    """
+    trained = optimiser(list(network.parameters()))
+
+    def forward(x: Tensor) -> Tensor:
+        for block in network:
+            x = checkpoint(block, x, use_reentrant=False) if checkpointing else block(x)
+        return x
+
+    def step(batch: Tensor, labels: Tensor) -> float:
+        total = 0.0
+        for x, y in zip(batch.chunk(micro_batches), labels.chunk(micro_batches), strict=True):
+            loss = cross_entropy(forward(x), y) / micro_batches
+            loss.backward()
+            total += float(loss.detach())
+        trained.step()
+        trained.zero_grad(set_to_none=True)
+        return total
+
+    return step
+
+
+@contextmanager
+def data_parallel(
+    rank: Rank, network: nn.Sequential, optimiser: Optimiser, backend: str
+) -> Iterator[tuple[Step, float]]:
+    """DistributedDataParallel.
+
+    Yields:
+        The step, on this rank's rows of the batch, and the bytes that this rank sends in one: a ring all-reduce.
+    """
+    with rank.group(backend):
+        copy = DistributedDataParallel(network)
+        parameters = list(network.parameters())
+        trained = optimiser(parameters)
+
+        def step(batch: Tensor, labels: Tensor) -> float:
+            loss = cross_entropy(copy(batch), labels)
+            loss.backward()
+            trained.step()
+            trained.zero_grad(set_to_none=True)
+            return float(loss.detach())
+
+        gradients = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        yield step, 2 * (rank.count - 1) / rank.count * gradients

@@ -1,0 +1,189 @@
+"""Virtual devices: blocks and heads whose arithmetic is a calibrated wait; many ranks then run truthfully on two cores.
+
+    x --(+ a)--> input path: waits F forward, I backward --(+)--> h
+                 weight path of w:           W backward ---^
+
+A full backward pass waits I + W, whether or not x needs a gradient; the gradient of x alone waits I, those of the
+weights alone W: as in a network of many layers, of which only the first can leave its input gradient out. Everything
+else is real: autograd, optimisers, messages, schedules, processes. A micro-batch waits its share of the batch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import time
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+from ours import Repeated
+from torch import Tensor, nn
+
+from pipeline import AuxiliaryHead, Profile, Task, Term, register_method
+
+METHOD = "virtual"
+CLASSES = 10
+_PR_SET_TIMERSLACK = 29
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds of one local module for a whole batch, alone on a device.
+
+    Attributes:
+        forward: F. input_gradient: I. weight_gradient: W; a full backward pass takes I + W.
+        head_forward, head_backward: of one level of heads.
+    """
+
+    forward: float
+    input_gradient: float
+    weight_gradient: float
+    head_forward: float
+    head_backward: float
+
+    @property
+    def module(self) -> float:
+        """A step without heads."""
+        return self.forward + self.input_gradient + self.weight_gradient
+
+    @property
+    def head(self) -> float:
+        """One level of heads."""
+        return self.head_forward + self.head_backward
+
+    def scaled(self, factor: float) -> Costs:
+        """All times multiplied by ``factor``."""
+        return Costs(*(factor * seconds for seconds in astuple(self)))
+
+    def as_entry(self) -> dict[str, float]:
+        """The same, for a module in a profile file. Messages and updates take no time there."""
+        return {
+            "forward_s": self.forward,
+            "relay_s": self.input_gradient,
+            "backward_s": self.input_gradient + self.weight_gradient,
+            "cascade_s": self.head,
+            "independent_s": self.head,
+        }
+
+
+def equal_costs(modules: int, unit_s: float, head: float) -> tuple[Costs, ...]:
+    """Modules with F = I = W = ``unit_s`` seconds and levels of heads of ``head`` units, a third of it forward."""
+    return (Costs(unit_s, unit_s, unit_s, head * unit_s / 3, 2 * head * unit_s / 3),) * modules
+
+
+def profiled_costs(profile: Profile) -> tuple[Costs, ...]:
+    """Of the modules of a profile; where it holds no input gradient alone, that is half of a backward pass.
+
+    Both levels of heads cost what the independent one costs, or the cascade where there is no other.
+    """
+    costs = []
+    for module in profile.modules:
+        inputs = module.relay_s or module.backward_s / 2
+        head = module.independent_s or module.cascade_s
+        costs.append(Costs(module.forward_s, inputs, max(0.0, module.backward_s - inputs), head / 3, 2 * head / 3))
+    return tuple(costs)
+
+
+class Clock:
+    """Waits on one rank, and keeps account of how long they really were.
+
+    A wait ends late by what the kernel needs to wake a process. The next wait is shorter by that, so that the sum is
+    right. ``asked`` and ``waited`` are seconds since the start.
+    """
+
+    def __init__(self) -> None:
+        self.asked = 0.0
+        self.waited = 0.0
+        library = ctypes.util.find_library("c")
+        if library is not None:  # Linux: wake up to 1 ns late instead of 50 us
+            prctl = getattr(ctypes.CDLL(library), "prctl", None)
+            if prctl is not None:
+                prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+    def wait(self, seconds: float) -> None:
+        """Let ``seconds`` pass without using the core."""
+        self.asked += seconds
+        left = self.asked - self.waited
+        if left > 0:
+            started = time.perf_counter()
+            time.sleep(left)
+            self.waited += time.perf_counter() - started
+
+
+class _Timed(torch.autograd.Function):
+    """The identity, after a wait; its backward pass waits too. Seconds of a whole batch are scaled by ``share``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, clock: Clock, forward_s: float, backward_s: float, share: float) -> Tensor:
+        ctx.clock, ctx.backward_s = clock, backward_s * share
+        if forward_s:
+            clock.wait(forward_s * share)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+        ctx.clock.wait(ctx.backward_s)
+        return gradient, None, None, None, None
+
+
+class VirtualBlock(nn.Module):
+    """A block of a network that takes ``costs`` on a batch of ``batch_rows``: (b, width) -> (b, width).
+
+    Without training it takes no time, so that tests of shapes and the evaluation after a run are free.
+    """
+
+    def __init__(self, costs: Costs, clock: Clock, width: int, batch_rows: int) -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.zeros(()))
+        self.weight = nn.Parameter(torch.zeros(width))
+        self._costs = costs
+        self._clock = clock
+        self._batch_rows = batch_rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x + self.first + self.weight
+        costs, share = self._costs, len(x) / self._batch_rows
+        through = _Timed.apply(x + self.first, self._clock, costs.forward, costs.input_gradient, share)
+        return through + _Timed.apply(self.weight, self._clock, 0.0, costs.weight_gradient, share)
+
+
+class VirtualHead(AuxiliaryHead):
+    """A head whose loss is the mean square of the feature, after a wait."""
+
+    def __init__(self, costs: Costs, clock: Clock, batch_rows: int) -> None:
+        super().__init__()
+        self._costs = costs
+        self._clock = clock
+        self._batch_rows = batch_rows
+
+    def loss(self, feature: Tensor, labels: Tensor, image: Tensor | None) -> Tensor:
+        share = len(labels) / self._batch_rows
+        timed = _Timed.apply(feature, self._clock, self._costs.head_forward, self._costs.head_backward, share)
+        return timed.square().mean()
+
+
+def virtual_blocks(costs: Sequence[Costs], clock: Clock, width: int, batch_rows: int) -> list[nn.Sequential]:
+    """One block per entry of ``costs``; the last one ends in a small linear layer that gives logits."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(VirtualBlock(cost, clock, width, batch_rows)) for cost in costs]
+    blocks[-1].append(nn.Linear(width, CLASSES))
+    return blocks
+
+
+def register_virtual_heads(costs: Costs, clock: Clock, batch_rows: int) -> None:
+    """Make ``method.name = "virtual"`` known in this process: one virtual head per level, of equal costs everywhere."""
+
+    def terms(_config: object, _task: Task, _position: float) -> list[Term]:
+        return [Term("task", 1.0, lambda _shape: VirtualHead(costs, clock, batch_rows))]
+
+    register_method(METHOD, terms)
+
+
+def batches(count: int, rows: int, width: int) -> Repeated:
+    """``count`` times the same random (rows, width) features."""
+    generator = torch.Generator().manual_seed(1)
+    features = torch.randn(rows, width, generator=generator)
+    return Repeated(count, features, torch.randint(CLASSES, (rows,), generator=generator))

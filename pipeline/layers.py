@@ -1,0 +1,143 @@
+"""Layers of PyTorch that auxiliary heads use at sizes for which PyTorch's own kernels are slow on a CPU.
+
+Same parameters, same names, same function up to rounding:
+
+* :class:`RowBatchNorm2d`: PyTorch's channels-last kernels take 8 channels at a time; at 12 channels, the width of
+  InfoPro's decoder, their backward pass takes 5 times as long as at 16. Seen as a matrix with one image row of W x C
+  values per matrix row, the same sums run over long contiguous rows.
+* :class:`PointwiseConv2d`: a 1x1 convolution of a map of a few pixels costs oneDNN more preparation than arithmetic; as
+  a matrix product it takes half the time.
+* :class:`PoolTo2d`: the gradient of PyTorch's global pooling is a broadcast view, on which the ReLU before it is 20
+  times slower than on a dense map; and pooling by whole windows needs no adaptive indices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+VECTOR = 8  # float32 values of an AVX2 register; PyTorch's kernels are fast at multiples of it
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(B, C, H, W), channels last, as (B H, W C); a view."""
+    batch, channels, height, width = x.shape
+    return x.permute(0, 2, 3, 1).reshape(batch * height, width * channels)
+
+
+class _RowBatchNorm(torch.autograd.Function):
+    """``(x, weight, bias, eps) -> y, mean, variance`` (biased) over all but the channels of a channels-last map."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        width, channels = x.size(3), x.size(1)
+        count = x.numel() // channels
+        rows = _rows(x)
+        mean = rows.sum(dim=0).view(width, channels).sum(dim=0) / count
+        centred = rows - mean.repeat(width)
+        variance = (centred * centred).sum(dim=0).view(width, channels).sum(dim=0) / count
+        inverse = torch.rsqrt(variance + eps)
+        y = torch.empty_like(x)
+        torch.addcmul(bias.repeat(width), centred, (weight * inverse).repeat(width), out=_rows(y))
+        ctx.save_for_backward(centred, weight, inverse)
+        ctx.mark_non_differentiable(mean, variance)
+        return y, mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        centred, weight, inverse = ctx.saved_tensors
+        width, channels = gradient.size(3), gradient.size(1)
+        count = gradient.numel() // channels
+        rows = _rows(gradient.contiguous(memory_format=torch.channels_last))
+        bias_gradient = rows.sum(dim=0).view(width, channels).sum(dim=0)
+        product = (rows * centred).sum(dim=0).view(width, channels).sum(dim=0)
+        scale = weight * inverse
+        offset = -scale * bias_gradient / count
+        slope = -scale * inverse.square() * product / count
+        x = torch.empty_like(gradient, memory_format=torch.channels_last)
+        torch.addcmul(offset.repeat(width), centred, slope.repeat(width), out=_rows(x))
+        _rows(x).addcmul_(rows, scale.repeat(width))
+        return x, product * inverse, bias_gradient, None
+
+
+class RowBatchNorm2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` that trains by rows where that is faster; the same function up to rounding."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> the same shape."""
+        if not self._by_rows(x):
+            return super().forward(x)
+        assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
+        y, mean, variance = _RowBatchNorm.apply(x, self.weight, self.bias, self.eps)
+        count = x.numel() // x.size(1)
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)  # unbiased, as PyTorch's
+        return y
+
+    def _by_rows(self, x: Tensor) -> bool:
+        return (
+            self.training
+            and self.momentum is not None
+            and x.device.type == "cpu"
+            and x.dtype == self.weight.dtype
+            and x.size(1) % VECTOR != 0
+            and x.numel() > x.size(1)
+            and x.is_contiguous(memory_format=torch.channels_last)
+        )
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution without bias; on channels-last maps one matrix product over all pixels."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, O, H, W)."""
+        if x.device.type != "cpu" or not x.is_contiguous(memory_format=torch.channels_last):
+            return super().forward(x)
+        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1)).permute(0, 3, 1, 2)
+
+
+class _GlobalMean(torch.autograd.Function):
+    """(B, C, H, W) -> (B, C, 1, 1) with a dense gradient in the layout of the input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.shape = x.shape
+        nhwc = x.is_contiguous(memory_format=torch.channels_last)
+        ctx.layout = torch.channels_last if nhwc else torch.contiguous_format
+        return x.mean(dim=(2, 3), keepdim=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        share = gradient / (ctx.shape[2] * ctx.shape[3])
+        return share.expand(ctx.shape).contiguous(memory_format=ctx.layout)
+
+
+class PoolTo2d(nn.AdaptiveAvgPool2d):
+    """``nn.AdaptiveAvgPool2d(side)`` with the cheapest exact operation for the size at hand."""
+
+    def __init__(self, side: int) -> None:
+        super().__init__(side)
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, side, side)."""
+        height, width = x.size(2), x.size(3)
+        if height == width == self.side:
+            return x
+        if height == width == 1:
+            return x.expand(-1, -1, self.side, self.side)
+        if self.side == 1:
+            return _GlobalMean.apply(x)
+        if height % self.side == 0 and width % self.side == 0:
+            return F.avg_pool2d(x, (height // self.side, width // self.side))
+        return super().forward(x)

@@ -1,0 +1,161 @@
+"""The benchmarks of speed: their measures on known inputs, and a quick run of each that must make sense."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import ConfigError
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+bursts, networks, ranks, tables, throughput, virtual = map(
+    importlib.import_module, ("bursts", "networks", "ranks", "tables", "throughput", "virtual")
+)
+
+
+def quick(name: str, folder: Path) -> tuple[dict[str, Any], str]:
+    """The JSON and the page of a quick run."""
+    files = {"--json": folder / "result.json", "--output": folder / "page.md"}
+    options = [str(part) for item in files.items() for part in item]
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", *options]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    return json.loads(files["--json"].read_text()), files["--output"].read_text()
+
+
+def check_rows(result: dict[str, Any]) -> None:
+    """Keys and values of any benchmark of speed."""
+    assert result["hardware"] and result["date"] and set(result["versions"]) >= {"torch", "localpipe"}
+    for row in result["rows"]:
+        assert set(tables.Row.__annotations__) <= set(row)
+        assert 0 < row["low"] <= row["images_per_s"] <= row["high"]
+        assert 0 < row["ratio_to_bp"] <= 1.5 * row["ranks"] + 1
+        assert 0 < row["efficiency"] < 1.05 and row["bound"] > 0.9 * row["images_per_s"]
+        assert len(row["busy"]) == row["ranks"] and all(0 < busy <= 1 for busy in row["busy"])
+        assert (row["bytes_per_step"] > 0) == (row["ranks"] > 1)
+
+
+@pytest.mark.slow
+def test_throughput_runs_and_names_what_is_faster(tmp_path: Path) -> None:
+    result, page = quick("throughput", tmp_path)
+    check_rows(result)
+    systems = {row["system"] for row in result["rows"]}
+    assert systems >= {"BP, one device", "DDP", "naive model parallel", "torch GPipe", "torch ZBVZeroBubble"}
+    assert {row["schedule"] for row in result["rows"] if row["system"] == "localpipe"} == {"exact", "async"}
+    assert "The fastest system is" in page and "DDP (" in page
+
+
+@pytest.mark.slow
+def test_scaling_runs_and_agrees_with_the_simulator(tmp_path: Path) -> None:
+    result, page = quick("scaling", tmp_path)
+    check_rows(result)
+    rows = {(row["method"], row["schedule"], row["micro_batches"]): row for row in result["rows"]}
+    plain = rows["dgl", "exact", 1]
+    assert plain["of_optimum"] > 0.6  # 0.96 on a machine with nothing else to do
+    assert rows["bp", "GPipe", 2]["local_ratio"] > 1.0  # 1.36 in theory
+    simulated = [entry for entry in result["settings"]["simulated"] if entry["schedule"] == "dgl, exact"]
+    assert simulated[-1]["ranks"] == 64 and simulated[-1]["efficiency"] == pytest.approx(1.0)
+    assert "Expected:" in page and "Measured:" in page
+
+
+def test_a_virtual_block_waits_for_what_it_stands_for() -> None:
+    """Full backward I + W, also without an input gradient; the input gradient alone I; no time in evaluation."""
+    clock = virtual.Clock()
+    (block,) = virtual.virtual_blocks([virtual.Costs(0.01, 0.02, 0.04, 0.0, 0.0)], clock, 4, 8)
+    x = torch.zeros(4, 4)  # half a batch
+
+    def waited(call: Any) -> float:
+        before = clock.asked
+        call()
+        return clock.asked - before
+
+    h = block[0](x)
+    assert clock.asked == pytest.approx(0.005)
+    assert waited(lambda: h.sum().backward(inputs=list(block[0].parameters()))) == pytest.approx(0.03)
+    x.requires_grad_()
+    h = block[0](x)
+    assert waited(lambda: torch.autograd.grad(h.sum(), x, retain_graph=True)) == pytest.approx(0.01)
+    assert waited(lambda: torch.autograd.grad(h.sum(), block[0].weight)) == pytest.approx(0.02)
+    assert waited(lambda: block.eval()(x)) == 0
+
+
+def test_waits_are_right_in_sum() -> None:
+    clock = virtual.Clock()
+    started = time.perf_counter()
+    for _ in range(50):
+        clock.wait(0.002)
+    assert time.perf_counter() - started == pytest.approx(0.1, rel=0.1)
+    assert clock.waited == pytest.approx(clock.asked, rel=0.05)
+
+
+def test_splits_have_the_fastest_slowest_part() -> None:
+    assert networks.split([1, 1, 1, 1], 2) == (2, 2)
+    assert networks.split([5, 1, 1, 1, 1, 1], 2) == (1, 5)
+    assert networks.split([1, 1, 1, 1, 1, 1], 2, 0.5) == (2, 4)  # 2 against 0.5 x 4
+    assert networks.split_twice([1] * 8, 4, 2, 1.0) == ((2, 2), (2, 2))
+    assert networks.split_twice([1] * 8, 3, 2, 1.0) == ((4,), (2, 2))
+    assert networks.split_twice([9, 1], 4, 2, 1.0) == ()
+
+
+def test_a_ratio_is_to_the_bursts_of_the_reference_around_it() -> None:
+    times = [(0, 1.0), (1, 2.0), (2, 0.5), (0, 3.0), (1, 1.0), (0, 1.0)]
+    leader = [(index, bursts.Burst((step_s,), (step_s / 2,))) for index, step_s in times]
+    silent = [(index, None) for index, _ in times]
+    turns = bursts.merge([leader, silent])
+    assert [turn.ratio for turn in turns[1]] == pytest.approx([1.5 / 2, 1.5 / 1])  # harmonic mean of 1 and 3 is 1.5
+    assert turns[2][0].ratio == pytest.approx(3.0)
+    assert [turn.ratio for turn in turns[0]] == pytest.approx([1, 1, 1])
+
+
+def meet_and_share(rank: Any) -> tuple[int, str, int]:
+    rank.meet()
+    return rank.index, rank.share("from 0" if rank.leader else "not this"), torch.get_num_threads()
+
+
+def fail_on_rank_1(rank: Any) -> None:
+    if rank.index == 1:
+        raise ValueError("no such thing")
+    rank.meet()
+
+
+def hang(rank: Any) -> None:
+    time.sleep(600)
+
+
+def test_ranks_work_in_lockstep() -> None:
+    assert ranks.run_ranks(meet_and_share, 3, deadline_s=60) == [(r, "from 0", 1) for r in range(3)]
+
+
+def test_a_failing_rank_ends_all_and_says_why() -> None:
+    with pytest.raises(ranks.RanksFailed, match="rank 1: ValueError: no such thing"):
+        ranks.run_ranks(fail_on_rank_1, 2, deadline_s=60)
+
+
+def test_ranks_that_hang_are_ended_at_the_deadline() -> None:
+    started = time.monotonic()
+    with pytest.raises(ranks.RanksFailed, match="not done after 2 s"):
+        ranks.run_ranks(hang, 2, deadline_s=2)
+    assert time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "cuda", "ranks": 64}, "--device cuda --ranks 64 needs one GPU per rank, found"),
+        ({"modules": 1}, "--modules 1 is less than --ranks 2"),
+        ({"batch": 100}, "--batch 100 is no multiple of 8"),
+    ],
+)
+def test_options_that_cannot_work_get_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        throughput.refuse(throughput.Settings(**options))
