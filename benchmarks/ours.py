@@ -6,9 +6,9 @@ import contextlib
 import io
 import itertools
 import math
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from bursts import Burst
@@ -45,18 +45,11 @@ class LocalPipeline:
     steps: int
     _numbers: Any = field(default_factory=itertools.count)
 
-    def __post_init__(self) -> None:
-        # Where it can, a traced run draws its trace, which takes longer than a burst.
-        sys.modules["matplotlib"] = None
-
     def burst(
         self, sections: Mapping[str, Mapping[str, Any]], data: LoaderData, network: nn.Sequential
     ) -> Burst | None:
         """Train ``warmup + steps`` steps, which must be one epoch; what rank 0 reads in the run's files."""
-        folder = self.rank.folder / f"run{next(self._numbers)}"
-        with contextlib.redirect_stdout(io.StringIO()):
-            train(from_dict(sections), network=network, data=data, run_dir=folder, quiet=True, trace=True)
-        self.rank.pin()
+        folder = self._train(sections, data, network)
         if not self.rank.leader:
             return None
         step_s, work_s = rates(read_trace(folder / "trace.json"), self.warmup, self.steps)
@@ -66,6 +59,20 @@ class LocalPipeline:
         if not math.isfinite(loss):
             raise RuntimeError(f"the loss of {dict(sections)} is {loss}")
         return Burst(step_s, work_s, sent, (loss,))
+
+    def epoch(
+        self, sections: Mapping[str, Mapping[str, Any]], data: LoaderData, network: nn.Sequential
+    ) -> dict[str, Any] | None:
+        """Train one epoch; its line of metrics.jsonl on rank 0, None elsewhere."""
+        folder = self._train(sections, data, network)
+        return read_metrics(folder / "metrics.jsonl")[0] if self.rank.leader else None
+
+    def _train(self, sections: Mapping[str, Mapping[str, Any]], data: LoaderData, network: nn.Sequential) -> Path:
+        folder = self.rank.folder / f"run{next(self._numbers)}"
+        with contextlib.redirect_stdout(io.StringIO()):
+            train(from_dict(sections), network=network, data=data, run_dir=folder, quiet=True, trace=True, draw=False)
+        self.rank.pin()
+        return folder
 
 
 def rates(events: tuple[Event, ...], warmup: int, steps: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

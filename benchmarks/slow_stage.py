@@ -2,8 +2,8 @@
 
     python benchmarks/slow_stage.py [--ranks P] [--slow R] [--factor X] [--rounds N] [--quick] [--json FILE]
 
-Every stage takes 4.3 units a step (F = I = W = 1 unit, heads 1.3), one takes X times as long. Under `exact` and `async` a
-batch passes every stage, so the slow one sets the pace for all. Under `free` each stage goes on at its own pace: the
+Every stage takes 4.3 units a step (F = I = W = 1 unit, heads 1.3), one takes X times as long. Under `exact` and `async`
+a batch passes every stage, so the slow one sets the pace for all. Under `free` each stage goes on at its own pace: the
 slow one leaves batches out, those behind it train again on what they have.
 """
 

@@ -173,13 +173,13 @@ def virtual_blocks(costs: Sequence[Costs], clock: Clock, width: int, batch_rows:
     return blocks
 
 
-def register_virtual_heads(costs: Costs, clock: Clock, batch_rows: int) -> None:
-    """Make ``method.name = "virtual"`` known in this process: one virtual head per level, of equal costs everywhere."""
+def register_virtual_heads(costs: Costs, clock: Clock, batch_rows: int, name: str = METHOD) -> None:
+    """Make ``method.name = name`` known in this process: one virtual head per level, of equal costs everywhere."""
 
     def terms(_config: object, _task: Task, _position: float) -> list[Term]:
         return [Term("task", 1.0, lambda _shape: VirtualHead(costs, clock, batch_rows))]
 
-    register_method(METHOD, terms)
+    register_method(name, terms)
 
 
 def batches(count: int, rows: int, width: int) -> Repeated:

@@ -41,7 +41,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     ranks = arguments.ranks
     profile = Profile.read(arguments.profile) if arguments.profile else measure(config, ranks)
     link = {"latency_s": arguments.latency_us * 1e-6, "bytes_per_s": arguments.gbit * 1e9 / 8}
-    report = explain(config, ranks, profile, **link)
+    report = explain(config, ranks, profile, count=True, **link)
     show_plan(report)
     if arguments.schedule:
         print(f"\n{schedule_text(report)}")

@@ -43,6 +43,6 @@ def refuse_without_compiler(device: torch.device) -> None:
     compiler = os.environ.get("CXX", "g++")
     if device.type == "cpu" and shutil.which(compiler) is None:
         raise ConfigError(
-            f"precision.compile = true needs a C++ compiler, and '{compiler}' is not found; install g++, set CXX or use "
-            "precision.compile=false"
+            f"precision.compile = true needs a C++ compiler, and '{compiler}' is not found; install g++, set CXX or "
+            "use precision.compile=false"
         )

@@ -22,6 +22,7 @@ from pipeline.assembly import build_modules, make_plan
 from pipeline.backbones import build_blocks
 from pipeline.config import Config, ModelConfig, PrecisionConfig, ScheduleConfig
 from pipeline.connect import Edges
+from pipeline.layers import PairedConv2d
 from pipeline.methods import Task
 from pipeline.numerics import resolve_numerics
 from pipeline.schedule import Action, Kind
@@ -32,7 +33,7 @@ IMAGES = 2  # BatchNorm needs two
 
 
 @dataclass(frozen=True)
-class ModuleCost:
+class ModuleUnits:
     """What one local module adds to a step, in BP units.
 
     Attributes:
@@ -69,7 +70,7 @@ class StepCost:
     """
 
     bp_flops: float
-    modules: tuple[ModuleCost, ...]
+    modules: tuple[ModuleUnits, ...]
 
     @property
     def bp_units(self) -> float:
@@ -124,7 +125,7 @@ def step_cost(config: Config, image_shape: tuple[int, ...], classes: int, plain:
     unit = sum(bp.values())
     step = _flops(config, task, plain)
     modules = tuple(
-        ModuleCost(
+        ModuleUnits(
             module=module,
             forward=step[module, Kind.FORWARD] / unit,
             relay=step[module, Kind.RELAY] / unit,
@@ -148,6 +149,8 @@ def _flops(config: Config, task: Task, plain: bool) -> Counter[tuple[int, Kind]]
         for layer in (layer for module in modules for level in module.levels.values() for layer in level.modules()):
             if isinstance(layer, UpsampledConv2d):
                 layer.factorise = not plain
+            elif isinstance(layer, PairedConv2d):
+                layer.paired = False  # products with its zeros are no operations of the method
         counter = _Operations()
         totals: Counter[tuple[int, Kind]] = Counter()
         started: list[tuple[Action, int]] = []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pipeline import losses
 from pipeline.errors import ConfigError
-from pipeline.layers import PointwiseConv2d, PoolTo2d, RowBatchNorm2d
+from pipeline.layers import PairedConv2d, PointwiseConv2d, PoolTo2d, RowBatchNorm2d
 from pipeline.upsampling import UpsampledConv2d
 
 FeatureShape = tuple[int, ...]  # (C, H, W) of a feature map
@@ -105,7 +105,7 @@ class DecoderHead(AuxiliaryHead):
             UpsampledConv2d(channels, width),
             RowBatchNorm2d(width),
             nn.ReLU(inplace=True),
-            nn.Conv2d(width, image_channels, 3, padding=1),
+            PairedConv2d(width, image_channels),
         )
 
     def loss(self, feature: Tensor, labels: Tensor, image: Tensor | None) -> Tensor:

@@ -15,7 +15,8 @@ import torch
 
 from pipeline.assembly import Plan, describe, make_plan
 from pipeline.backbones import Blocks, build_blocks
-from pipeline.config import Config
+from pipeline.config import Config, validate
+from pipeline.cost import StepCost, step_cost
 from pipeline.cost_profile import Profile
 from pipeline.data import open_data
 from pipeline.errors import ConfigError
@@ -24,7 +25,7 @@ from pipeline.numerics import Numerics, resolve_numerics
 from pipeline.partition import choose_stages, place, split_by_cost
 from pipeline.profiling import profile_modules, rank_memory, refuse_too_large
 from pipeline.report import Placement, PlannedModule, PlannedRank, PlanReport
-from pipeline.runtime import choose_device, set_threads
+from pipeline.runtime import choose_device, keep_freed_memory, set_threads
 from pipeline.schedule import Kind
 from pipeline.simulate import ModuleCost, Simulation, simulate
 from pipeline.timeline import SteadyState
@@ -51,6 +52,8 @@ def measure(config: Config, ranks: int) -> Profile:
     """
     network = _Network(config)
     plan = _plan_by_count(config, network, ranks)
+    if network.numerics.device.type == "cpu":
+        keep_freed_memory()  # as a rank of a run does
     with _threads_of_a_rank(config, ranks, network.numerics):
         return profile_modules(
             plan, network.blocks, network.numerics, config.partition.warmup, config.partition.steps
@@ -62,6 +65,7 @@ def explain(
     ranks: int,
     profile: Profile | None = None,
     *,
+    count: bool = False,
     latency_s: float = 0.0,
     bytes_per_s: float = math.inf,
 ) -> PlanReport:
@@ -71,6 +75,7 @@ def explain(
         config: from :func:`pipeline.load_config`; ``partition.kind`` chooses the placement.
         ranks: number of processes, each on a device like the profiled one.
         profile: costs of the modules; None: :func:`measure` them here.
+        count: give the operations of every module in BP units too, which takes a few seconds.
         latency_s: seconds that a message takes besides its transfer.
         bytes_per_s: bandwidth between two ranks.
 
@@ -78,6 +83,7 @@ def explain(
         ConfigError: whatever would stop a run, except too little memory, which the report only states; a profile that
             is for another number of modules or another batch.
     """
+    config = validate(config)
     network = _Network(config)
     plan = _plan_by_count(config, network, ranks)
     if profile is None:
@@ -100,10 +106,11 @@ def explain(
         runs[kind] = (plan, *_run(plan, costs, *link))
     plan, simulation, steady = runs[config.partition.kind]
     memory = rank_memory(plan, costs, network.numerics)
+    units = step_cost(config, network.task.image_shape, network.task.classes) if count else None
     first = STEPS // 2
     return PlanReport(
         lines=_lines(plan, network.numerics, profile, link),
-        modules=_modules(plan, network.blocks, costs, work),
+        modules=_modules(plan, network.blocks, costs, work, units),
         ranks=_ranks(plan, network.numerics, work, steady, memory),
         step_s=steady.step_s,
         bound_s=max(sum(work[m] for m in stage) for stage in stages),
@@ -177,7 +184,7 @@ def _run(
 
 
 def _modules(
-    plan: Plan, blocks: Blocks, costs: Sequence[ModuleCost], work: Sequence[float]
+    plan: Plan, blocks: Blocks, costs: Sequence[ModuleCost], work: Sequence[float], units: StepCost | None
 ) -> tuple[PlannedModule, ...]:
     rank_of = {m: rank for rank, stage in enumerate(plan.stages) for m in stage}
     rows = []
@@ -200,6 +207,7 @@ def _modules(
                 },
                 step_s=work[role.index],
                 memory_bytes=cost.memory_bytes,
+                bp_units=units.modules[role.index].total if units is not None else None,
             )
         )
     return tuple(rows)

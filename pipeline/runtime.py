@@ -10,6 +10,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import ctypes.util
 import functools
 import itertools
 import os
@@ -27,6 +29,7 @@ from pipeline.errors import ConfigError, DeadlineExceeded, PeerLost
 from pipeline.failure import FailureDesk
 
 _RUNS = itertools.count()
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 DEVICES = ("auto", "cpu", "cuda", "cuda-shared")
 
 
@@ -71,6 +74,19 @@ def set_threads(threads: int, local_world_size: int) -> int:
         ):  # refused once parallel work has started (embedded in other code)
             torch.set_num_interop_threads(1)
     return count
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, where the C library is glibc.
+
+    By default every large tensor is mapped anew from the system and given back: each step then pays a page fault for
+    every 4 KiB of activations, 3 to 10 % of its time on a CPU. What is freed is used again, so memory stays flat.
+    """
+    libc = ctypes.util.find_library("c")
+    mallopt = getattr(ctypes.CDLL(libc), "mallopt", None) if libc else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 @functools.cache
@@ -128,6 +144,8 @@ class Runtime:
             )
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
+            else:
+                keep_freed_memory()
             if self.store is not None:
                 self._init_groups(self.store)
         except BaseException as exc:

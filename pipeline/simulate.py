@@ -170,7 +170,7 @@ class Simulation:
     def steady_state(self, first: int, last: int) -> SteadyState:
         """Rates between the ends of steps ``first`` and ``last``, each rank on its own window.
 
-        As :func:`pipeline.timeline.steady_state`, but the step is that of the slowest rank: others run ahead of it only
+        As :func:`pipeline.timeline.steady_state`: the step is that of the slowest rank; others run ahead of it only
         until the queues between them are full.
 
         Raises:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -88,9 +87,10 @@ class SteadyState:
 
 
 def steady_state(events: Sequence[Event], first: int, last: int) -> SteadyState:
-    """Rates between the ends of steps ``first`` and ``last`` (> first), each rank in its own window; medians of ranks.
+    """Rates between the ends of steps ``first`` and ``last`` (> first), each rank in its own window; of the slowest.
 
-    A step of a rank ends with its last action on that step's batch.
+    A step of a rank ends with its last action on that step's batch. Ranks before the slowest may run ahead of it, but
+    only until the queues between them are full.
 
     Raises:
         ValueError: a rank has no event of one of the two steps.
@@ -112,7 +112,7 @@ def steady_state(events: Sequence[Event], first: int, last: int) -> SteadyState:
         step_s.append((end - begin) / (last - first))
         busy.append(work / (end - begin))
         stage_s.append(work / (last - first))
-    return SteadyState(statistics.median(step_s), tuple(busy), tuple(stage_s))
+    return SteadyState(max(step_s), tuple(busy), tuple(stage_s))
 
 
 def write_trace(events: Iterable[Event], path: Path, title: str) -> None:

@@ -25,9 +25,9 @@ def attach(runtime: Runtime, plan: Plan, edges: Edges) -> Recorder:
     return recorder
 
 
-def write(runtime: Runtime, recorder: Recorder, plan: Plan, folder: Path, steps: int) -> None:
-    """Gather the events of all ranks. Rank 0 writes trace.json and, with matplotlib, trace.png: two steps from the
-    middle of the first ``steps``. Collective."""
+def write(runtime: Runtime, recorder: Recorder, plan: Plan, folder: Path, steps: int, draw: bool) -> None:
+    """Gather the events of all ranks. Rank 0 writes trace.json and, to ``draw`` and with matplotlib, trace.png: two
+    steps from the middle of the first ``steps``. Collective."""
     gathered = runtime.gather(recorder.events())
     if gathered is None:
         return
@@ -35,7 +35,7 @@ def write(runtime: Runtime, recorder: Recorder, plan: Plan, folder: Path, steps:
     config = plan.config
     title = f"{config.model.name}, {config.method.name}, schedule {config.schedule.kind}"
     write_trace(events, folder / "trace.json", title)
-    if can_draw():
+    if draw and can_draw():
         plot_timeline(events, folder / "trace.png", max(steps // 2 - 1, 0), title=title)
 
 

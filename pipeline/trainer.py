@@ -49,6 +49,7 @@ def train(
     quiet: bool = False,
     before_action: ActionHook | None = None,
     trace: bool = False,
+    draw: bool = True,
 ) -> dict[str, Any]:
     """Train, test and save. Call it on every rank (under torchrun), or in one process.
 
@@ -61,6 +62,7 @@ def train(
         quiet: print only the final report.
         before_action: called with (step, action) before every action of this rank's schedule.
         trace: write what every rank did when: trace.json (Chrome, Perfetto) and, with matplotlib, trace.png.
+        draw: whether ``trace`` draws the picture; it takes a second.
 
     Returns:
         The contents of summary.json, on every rank.
@@ -69,7 +71,7 @@ def train(
     """
     settings = config.runtime
     with Runtime(settings.device, settings.threads, settings.deadline_s) as runtime:
-        run = _Run(config, runtime, network, data, quiet, before_action, trace)
+        run = _Run(config, runtime, network, data, quiet, before_action, trace, draw)
         return run.run(Path(run_dir) if run_dir is not None else None)
 
 
@@ -85,6 +87,7 @@ class _Run:
         quiet: bool,
         before_action: ActionHook | None,
         trace: bool,
+        draw: bool,
     ) -> None:
         self.runtime = runtime
         self.config = _named_after(validate(config), network, data)
@@ -93,6 +96,7 @@ class _Run:
         self.quiet = quiet
         self.before_action = before_action
         self.trace = trace
+        self.draw = draw
         self.leader = runtime.rank == 0
         self.records: list[EpochRecord] = []
         self._posted = 0
@@ -144,7 +148,7 @@ class _Run:
             self.edges.close()
             if self.recorder is not None:
                 steps = min(self._steps_of_epoch, self.total_steps)
-                tracing.write(runtime, self.recorder, self.plan, self.directory.path, steps)
+                tracing.write(runtime, self.recorder, self.plan, self.directory.path, steps, self.draw)
             return self._finish()
         except (LocalpipeError, KeyboardInterrupt):
             raise
@@ -233,7 +237,7 @@ class _Run:
         if self.view is not None and devices is not None:
             header, *lines = describe(self.plan, self.numerics, devices)
             lines += [self._placement] if self._placement else []
-            if self.trace and not tracing.can_draw():
+            if self.trace and self.draw and not tracing.can_draw():
                 lines.append("--trace writes trace.json only; trace.png needs matplotlib: pip install localpipe[plot]")
             labels = [self.plan.partition.label(index) for index in range(len(self.plan.modules))]
             self.view.start(header, lines, labels)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.layers import PointwiseConv2d, PoolTo2d, RowBatchNorm2d
+from pipeline.layers import PairedConv2d, PointwiseConv2d, PoolTo2d, RowBatchNorm2d
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -61,6 +61,23 @@ def test_pointwise_convolution(layout: torch.memory_format) -> None:
     other = nn.Conv2d(6, 10, 1, bias=False).double()
     other.load_state_dict(mine.state_dict())
     assert_same(mine, other, nhwc(3, 6, 4, 2).contiguous(memory_format=layout))
+
+
+@pytest.mark.parametrize("out", [3, 4, 5])
+@pytest.mark.parametrize("size", [(6, 8), (1, 2), (4, 5)])
+def test_convolution_of_two_pixels_at_a_time(size: tuple[int, int], out: int) -> None:
+    mine = PairedConv2d(12, out).double().to(memory_format=torch.channels_last)
+    other = nn.Conv2d(12, out, 3, padding=1).double()
+    other.load_state_dict(mine.state_dict())
+    assert_same(mine, other, nhwc(3, 12, *size))
+    assert mine(nhwc(3, 12, *size)).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_convolution_of_two_pixels_at_a_time_under_autocast() -> None:
+    mine = PairedConv2d(12, 3).to(memory_format=torch.channels_last)
+    x = nhwc(2, 12, 4, 4).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert mine(x).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("size", [(8, 8), (2, 2), (1, 1), (5, 7), (4, 6)])

@@ -40,6 +40,7 @@ class PlannedModule:
             left out.
         step_s: their sum, over all messages.
         memory_bytes: of a stage that owns it alone.
+        bp_units: operations of a step in units of one backpropagation step of the whole network; None: not counted.
     """
 
     index: int
@@ -51,6 +52,7 @@ class PlannedModule:
     seconds: dict[str, float]
     step_s: float
     memory_bytes: int
+    bp_units: float | None
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,10 @@ def _module_table(modules: Sequence[PlannedModule], width: int) -> Table:
     for kind in kinds:
         heading = f"{NAMES[kind]} {kind}".replace("independent", "indep.").replace(" ", "\n")
         about.append((heading, 90 if kind == "U" else 0, lambda m, kind=kind: _ms(m.seconds.get(kind))))
-    about += [("all", 0, lambda m: _ms(m.step_s)), ("memory\nMiB", 90, lambda m: mebibytes(m.memory_bytes))]
+    about.append(("all", 0, lambda m: _ms(m.step_s)))
+    if all(module.bp_units is not None for module in modules):
+        about.append(("BP\nunits", 100, lambda m: f"{m.bp_units:.3f}"))
+    about += [("memory\nMiB", 90, lambda m: mebibytes(m.memory_bytes))]
     columns = [(heading, cell) for heading, least, cell in about if width >= least]
     table = _table(*(heading for heading, _ in columns), gap=2 if width >= 120 else 1)
     for module in modules:
@@ -203,11 +208,14 @@ def _rank_table(ranks: Sequence[PlannedRank]) -> Table:
 
 def _totals(report: PlanReport) -> list[tuple[str, str]]:
     gain = report.alone_s / report.step_s
+    units = [module.bp_units for module in report.modules if module.bp_units is not None]
     totals = [
         ("step time", f"{_ms(report.step_s)} ms, {report.images_per_s:,.0f} images/s"),
         ("bound", f"{_ms(report.bound_s)} ms (work of the busiest rank); bubble {100 * report.bubble:.1f} %"),
         ("one rank alone", f"{_ms(report.alone_s)} ms; {len(report.ranks)} ranks are {gain:.2f} times as fast"),
     ]
+    if units:
+        totals.append(("operations", f"{sum(units):.2f} units of one BP step of the whole network"))
     for placement in report.placements:
         sizes = _sizes(placement.sizes)
         totals.append((f"by {placement.kind}", f"{_ms(placement.step_s)} ms a step with {sizes} modules per rank"))
