@@ -60,28 +60,45 @@ ZBV = TorchSchedule("ZBVZeroBubble", pipelining.ScheduleZBVZeroBubble, 2, vee=Tr
 TORCH_SCHEDULES = (GPIPE, ONE_F_ONE_B, INTERLEAVED, ZERO_BUBBLE, ZBV)
 
 
+def wire(x: Tensor) -> Tensor:
+    """A map (b, c, h, w), channels last, as a contiguous (b, h, w, c): torch sends only contiguous tensors. A view."""
+    return x.permute(0, 2, 3, 1).contiguous() if x.dim() == 4 else x
+
+
 class _Entrance(torch.autograd.Function):
-    """The identity into ``layout``; the gradient leaves contiguous, whatever the schedule asks autograd for."""
+    """What ``wire`` has sent, as a map again; the gradient leaves contiguous, whatever the schedule asks for."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: torch.memory_format) -> Tensor:
-        return x.contiguous(memory_format=layout).view_as(x)
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.permute(0, 3, 1, 2) if x.dim() == 4 else x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.contiguous(), None
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return wire(gradient).contiguous()
+
+
+class _Exit(torch.autograd.Function):
+    """``wire`` as a tensor of its own on the same memory: zero-bubble schedules detach it in place, no view can be."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        sent = wire(x)
+        return sent.new_empty(0).set_(sent.untyped_storage(), sent.storage_offset(), sent.size(), sent.stride())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.permute(0, 3, 1, 2) if gradient.dim() == 4 else gradient
 
 
 class Part(nn.Module):
-    """Consecutive blocks behind a boundary: gloo sends contiguous tensors only, the blocks run in ``layout``."""
+    """Consecutive blocks between two boundaries. The blocks run channels last, and so the boundaries cost no copy."""
 
-    def __init__(self, blocks: Sequence[nn.Module], layout: torch.memory_format) -> None:
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
         self.blocks = nn.Sequential(*blocks)
-        self._layout = layout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.blocks(_Entrance.apply(x, self._layout)).contiguous()
+        return _Exit.apply(self.blocks(_Entrance.apply(x)))
 
 
 @contextmanager
@@ -105,11 +122,10 @@ def torch_pipeline(
         this rank sends in one.
     """
     with rank.group(backend):
-        layout = torch.channels_last if inputs.dim() == 4 else torch.contiguous_format
-        modules = [Part(blocks, layout).to(inputs.device) for blocks in parts]
+        modules = [Part(blocks).to(inputs.device) for blocks in parts]
         if inputs.dim() == 4:
             modules = [module.to(memory_format=torch.channels_last) for module in modules]
-        shapes = _boundaries(modules, inputs[: len(inputs) // micro_batches].contiguous())
+        shapes = _boundaries(modules, wire(inputs[: len(inputs) // micro_batches]))
         mine = [part for part in range(len(parts)) if schedule.owner(part, rank.count) == rank.index]
         stages = [
             pipelining.PipelineStage(
@@ -129,7 +145,7 @@ def torch_pipeline(
 
         def step(batch: Tensor, labels: Tensor) -> float | None:
             losses: list[Tensor] | None = [] if last else None
-            arguments = (batch.contiguous(),) if first else ()
+            arguments = (wire(batch),) if first else ()
             pipeline.step(*arguments, target=labels if last else None, losses=losses)
             trained.step()
             trained.zero_grad(set_to_none=True)

@@ -3,101 +3,144 @@
     python benchmarks/precision.py [--rounds N] [--steps N] [--quick] [--json FILE] [--output FILE.md]
 
 Every configuration trains the default recipe for a few steps, in interleaved rounds; the table holds medians and the
-ratio to fp32 NCHW within each round.
+ratio to fp32 NCHW, and to backpropagation in the same setting, within each round.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import statistics
-import tempfile
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tables import document, markdown, provenance, write_json
+from step_cost import IMAGE, RUN, Case, seconds
+from tables import Row, at_least, check_targets, document, markdown, provenance, show, spread, write_json
 
-from pipeline import load_config, train
+from pipeline import ConfigError, load_config
 
-SYSTEMS = {
-    "backpropagation": ["model.modules=1"],
-    "InfoPro + HPFF, K = 4": [],
-}
+SYSTEMS = {"bp": ["model.modules=1"], "infopro + hpff": []}
 SETTINGS = {
     "fp32 NCHW": ["precision.compute=fp32", "precision.channels_last=off"],
     "fp32 NHWC": ["precision.compute=fp32", "precision.channels_last=on"],
     "bf16 NCHW": ["precision.compute=bf16", "precision.channels_last=off"],
     "bf16 NHWC": ["precision.compute=bf16", "precision.channels_last=on"],
 }
+COLUMNS = ["method", "K", "setting", "images/s", "low", "high", "to fp32 NCHW", "to BP"]
 
 
-def images_per_second(assignments: list[str], steps: int) -> float:
-    """Throughput of one short run in this process."""
-    config = load_config(assignments=[*assignments, f"train.max_steps={steps}", "runtime.threads=1"])
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        return train(config, run_dir=Path(folder) / "run", quiet=True)["images_per_s"]
+@dataclass(frozen=True)
+class PrecisionRow(Row):
+    """A :class:`tables.Row` of one process.
+
+    Attributes:
+        setting: precision and layout.
+        ratio_to_plain: median over rounds of the ratio to fp32 NCHW of the same method.
+    """
+
+    setting: str
+    ratio_to_plain: float
 
 
-def measure(rounds: int, steps: int) -> list[dict[str, Any]]:
-    """All systems and settings, interleaved; one row each."""
-    samples: dict[tuple[str, str], list[float]] = {(system, name): [] for system in SYSTEMS for name in SETTINGS}
+def case(method: str, setting: str, batch: int) -> Case:
+    """The default recipe in one precision and layout, on images of its shape."""
+    assignments = [*SYSTEMS[method], *SETTINGS[setting], f"data.batch_size={batch}", *RUN]
+    return Case(method, load_config(assignments=assignments), IMAGE)
+
+
+def measure(rounds: int, steps: int, batch: int) -> list[PrecisionRow]:
+    """All methods and settings, interleaved; one row each."""
+    samples: dict[tuple[str, str], list[float]] = {(method, name): [] for method in SYSTEMS for name in SETTINGS}
     for _ in range(rounds):
-        for system, name in samples:
-            samples[system, name].append(images_per_second([*SYSTEMS[system], *SETTINGS[name]], steps))
+        for (method, name), found in samples.items():
+            _, wall_s = seconds(case(method, name, batch), steps)
+            found.append(batch / wall_s)
     rows = []
-    for (system, name), values in samples.items():
-        base = samples[system, "fp32 NCHW"]
-        ratio = statistics.median(v / b for v, b in zip(values, base, strict=True))
+    for (method, name), values in samples.items():
+        rate, low, high = spread(values)
         rows.append(
-            {
-                "system": system,
-                "setting": name,
-                "images_per_s": statistics.median(values),
-                "low": min(values),
-                "high": max(values),
-                "ratio": ratio,
-            }
+            PrecisionRow(
+                system="localpipe",
+                method=method,
+                schedule="exact",
+                ranks=1,
+                modules=case(method, name, batch).config.model.modules,
+                micro_batches=1,
+                images_per_s=rate,
+                low=low,
+                high=high,
+                ratio_to_bp=_ratio(values, samples["bp", name]),
+                bound=None,
+                efficiency=None,
+                busy=(),
+                bytes_per_step=0.0,
+                setting=name,
+                ratio_to_plain=_ratio(values, samples[method, "fp32 NCHW"]),
+            )
         )
     return rows
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result as a Markdown page."""
-    settings = result["settings"]
-    lines = [
-        "# Precision and layout on a CPU",
-        "",
-        provenance(
-            result, f"python benchmarks/precision.py --rounds {settings['rounds']} --steps {settings['steps']}"
-        ),
-        f"One process, one thread, ResNet-32 at 32x32, batch 32, {settings['steps']} steps a run, {settings['rounds']} "
-        "interleaved rounds. Ratio: median over rounds of the ratio to fp32 NCHW in the same round.",
-        "",
+def _ratio(values: Sequence[float], base: Sequence[float]) -> float:
+    return statistics.median(value / other for value, other in zip(values, base, strict=True))
+
+
+def cells(rows: Sequence[PrecisionRow]) -> list[list[str]]:
+    """The table as text."""
+    return [
+        [
+            row.method,
+            str(row.modules),
+            row.setting,
+            *(f"{rate:.1f}" for rate in (row.images_per_s, row.low, row.high)),
+            f"{row.ratio_to_plain:.2f}",
+            f"{row.ratio_to_bp:.2f}",
+        ]
+        for row in rows
     ]
-    cells = []
-    for row in result["rows"]:
-        rates = (f"{row[key]:.1f}" for key in ("images_per_s", "low", "high"))
-        cells.append([row["system"], row["setting"], *rates, f"{row['ratio']:.2f}"])
-    return "\n".join([*lines, markdown(["system", "setting", "images/s", "low", "high", "ratio"], cells)]) + "\n"
+
+
+def page(result: dict[str, Any], rows: Sequence[PrecisionRow]) -> str:
+    """The result as Markdown."""
+    settings = result["settings"]
+    command = f"python benchmarks/precision.py --rounds {settings['rounds']} --steps {settings['steps']}"
+    return "\n\n".join(
+        [
+            "# Precision and layout on a CPU",
+            provenance(result, command),
+            f"One process, one thread, ResNet-32 at 32x32, batch {settings['batch']}, {settings['steps']} steps a run "
+            f"after one to warm up, {settings['rounds']} interleaved rounds. "
+            "Ratios are medians over the rounds of the ratio within a round.",
+            markdown(COLUMNS, cells(rows)) + "\n",
+        ]
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
-    parser.add_argument("--steps", type=int, default=4, help="training steps of one measurement")
-    parser.add_argument("--quick", action="store_true", help="one round of two steps")
+    parser.add_argument("--rounds", type=at_least(1), metavar="N", default=5, help="interleaved rounds")
+    parser.add_argument("--steps", type=at_least(1), metavar="N", default=4, help="training steps of one measurement")
+    parser.add_argument("--quick", action="store_true", help="one round of one step at batch 8: less than a minute")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON")
     parser.add_argument("--output", metavar="FILE.md", type=Path, help="write the result as a Markdown page")
-    arguments = parser.parse_args()
-    rounds, steps = (1, 2) if arguments.quick else (arguments.rounds, arguments.steps)
-    result = document({"rounds": rounds, "steps": steps, "threads": 1}, measure(rounds, steps))
-    print(table(result))
-    if arguments.json is not None:
-        write_json(arguments.json, result)
-    if arguments.output is not None:
-        arguments.output.write_text(table(result))
+    given = parser.parse_args()
+    check_targets(json=given.json, output=given.output)
+    settings = {"rounds": 1, "steps": 1, "batch": 8} if given.quick else {
+        "rounds": given.rounds, "steps": given.steps, "batch": 32
+    }
+    rows = measure(**settings)
+    result = document({**settings, "threads": 1}, [asdict(row) for row in rows])
+    show("Precision and layout", COLUMNS, cells(rows))
+    if given.json is not None:
+        write_json(given.json, result)
+    if given.output is not None:
+        given.output.write_text(page(result, rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ConfigError as error:
+        sys.exit(f"precision.py: {error}")

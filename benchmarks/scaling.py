@@ -29,7 +29,7 @@ from charts import ChartError
 from ours import LocalPipeline
 from ranks import Rank, RanksFailed, available_cores, run_ranks
 from scaling_page import CURVES, ScalingRow, chart, large_batches, page, show_rows
-from tables import at_least, document, spread, write_json
+from tables import at_least, check_targets, document, positive, spread, write_json
 from torch import nn
 from virtual import (
     CLASSES,
@@ -51,7 +51,7 @@ LOCAL = tuple(
     for kind, micro_batches in (("exact", 1), ("exact", 2), ("exact", 4), ("async", 1))
 )
 """(cascade span, schedule, micro-batches) of our rows."""
-TORCH = (GPIPE, ONE_F_ONE_B, ZERO_BUBBLE, ZBV)
+TORCH_BY_NAME = {schedule.name: schedule for schedule in (GPIPE, ONE_F_ONE_B, ZERO_BUBBLE, ZBV)}
 MICRO_BATCHES = (1, 2, 4, 8)
 SIMULATED = (2, 4, 8, 16, 32, 64, 256, 1024, 4096)
 PLAIN, WITH_CASCADE = "dgl", "dgl + hpff"
@@ -82,7 +82,7 @@ class Settings:
     head: float = 0.3
     profile: str = ""
     batch: int = 64
-    rounds: int = 1
+    rounds: int = 3
     warmup: int = 4
     steps: int = 8
     torch_steps: int = 2
@@ -154,7 +154,7 @@ def systems(
 
         name = PLAIN if span == 1 else WITH_CASCADE
         found.append(System("localpipe", name, kind, ranks, ranks, micro_batches, local))
-    for schedule in TORCH:
+    for schedule in TORCH_BY_NAME.values():
         counts = {*MICRO_BATCHES, ranks} if schedule is ONE_F_ONE_B else set(MICRO_BATCHES)
         counts = {2} if settings.quick else counts
         for micro_batches in sorted(counts):
@@ -243,7 +243,7 @@ def rows_of(settings: Settings, ranks: int, turns: Mapping[int, Sequence[Turn]])
         step_s = settings.batch * settings.stretch / rate
         host_load = optimum_s = None
         if system.name == "torch":
-            stage_s = tuple(cost.module for cost in costs)
+            stage_s = worked_s = _stage_seconds(TORCH_BY_NAME[system.schedule], costs)
             host_load = statistics.median(sum(t.work_s) / t.step_s for t in mine) / len(available_cores())
             if not settings.profile and system.schedule in (GPIPE.name, ONE_F_ONE_B.name):
                 optimum_s = stage_s[0] * (system.micro_batches + ranks - 1) / system.micro_batches
@@ -251,6 +251,7 @@ def rows_of(settings: Settings, ranks: int, turns: Mapping[int, Sequence[Turn]])
             span = 1 if system.method == PLAIN else 2
             prediction = predict(settings, ranks, span, system.schedule, system.micro_batches)
             stage_s, optimum_s = prediction.stage_s, prediction.step_s
+            worked_s = tuple(map(statistics.median, zip(*(turn.work_s for turn in mine), strict=True)))
         rows.append(
             ScalingRow(
                 system=system.name,
@@ -265,7 +266,7 @@ def rows_of(settings: Settings, ranks: int, turns: Mapping[int, Sequence[Turn]])
                 ratio_to_bp=alone_s / step_s,
                 bound=settings.batch * settings.stretch / max(stage_s),
                 efficiency=max(stage_s) / step_s,
-                busy=tuple(seconds / step_s for seconds in stage_s),
+                busy=tuple(seconds / step_s for seconds in worked_s),
                 bytes_per_step=mine[0].sent,
                 optimum=None if optimum_s is None else settings.batch * settings.stretch / optimum_s,
                 of_optimum=None if optimum_s is None else optimum_s / step_s,
@@ -274,6 +275,15 @@ def rows_of(settings: Settings, ranks: int, turns: Mapping[int, Sequence[Turn]])
             )
         )
     return rows
+
+
+def _stage_seconds(schedule: TorchSchedule, costs: Sequence[Costs]) -> tuple[float, ...]:
+    """Work of every rank: interleaved schedules cut every module into as many parts as a rank owns."""
+    ranks, each = len(costs), schedule.parts_per_rank
+    seconds = [0.0] * ranks
+    for part in range(ranks * each):
+        seconds[schedule.owner(part, ranks)] += costs[part // each].module / each
+    return tuple(seconds)
 
 
 def simulated(settings: Settings) -> list[dict[str, Any]]:
@@ -316,7 +326,7 @@ def measure(settings: Settings) -> dict[str, Any]:
     overshoot = 0.0
     for ranks in settings.ranks:
         print(f"P = {ranks}", flush=True)
-        values = run_ranks(work, ranks, settings, deadline_s=settings.deadline_s)
+        values = run_ranks(work, ranks, settings, deadline_s=settings.deadline_s * settings.rounds)
         rows += rows_of(settings, ranks, merge([done for done, _ in values]))
         overshoot = max(overshoot, *(abs(late) for _, late in values))
     notes["explained"] = explained(settings, overshoot)
@@ -350,12 +360,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = Settings()
     parser.add_argument("--ranks", type=at_least(2), nargs="+", metavar="P", default=default.ranks, help="to run")
-    parser.add_argument("--unit-ms", type=float, metavar="MS", default=default.unit_ms, help="one unit of time")
-    parser.add_argument("--head", type=float, metavar="UNITS", default=default.head, help="units of a level of heads")
+    parser.add_argument("--unit-ms", type=positive, metavar="MS", default=default.unit_ms, help="one unit of time")
+    parser.add_argument("--head", type=positive, metavar="UNITS", default=default.head, help="units of heads")
     parser.add_argument("--profile", metavar="FILE", default="", help="costs of every module, from launch/plan.py")
     parser.add_argument("--rounds", type=at_least(1), metavar="N", default=default.rounds, help="interleaved rounds")
     parser.add_argument("--simulate-to", type=at_least(2), metavar="P", default=default.simulate_to, help="to simulate")
-    parser.add_argument("--quick", action="store_true", help="two ranks, one short round: less than a minute")
+    parser.add_argument("--quick", action="store_true", help="two ranks, fixed settings: less than a minute")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON")
     parser.add_argument("--output", metavar="FILE.md", type=Path, help="write the result as a Markdown page")
     parser.add_argument("--chart", metavar="FILE.png", type=Path, help="draw images/s against P")
@@ -364,16 +374,17 @@ def main() -> None:
     settings = QUICK if options["quick"] else Settings(**{**options, "ranks": tuple(options["ranks"])})
     if settings.profile:
         settings = replace(settings, **profile_shape(settings))
+    check_targets(**targets)
     command = " ".join(["python benchmarks/scaling.py", *sys.argv[1:]])
     result = measure(settings)
     rows = [ScalingRow(**row) for row in result["rows"]]
     if targets["json"] is not None:
         write_json(targets["json"], result)
-    if targets["chart"] is not None:
-        chart(targets["chart"], result, rows)
     if targets["output"] is not None:
         picture = targets["chart"].name if targets["chart"] is not None else None
         targets["output"].write_text(page(result, rows, command, picture), encoding="utf-8")
+    if targets["chart"] is not None:
+        chart(targets["chart"], result, rows)
 
 
 def profile_shape(settings: Settings) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
     python benchmarks/slow_stage.py [--ranks P] [--slow R] [--factor X] [--rounds N] [--quick] [--json FILE]
 
-Every stage takes 4.3 units a step (F = I = W = 1 unit, heads 1.3), one takes X times as long. Under `exact` and `async`
-a batch passes every stage, so the slow one sets the pace for all. Under `free` each stage goes on at its own pace: the
-slow one leaves batches out, those behind it train again on what they have.
+Every stage takes 4.3 units a step (F = I = W = 1 unit, heads 1.3; the last one, without a head, 3), one takes X times
+as long. Under `exact` and `async` a batch passes every stage, so the slow one sets the pace for all. Under `free` each
+stage goes on at its own pace: the slow one leaves batches out, those behind it train again on what they have.
 """
 
 from __future__ import annotations
@@ -19,7 +19,20 @@ from typing import Any
 
 from ours import LocalPipeline
 from ranks import Rank, RanksFailed, run_ranks
-from tables import Row, at_least, document, markdown, number, per_rank, provenance, show, spread, write_json
+from tables import (
+    Row,
+    at_least,
+    check_targets,
+    document,
+    markdown,
+    number,
+    per_rank,
+    positive,
+    provenance,
+    show,
+    spread,
+    write_json,
+)
 from torch import nn
 from virtual import METHOD, Clock, batches, equal_costs, register_virtual_heads, virtual_blocks
 
@@ -185,7 +198,8 @@ def page(result: dict[str, Any], rows: Sequence[SlowRow], command: str) -> str:
             "# One slow stage (virtual devices)",
             provenance(result, command),
             f"{settings['ranks']} ranks of one local module; a step takes {3 + HEAD_UNITS:g} units of "
-            f"{settings['unit_ms']:g} ms, on rank {settings['slow']} {settings['factor']:g} times that. "
+            f"{settings['unit_ms']:g} ms (3 on the last rank, which has no head), on rank "
+            f"{settings['slow']} {settings['factor']:g} times that. "
             f"{settings['steps']} batches of {settings['batch']} rows a burst, {settings['rounds']} rounds; medians. "
             f"Expected: exact and async keep 1/{settings['factor']:g} of their pace, free keeps all of it. Filling the "
             "queues lets the first stages run a few batches ahead of that in so short a burst.",
@@ -200,7 +214,7 @@ def main() -> None:
     default = Settings()
     parser.add_argument("--ranks", type=at_least(3), metavar="P", default=default.ranks, help="number of stages")
     parser.add_argument("--slow", type=at_least(1), metavar="R", default=default.slow, help="the slow rank")
-    parser.add_argument("--factor", type=float, metavar="X", default=default.factor, help="times as long")
+    parser.add_argument("--factor", type=positive, metavar="X", default=default.factor, help="times as long")
     parser.add_argument("--rounds", type=at_least(1), metavar="N", default=default.rounds, help="interleaved rounds")
     parser.add_argument("--quick", action="store_true", help="one short round: less than a minute")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON")
@@ -208,7 +222,10 @@ def main() -> None:
     given = parser.parse_args()
     settings = Settings(ranks=given.ranks, slow=given.slow, factor=given.factor, rounds=given.rounds)
     if given.quick:
-        settings = Settings(ranks=3, slow=1, factor=given.factor, rounds=1, steps=30, deadline_s=55.0)
+        settings = Settings(ranks=3, slow=1, factor=given.factor, rounds=1, steps=20, deadline_s=55.0)
+    if settings.factor <= 1:
+        raise ConfigError(f"--factor {settings.factor:g}: a slow stage takes longer than the others; use more than 1")
+    check_targets(json=given.json, output=given.output)
     if settings.slow >= settings.ranks:
         raise ConfigError(f"--slow {settings.slow}: there are ranks 0 to {settings.ranks - 1}; choose one of them")
     rows = measure(settings)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
+import math
 import os
 import platform
 import statistics
@@ -17,7 +19,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipeline import __version__
+from pipeline import ConfigError, __version__
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,30 @@ def provenance(result: Mapping[str, Any], command: str) -> str:
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     """Write a document."""
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def check_targets(chart: Path | None = None, **files: Path | None) -> None:
+    """Refuse, before anything is measured, what could not be written afterwards.
+
+    Raises:
+        ConfigError: the folder of a file does not exist; a chart without matplotlib.
+    """
+    for option, path in {**files, "chart": chart}.items():
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"--{option} {path}: there is no folder '{path.parent}'; make it first")
+    if chart is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(f"--chart {chart} needs matplotlib; run: pip install localpipe[plot]")
+
+
+def positive(text: str) -> float:
+    """Type of an option: a number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no number") from None
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:

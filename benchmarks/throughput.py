@@ -23,7 +23,7 @@ from baselines import GPIPE, TORCH_SCHEDULES
 from bursts import Burst, System, Turn, merge, take_turns
 from charts import ChartError
 from ranks import Rank, RanksFailed, available_cores, run_ranks
-from tables import at_least, document, spread, write_json
+from tables import at_least, check_targets, document, spread, write_json
 from throughput_bench import CHECKED_STEPS, Bench, Placement, Settings, method_spans
 from throughput_page import EXPECTED, ThroughputRow, chart, page, show_rows
 
@@ -160,6 +160,11 @@ def refuse(settings: Settings) -> None:
         raise ConfigError(
             f"--device cuda --ranks {settings.ranks} needs one GPU per rank, found {gpus}; use fewer ranks, or cpu"
         )
+    if settings.device == "cpu" and settings.ranks > settings.cores:
+        raise ConfigError(
+            f"--ranks {settings.ranks} on {settings.cores} cores: every rank needs a core of its own; use fewer ranks, "
+            "or scaling.py for more ranks than cores"
+        )
     if settings.modules < settings.ranks:
         raise ConfigError(f"--modules {settings.modules} is less than --ranks {settings.ranks}; use as many or more")
     whole = math.lcm(settings.ranks, *settings.torch_micro_batches)
@@ -184,7 +189,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default.device, help="cuda: one GPU per rank")
     parser.add_argument("--rounds", type=at_least(1), metavar="N", default=default.rounds, help="interleaved rounds")
     parser.add_argument("--steps", type=at_least(1), metavar="N", default=default.steps, help="timed steps of a burst")
-    parser.add_argument("--quick", action="store_true", help="few systems, one short round: less than a minute")
+    parser.add_argument("--quick", action="store_true", help="few systems, a small network: less than a minute")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON")
     parser.add_argument("--output", metavar="FILE.md", type=Path, help="write the result as a Markdown page")
     parser.add_argument("--chart", metavar="FILE.png", type=Path, help="draw the ratios to one device")
@@ -194,16 +199,17 @@ def main() -> None:
     if settings.quick:
         settings = replace(settings, model="resnet20", batch=16, rounds=1, steps=2, deadline_s=120.0)
     refuse(settings)
+    check_targets(**targets)
     command = " ".join(["python benchmarks/throughput.py", *sys.argv[1:]])
     result, rows = measure(settings)
     show_rows(rows)
     if targets["json"] is not None:
         write_json(targets["json"], result)
-    if targets["chart"] is not None:
-        chart(targets["chart"], result, rows)
     if targets["output"] is not None:
         picture = targets["chart"].name if targets["chart"] is not None else None
         targets["output"].write_text(page(result, rows, command, picture), encoding="utf-8")
+    if targets["chart"] is not None:
+        chart(targets["chart"], result, rows)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from baselines import GPIPE, Step, TorchSchedule, data_parallel, one_device, torch_pipeline
+from baselines import GPIPE, INTERLEAVED, Step, TorchSchedule, data_parallel, one_device, torch_pipeline
 from bursts import Burst, time_steps
 from networks import SGD, block_seconds, grouped, network, normalise, random_images, sgd, split, split_twice
 from ours import LocalPipeline, Repeated
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from pipeline import LoaderData
 
 METHODS = ("dgl", "infopro", "predsim")
-TORCH_WEIGHTS = (1.0, 0.8, 1.25)
-"""Candidates: how much less than it takes alone the last part counts, see :func:`networks.split`."""
-LOCAL_WEIGHTS = (1.0, 0.85, 0.7)
-"""The last rank has a head less than the others, and gets more blocks."""
+WEIGHTS = (1.0, 1.15, 1.3, 0.85)
+"""Candidates for every system: how much of its time alone the last part counts, see :func:`networks.split`. Local
+heads and the input gradient that the first part does not need are not in the times of blocks."""
 CHECKED_STEPS = 2
 
 
@@ -100,15 +99,16 @@ class Bench:
         whole = normalise(self.images)
         for micro_batches in (1, *settings.torch_micro_batches):
             seconds = self.seconds(whole[: settings.batch // micro_batches])
-            parts[2 * ranks, micro_batches] = split(seconds, 2 * ranks)
-            parts[ranks, micro_batches] = self.fastest(
-                [split(seconds, ranks, weight) for weight in TORCH_WEIGHTS],
-                lambda counts, m=micro_batches: self.pipeline(GPIPE, m, counts),
-            )
+            for count, schedule in ((ranks, GPIPE), (2 * ranks, INTERLEAVED)):
+                if schedule.fits(micro_batches, ranks):
+                    parts[count, micro_batches] = self.fastest(
+                        [split(seconds, count, weight) for weight in WEIGHTS],
+                        lambda counts, how=(schedule, micro_batches): self.pipeline(*how, counts),
+                    )
         seconds = self.seconds(whole)
         for method, span in method_spans(settings):
             cuts[method, span] = self.fastest(
-                [split_twice(seconds, settings.modules, ranks, weight) for weight in LOCAL_WEIGHTS],
+                [split_twice(seconds, settings.modules, ranks, weight) for weight in WEIGHTS],
                 lambda cut, what=(method, span): self.ours(*what, "exact", 1, cut),
             )
         return Placement(parts, cuts)

@@ -178,8 +178,9 @@ def page(result: Mapping[str, Any], rows: Sequence[ThroughputRow], command: str,
         "separate measurement of the same baselines (batch 256). Bound: batch / max stage time; efficiency: images/s / "
         "bound. Stage time and busy: ours from the recorded actions of a run, the others from the CPU time of the "
         "process, which includes its share of the messages. MB/step: sent by all ranks; ours as counted, others by "
-        "tensor sizes. Parts: blocks of every part of the network (torch) or rank (ours), by time measured here, the "
-        "best of three cuts. HPFF: cascade over 2 modules, 2x2 patches. Naive model parallel is GPipe with M = 1. "
+        "tensor sizes. Parts: blocks of every part of the network (torch) or rank (ours), by time measured here: "
+        "the fastest of four candidates in a short run (interleaved schedules share the cut of Interleaved1F1B, GPipe "
+        "and 1F1B that of GPipe). HPFF: cascade over 2 modules, 2x2 patches. Naive model parallel is GPipe with M = 1. "
         "BatchNorm sees batch / M images, with DDP batch / P.",
         "",
     ]

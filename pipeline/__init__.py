@@ -8,7 +8,7 @@ The names below are the public interface; everything else may change.
 
 from pipeline.backbones import UncutModel, backbone_names, build_blocks, register_backbone
 from pipeline.config import Config, from_dict, load_config, recipe_names, to_toml
-from pipeline.cost import step_cost
+from pipeline.cost import StepCost, step_cost
 from pipeline.cost_profile import Profile
 from pipeline.errors import ConfigError, LocalpipeError
 from pipeline.heads import AuxiliaryHead
@@ -30,6 +30,7 @@ __all__ = [
     "LocalpipeError",
     "Profile",
     "SteadyState",
+    "StepCost",
     "Task",
     "Term",
     "UncutModel",

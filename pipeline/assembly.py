@@ -112,7 +112,7 @@ def make_plan(
     count = len(partition)
     modules = plan_hierarchy(count, config.hierarchy)
     stages = stages or place(count, ranks)
-    by_block = boundary_shapes(blocks, task.image_shape)
+    by_block = boundary_shapes(blocks, task.image_shape, [names[0] for names in partition.modules[1:]])
     shapes = tuple(by_block[names[-1]] for names in partition.modules)
     if shapes[-1] != (task.classes,):
         raise ConfigError(
@@ -161,11 +161,12 @@ def _seeded(build: Callable[[], T], *parts: object) -> T:
     return build()
 
 
-def _schedule_name(config: Config) -> str:
-    """``exact``, ``async (gradients 1 step late)``, ``free (ring of 4 batches)``."""
-    schedule = config.schedule
+def _schedule_name(plan: Plan) -> str:
+    """``exact``, ``async (gradients up to 1 step(s) late)``, ``free (ring of 4 batches)``."""
+    schedule = plan.config.schedule
     if schedule.kind == "async":
-        return f"async (cascade gradients {schedule.delay} step(s) late)"
+        late = max(lags(plan.modules, schedule.delay).backward)
+        return f"async (gradients up to {late} step(s) late)" if late else "async (no gradient to wait for)"
     return f"free (ring of {schedule.ring} batches)" if schedule.kind == "free" else schedule.kind
 
 
@@ -186,7 +187,7 @@ def describe(plan: Plan, numerics: Numerics, devices: list[str]) -> list[str]:
     lines = [
         f"{config.model.name} on {config.data.name}: {' + '.join(parts)}, "
         f"K = {len(plan.modules)} local modules{cut_note} on {len(plan.stages)} rank(s)",
-        f"schedule {_schedule_name(config)}, {config.schedule.micro_batches} micro-batch(es) of "
+        f"schedule {_schedule_name(plan)}, {config.schedule.micro_batches} micro-batch(es) of "
         f"{plan.micro_batch_rows} images, {dtype}{', channels last' if numerics.channels_last else ''}",
     ]
     for rank, device in enumerate(devices):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, nn
@@ -149,11 +149,14 @@ def initialise(module: nn.Module) -> None:
             nn.init.normal_(child.weight, 0.0, math.sqrt(2.0 / fan_out))
 
 
-def boundary_shapes(blocks: Blocks, image_shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+def boundary_shapes(
+    blocks: Blocks, image_shape: tuple[int, ...], entrances: Collection[str] = ()
+) -> dict[str, tuple[int, ...]]:
     """Output shape of every block without the batch dimension, from one evaluation pass over two blank images.
 
     Raises:
-        ConfigError: a block fails on the shape it would receive; the message names it.
+        ConfigError: a block fails on the shape it would receive; one of ``entrances``, the first blocks of local
+            modules, changes its input in place, which others still need. The message names the block.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     reference = next((p for block in blocks.values() for p in block.parameters()), torch.zeros(()))
@@ -161,6 +164,7 @@ def boundary_shapes(blocks: Blocks, image_shape: tuple[int, ...]) -> dict[str, t
     training = {name: block.training for name, block in blocks.items()}
     with torch.no_grad():
         for name, block in blocks.items():
+            received, version = x, x._version
             try:
                 x = block.eval()(x)
             except (RuntimeError, ValueError) as error:
@@ -168,5 +172,10 @@ def boundary_shapes(blocks: Blocks, image_shape: tuple[int, ...]) -> dict[str, t
                 raise ConfigError(f"block '{name}' fails on an input of shape {tuple(x.shape[1:])}: {cause}") from error
             finally:
                 block.train(training[name])
+            if name in entrances and received._version > version:
+                raise ConfigError(
+                    f"a local module begins with block '{name}', which changes its input in place; use inplace=False "
+                    "there or another cut"
+                )
             shapes[name] = tuple(x.shape[1:])
     return shapes

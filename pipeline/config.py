@@ -305,6 +305,18 @@ def validate(config: Config) -> Config:
             f"data.batch_size = {batch} is not divisible by schedule.micro_batches = {parts}; "
             f"use a multiple of {parts}, for example {batch + parts - batch % parts}"
         )
+    if parts > 1 and batch // parts < 2:
+        raise ConfigError(
+            f"data.batch_size = {batch} with schedule.micro_batches = {parts} leaves BatchNorm one image; use fewer "
+            "micro-batches or a larger batch"
+        )
+    for key, kind in (("delay", "async"), ("ring", "free"), ("max_uses", "free")):
+        value = getattr(config.schedule, key)
+        if config.schedule.kind != kind and value != getattr(ScheduleConfig(), key):
+            raise ConfigError(
+                f"schedule.{key} = {value} with schedule.kind = '{config.schedule.kind}': it belongs to '{kind}'; "
+                f"remove it or use schedule.kind={kind}"
+            )
     if config.model.modules > 1 and config.hierarchy.cascade_span > config.model.modules:
         raise ConfigError(
             f"hierarchy.cascade_span = {config.hierarchy.cascade_span} is larger than model.modules = "
@@ -329,7 +341,7 @@ def validate(config: Config) -> Config:
 
 def _refuse_free(config: Config) -> None:
     """Without waiting there is no gradient from the next module and no batch in parts."""
-    if config.model.modules > 1 and (config.hierarchy.cascade_span > 1 or config.hierarchy.final_loss == "cascade"):
+    if config.model.modules > 1 and config.hierarchy.cascade_span > 1:
         raise ConfigError(
             f"schedule.kind = 'free' with hierarchy.cascade_span = {config.hierarchy.cascade_span}: a cascade's "
             "gradient belongs to one batch, and free stages train on different ones; use hierarchy.cascade_span=1 or "

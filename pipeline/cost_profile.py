@@ -12,10 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.errors import ConfigError, suggest
 from pipeline.simulate import ModuleCost
 
 _FORMAT = "localpipe-profile-1"
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float64)}
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,10 @@ class Profile:
         micro_batch_size: images that were worked on at a time.
         device: name of the device, for people.
         device_bytes: memory that one rank can use there; 0 = not known.
-        dtype: of activations on the wire, for people.
+        dtype: of activations on the wire, such as "float32"; "" = not known.
         versions: name -> version of the software.
         date: ISO 8601, UTC.
+        work: what was measured, see :func:`pipeline.profiling.work_of`; () for a profile from elsewhere.
     """
 
     modules: tuple[ModuleCost, ...]
@@ -41,6 +45,7 @@ class Profile:
     dtype: str = ""
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     date: str = ""
+    work: tuple[str, ...] = ()
 
     def write(self, path: Path) -> None:
         """Write the profile as JSON."""
@@ -71,13 +76,21 @@ class Profile:
         batch_size = document.get("batch_size")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ConfigError(f"{where}: batch_size = {batch_size!r} must be a number of images, 1 or more")
-        return cls(**{"micro_batch_size": batch_size, **document, "modules": costs})
+        found = {"micro_batch_size": batch_size, **document, "modules": costs, "work": tuple(document.get("work", ()))}
+        if found.get("dtype") and found["dtype"] not in _DTYPES:
+            raise ConfigError(f"{where}: dtype = {found['dtype']!r}; use one of {', '.join(_DTYPES)}")
+        return cls(**found)
 
-    def check(self, modules: int, batch_size: int) -> None:
-        """Refuse to be used for another cut or another batch.
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """``dtype`` as PyTorch's."""
+        return _DTYPES[self.dtype]
+
+    def check(self, modules: int, batch_size: int, work: tuple[str, ...]) -> None:
+        """Refuse to be used for another cut, another batch or other ``work``.
 
         Raises:
-            ConfigError: the profile has another number of modules or another batch size.
+            ConfigError: the profile has another number of modules, another batch size, or measured something else.
         """
         for what, mine, key, wanted in (
             ("local modules", len(self.modules), "model.modules", modules),
@@ -87,6 +100,11 @@ class Profile:
                 raise ConfigError(
                     f"the profile is for {mine} {what}, the configuration has {wanted} ({key}); "
                     "profile this configuration, or change the key"
+                )
+        for measured, wanted_work in zip(self.work, work, strict=False):
+            if measured != wanted_work:
+                raise ConfigError(
+                    f"the profile is of {measured}, the configuration has {wanted_work}; profile this configuration"
                 )
 
 

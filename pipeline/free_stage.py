@@ -10,8 +10,8 @@ Results depend on timing; that is the price, and ReplayCounts says how much was 
 
 from __future__ import annotations
 
-from pipeline.replay import ReplayCounts, ReplayReceiver
-from pipeline.stage import Stage
+from pipeline.replay import ReplayReceiver
+from pipeline.stage import Batch, Stage
 from pipeline.transport import Message
 from pipeline.wire import Header, MessageKind
 
@@ -19,15 +19,24 @@ from pipeline.wire import Header, MessageKind
 class FreeStage(Stage):
     """A :class:`Stage` whose input comes from a replay ring.
 
-    Its own steps per epoch may be more or fewer than the first stage's.
+    Its own steps per epoch may be more or fewer than the first stage's, so it numbers them itself.
     """
+
+    _next_step = 0
+
+    def begin_epoch(self, first_step: int) -> None:
+        """Start an epoch; only the first stage's steps are numbered from ``first_step``."""
+        super().begin_epoch(first_step if self._ring() is None else self._next_step)
+
+    def train_step(self, epoch: int, step: int, batch: Batch | None) -> None:
+        """One step; ``step`` is its number at the first stage only."""
+        super().train_step(epoch, step if self._ring() is None else self._next_step, batch)
+        self._next_step += 1
 
     def more_steps(self, epoch: int, done: int, planned: int) -> bool:
         """The first stage does the planned steps, every other one goes on until the mark has come."""
         receiver = self._ring()
-        if receiver is None:
-            return done < planned
-        return done == 0 or not receiver.epoch_over(epoch)
+        return done < planned if receiver is None else receiver.ready(epoch, started=done > 0)
 
     def end_epoch(self, epoch: int, end_step: int) -> None:
         """Take the mark of the end of the epoch and pass it on."""
@@ -50,7 +59,7 @@ class FreeStage(Stage):
         return receiver
 
     def _take_counts(self, receiver: ReplayReceiver) -> None:
-        counts, receiver.counts = receiver.counts, ReplayCounts()
+        counts = receiver.take_counts()
         self.counters.reused += counts.reused
         self.counters.skipped += counts.skipped
         self.counters.held_back += counts.held_back

@@ -63,12 +63,13 @@ class ClassifierHead(AuxiliaryHead):
         first = self.head[0] if isinstance(self.head, nn.Sequential) else None
         if isinstance(first, PoolTo2d):
             sides = height // first.side, width // first.side
+            even = (height, width) == (sides[0] * first.side, sides[1] * first.side)
         elif isinstance(first, nn.AvgPool2d):
             sides = first.kernel_size
+            even = height % sides[0] == 0 and width % sides[1] == 0
         else:
             return 1, 1
-        even = min(sides) > 0 and height % sides[0] == 0 and width % sides[1] == 0
-        return sides if even else (1, 1)
+        return sides if even and min(sides) > 0 else (1, 1)
 
     def loss_of_means(self, means: Tensor, labels: Tensor) -> Tensor:
         assert isinstance(self.head, nn.Sequential)

@@ -99,6 +99,7 @@ class LocalModule:
             self._imitate_repeated_evaluations()
         self._late = lag > 0
         self._stashes: dict[int, Stash] = {}
+        self._spare: list[Stash] = []  # used up; the next steps write into them
         self._in_flight: dict[BatchKey, InFlight] = {}
         self.loss_sums: dict[str, Tensor] = {}
 
@@ -149,15 +150,21 @@ class LocalModule:
         """Forward with copies of the weights: updates come before this graph's backward and must not reach it. The
         micro-batches of a step share the copies. BatchNorm's running statistics are not copied: they are no weights."""
         if step not in self._stashes:
-            copies = {
-                name: {key: p.detach().clone().requires_grad_(p.requires_grad) for key, p in block.named_parameters()}
-                for name, block in self.blocks.items()
-            }
-            self._stashes[step] = Stash(copies, [None] * len(self._head_parameters))
+            self._stashes[step] = self._spare.pop() if self._spare else self._new_stash()
+            with torch.no_grad():
+                for copy, parameter in zip(self._stashes[step].leaves(), self.parameters, strict=True):
+                    copy.copy_(parameter)
         stash = self._stashes[step]
         for name, block in self.blocks.items():
             x = torch.func.functional_call(block, stash.weights[name], (x,))
         return x, stash.leaves()
+
+    def _new_stash(self) -> Stash:
+        copies = {
+            name: {key: torch.empty_like(p).requires_grad_(p.requires_grad) for key, p in block.named_parameters()}
+            for name, block in self.blocks.items()
+        }
+        return Stash(copies, [None] * len(self._head_parameters))
 
     def cascade(self, key: BatchKey) -> None:
         """Run the cascade level: c_m."""
@@ -200,7 +207,7 @@ class LocalModule:
         received = [item.received[message_key] for message_key in self.plan.incoming]
         total = _sum([item.independent, item.own, *received], like=item.h)
         merged = self.plan.merged
-        inputs = [*item.weights, item.x] if merged else item.weights
+        inputs = [weight for weight in item.weights if weight.requires_grad] + ([item.x] if merged else [])
         if inputs:
             torch.autograd.backward(item.h, total, inputs=inputs)
         if not merged:
@@ -219,6 +226,10 @@ class LocalModule:
             gradients = [leaf.grad for leaf in stash.leaves()] + stash.head_gradients
             for parameter, gradient in zip(self._trained, gradients, strict=True):
                 parameter.grad = gradient
+            for leaf in stash.leaves():
+                leaf.grad = None
+            stash.head_gradients = [None] * len(self._head_parameters)
+            self._spare.append(stash)
         if self._clip_norm:
             torch.nn.utils.clip_grad_norm_(self._trained, self._clip_norm)
         self.optimiser.step()

@@ -13,7 +13,7 @@ from pipeline.methods import Task
 from pipeline.numerics import Numerics
 from pipeline.partition import choose_stages, place
 from pipeline.profiling import profile_modules, rank_memory, refuse_too_large
-from pipeline.runtime import Runtime
+from pipeline.runtime import Runtime, ranks_per_device
 
 MEBI = 2**20
 
@@ -32,8 +32,19 @@ def placed_plan(config: Config, blocks: Blocks, task: Task, numerics: Numerics, 
         stages = choose_stages(config.partition, len(by_count.modules), runtime.world_size)
         return make_plan(config, blocks, task, runtime.world_size, stages), ""
     profile: Profile | None = None
+
+    def after_module() -> None:  # every module by itself is within the deadline of those who wait
+        runtime.broadcast(None)
+
     if runtime.rank == 0:
-        profile = profile_modules(by_count, blocks, numerics, config.partition.warmup, config.partition.steps)
+        sharing = ranks_per_device(config.runtime.device, numerics.device, runtime.local_world_size)
+        settings = config.partition
+        profile = profile_modules(
+            by_count, blocks, numerics, settings.warmup, settings.steps, sharing, after_module
+        )
+    else:
+        for _ in by_count.modules:
+            after_module()
     profile = runtime.broadcast(profile)
     work = [cost.step_s(role) for cost, role in zip(profile.modules, by_count.modules, strict=True)]
     stages = choose_stages(config.partition, len(work), runtime.world_size, work)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 
 from pipeline.assembly import Plan, describe, make_plan
 from pipeline.backbones import Blocks, build_blocks
+from pipeline.compilation import refuse_without_compiler
 from pipeline.config import Config, validate
 from pipeline.cost import StepCost, step_cost
 from pipeline.cost_profile import Profile
@@ -23,9 +25,9 @@ from pipeline.errors import ConfigError
 from pipeline.methods import Task, levels_of
 from pipeline.numerics import Numerics, resolve_numerics
 from pipeline.partition import choose_stages, place, split_by_cost
-from pipeline.profiling import profile_modules, rank_memory, refuse_too_large
+from pipeline.profiling import profile_modules, rank_memory, refuse_too_large, work_of
 from pipeline.report import Placement, PlannedModule, PlannedRank, PlanReport
-from pipeline.runtime import choose_device, keep_freed_memory, set_threads
+from pipeline.runtime import choose_device, keep_freed_memory, ranks_per_device, set_threads
 from pipeline.schedule import Kind
 from pipeline.simulate import ModuleCost, Simulation, simulate
 from pipeline.timeline import SteadyState
@@ -52,12 +54,14 @@ def measure(config: Config, ranks: int) -> Profile:
     """
     network = _Network(config)
     plan = _plan_by_count(config, network, ranks)
+    if config.precision.compile:
+        refuse_without_compiler(network.numerics.device)
     if network.numerics.device.type == "cpu":
         keep_freed_memory()  # as a rank of a run does
     with _threads_of_a_rank(config, ranks, network.numerics):
-        return profile_modules(
-            plan, network.blocks, network.numerics, config.partition.warmup, config.partition.steps
-        )
+        sharing = ranks_per_device(config.runtime.device, network.numerics.device, ranks)
+        settings = config.partition
+        return profile_modules(plan, network.blocks, network.numerics, settings.warmup, settings.steps, sharing)
 
 
 def explain(
@@ -90,7 +94,10 @@ def explain(
         profile = measure(config, ranks)
     if latency_s < 0 or bytes_per_s <= 0:
         raise ConfigError(f"a link of {latency_s:g} s and {bytes_per_s:g} bytes/s; use a latency >= 0 and a rate > 0")
-    profile.check(len(plan.modules), config.data.batch_size)
+    profile.check(len(plan.modules), config.data.batch_size, work_of(plan))
+    numerics = network.numerics
+    if profile.dtype:  # of the device that is planned for, which need not be this one
+        numerics = dataclasses.replace(numerics, dtype=profile.torch_dtype)
     costs = profile.modules
     work = [cost.step_s(role) for cost, role in zip(costs, plan.modules, strict=True)]
     if max(work) <= 0:
@@ -105,15 +112,19 @@ def explain(
             plan = make_plan(config, network.blocks, network.task, ranks, stages=candidate)
         runs[kind] = (plan, *_run(plan, costs, *link))
     plan, simulation, steady = runs[config.partition.kind]
-    memory = rank_memory(plan, costs, network.numerics)
+    bound_s = max(sum(work[m] for m in stage) for stage in stages)
+    if config.schedule.kind == "free":  # every stage at its own pace; the first one sees every batch
+        bound_s = sum(work[m] for m in stages[0])
+        steady = dataclasses.replace(steady, step_s=bound_s)
+    memory = rank_memory(plan, costs, numerics)
     units = step_cost(config, network.task.image_shape, network.task.classes) if count else None
     first = STEPS // 2
     return PlanReport(
-        lines=_lines(plan, network.numerics, profile, link),
+        lines=_lines(plan, numerics, profile, link),
         modules=_modules(plan, network.blocks, costs, work, units),
-        ranks=_ranks(plan, network.numerics, work, steady, memory),
+        ranks=_ranks(plan, numerics, work, steady, memory),
         step_s=steady.step_s,
-        bound_s=max(sum(work[m] for m in stage) for stage in stages),
+        bound_s=bound_s,
         alone_s=sum(work),
         batch_size=config.data.batch_size,
         placements=tuple(
@@ -218,7 +229,9 @@ def _ranks(
 ) -> tuple[PlannedRank, ...]:
     wire = (numerics.dtype, numerics.channels_last)
     rows = []
+    free = plan.config.schedule.kind == "free"
     for rank, stage in enumerate(plan.stages):
+        own = sum(work[m] for m in stage)
         down = up = 0
         if rank + 1 < len(plan.stages):
             down = plan.config.schedule.micro_batches * plan.activation_spec(rank, *wire).nbytes
@@ -226,7 +239,14 @@ def _ranks(
             up = len(plan.gradient_order(rank)) * plan.gradient_spec(rank, *wire).nbytes
         rows.append(
             PlannedRank(
-                rank, (stage[0], stage[-1]), sum(work[m] for m in stage), steady.busy[rank], memory[rank], down, up
+                rank=rank,
+                modules=(stage[0], stage[-1]),
+                work_s=own,
+                # Until the queues are full the first ranks run ahead; in the end the slowest sets the pace.
+                busy=1.0 if free else own / steady.step_s,
+                memory_bytes=memory[rank],
+                sent_down_bytes=down,
+                sent_up_bytes=up,
             )
         )
     return tuple(rows)
@@ -241,11 +261,12 @@ def _lines(plan: Plan, numerics: Numerics, profile: Profile, link: tuple[float, 
         f"messages take {latency_s * 1e6:g} us and move {bytes_per_s / 1e9:g} GB/s"
     )
     where = profile.device or "an unnamed device"
+    what = "its share of a CPU" if numerics.device.type == "cpu" else "a device of its own"
     measured = f", measured {profile.date}" if profile.date else ""
     return (
         headline,
         how,
-        f"images {shape}, {plan.task.classes} classes; each rank on a device of its own like {where}{measured}; {wire}",
+        f"images {shape}, {plan.task.classes} classes; each rank on {what} like {where}{measured}; {wire}",
     )
 
 

@@ -16,7 +16,7 @@ import platform
 import statistics
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,15 @@ from pipeline.version import VERSION
 GIB = 2**30
 
 
-def profile_modules(plan: Plan, blocks: Blocks, numerics: Numerics, warmup: int, steps: int) -> Profile:
+def profile_modules(
+    plan: Plan,
+    blocks: Blocks,
+    numerics: Numerics,
+    warmup: int,
+    steps: int,
+    sharing: int = 1,
+    after_module: Callable[[], None] | None = None,
+) -> Profile:
     """Measure every local module of ``plan`` with its heads on ``numerics.device``, one after another.
 
     Args:
@@ -47,17 +55,22 @@ def profile_modules(plan: Plan, blocks: Blocks, numerics: Numerics, warmup: int,
         numerics: device, dtype, layout.
         warmup: steps of one micro-batch before those that count; the first one, always done, measures memory.
         steps: steps that count; times are their medians.
+        sharing: ranks that share the memory of the device: all of a machine share its CPU's.
+        after_module: called when a module has been measured.
 
     On the CPU ``graph_bytes`` and ``work_bytes`` count the tensors that autograd keeps; what a kernel allocates and
     frees inside one operation is not seen there.
     """
     alone = dataclasses.replace(plan, stages=tuple(range(m, m + 1) for m in range(len(plan.modules))))
     cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []
+    costs = []
     with torch.random.fork_rng(devices=cuda):
-        costs = tuple(_profile_one(alone, index, blocks, numerics, warmup, steps) for index in range(len(plan.modules)))
-    sharing = 1 if cuda else len(plan.stages)  # the ranks of a machine share its memory, but each has a GPU
+        for index in range(len(plan.modules)):
+            costs.append(_profile_one(alone, index, blocks, numerics, warmup, steps))
+            if after_module is not None:
+                after_module()
     return Profile(
-        costs,
+        tuple(costs),
         plan.config.data.batch_size,
         plan.micro_batch_rows,
         device_name(numerics.device),
@@ -65,7 +78,15 @@ def profile_modules(plan: Plan, blocks: Blocks, numerics: Numerics, warmup: int,
         str(numerics.dtype).removeprefix("torch."),
         {"localpipe": VERSION, "torch": torch.__version__, "python": platform.python_version()},
         datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        work_of(plan),
     )
+
+
+def work_of(plan: Plan) -> tuple[str, ...]:
+    """What a profile of ``plan`` is a profile of, besides its device and precision, for people to read."""
+    config = plan.config
+    parts = (config.model, config.method, config.hierarchy, config.patches, plan.task)
+    return (*map(str, parts), f"{plan.micro_batch_rows} images at a time")
 
 
 def rank_memory(plan: Plan, costs: Sequence[ModuleCost], numerics: Numerics) -> tuple[int, ...]:

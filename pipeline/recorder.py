@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,7 +20,7 @@ from pipeline.wire import Header, MessageKind
 
 Mark = float | torch.cuda.Event
 LIMIT = 200_000
-"""Events kept of one rank: about 100 MB as a trace file."""
+"""Actions kept of one rank, and messages: about 100 MB as a trace file."""
 SHORTEST_WAIT_S = 20e-6
 
 
@@ -38,6 +39,7 @@ class Recorder:
         self._offset_s = offset_s
         self._marks: list[tuple[Action, int, Mark, Mark, Mark, float]] = []
         self._sent: list[Event] = []
+        self.full = False
         self._origin: tuple[torch.cuda.Event, float] | None = None
         if self._cuda:
             origin = torch.cuda.Event(enable_timing=True)
@@ -56,7 +58,8 @@ class Recorder:
     def action(self, action: Action, step: int, arrived: Mark, started: Mark, blocked_s: float) -> None:
         """An action that ends now: reached at ``arrived``, begun at ``started`` when its messages were there;
         ``blocked_s`` seconds of it went by waiting for room in a queue."""
-        if len(self._marks) < LIMIT:
+        self.full = len(self._marks) >= LIMIT
+        if not self.full:
             self._marks.append((action, step, arrived, started, self.mark(), blocked_s))
 
     def sent(self, module: int, header: Header, posted_s: float, taken_s: float) -> None:
@@ -75,11 +78,12 @@ class Recorder:
             about = (action.module, action.micro_batch, step)
             if started - arrived > SHORTEST_WAIT_S:
                 found.append(Event(self._rank, WAIT, *about, arrived, started))
-            work_end = ended - (blocked_s if blocked_s > SHORTEST_WAIT_S else 0.0)
+            # On a GPU the device may have worked while the host was blocked: its time is the kernels' alone.
+            work_end = ended - (blocked_s if blocked_s > SHORTEST_WAIT_S and not self._cuda else 0.0)
             found.append(Event(self._rank, action.kind.value, *about, started, work_end))
             if work_end < ended:
                 found.append(Event(self._rank, WAIT, *about, work_end, ended))
-        return found + self._sent
+        return sorted(found + self._sent, key=lambda event: event.start_s)
 
     def _seconds(self, mark: Mark) -> float:
         if self._origin is None or isinstance(mark, float):
@@ -92,8 +96,8 @@ class Recorder:
 def clock_offset_s(store: dist.Store | None, rank: int, world_size: int, rounds: int = 5) -> float:
     """What to add to this rank's ``time.perf_counter`` to get rank 0's. Collective.
 
-    The clock is common to the processes of one host, so the offset is 0 there. Between hosts rank 0 answers each rank
-    in turn; the exchange with the shortest round trip counts, and its error is at most half of that.
+    The clock is common to the processes of one boot of a host, so the offset is 0 there. Between hosts rank 0 answers
+    each rank in turn; the exchange with the shortest round trip counts, and its error is at most half of that.
     """
     if store is None:
         return 0.0
@@ -120,8 +124,14 @@ def _exchange(store: dist.Store, rank: int, index: int) -> tuple[float, float]:
 
 
 def _hosts(store: dist.Store, rank: int, world_size: int) -> list[str]:
-    store.set(f"clock/host/{rank}", socket.gethostname())
+    store.set(f"clock/host/{rank}", _host())
     return [store.get(f"clock/host/{other}").decode() for other in range(world_size)]
+
+
+def _host() -> str:
+    """What the processes of one boot of one host have in common: its name is not enough, two may have the same."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text() if boot.is_file() else socket.gethostname()
 
 
 def by_time(events: Iterable[Event]) -> tuple[Event, ...]:

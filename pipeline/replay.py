@@ -4,8 +4,9 @@
                          ^ the oldest batch makes room; its slot is posted again
 
 The thread takes every batch as it comes, so the sender never waits for this rank; ``read`` gives a batch again where no
-new one has come, so this rank never waits for the sender, except for the very first batch. What is no training batch
-(tests, the mark at the end of an epoch) stays a queue, in order. Source: Belilovsky et al. 2020, asynchronous DGL
+new one has come, so this rank never waits for the sender, except for the very first batch, and for new ones where
+``max_uses`` forbids another use. What is no training batch (tests, the mark at the end of an epoch) stays a queue, in
+order. Source: Belilovsky et al. 2020, asynchronous DGL
 (ALGORITHMS 4.3).
 """
 
@@ -36,7 +37,7 @@ class _Entry:
 @dataclass
 class ReplayCounts:
     """``reused``: reads of a batch that had been read before. ``skipped``: batches that made room without ever having
-    been read. ``held_back``: reads that had to wait because every batch had been used ``max_uses`` times."""
+    been read. ``held_back``: times that the reader had to wait because every batch had been used ``max_uses`` times."""
 
     reused: int = 0
     skipped: int = 0
@@ -72,42 +73,54 @@ class ReplayReceiver(Receiver):
         self._last_arrival = time.monotonic()
         super().__init__(group, peer_rank, spec, slots, deadline_s, device, label)
 
-    def read(self) -> Message:
-        """A batch to train on: among the least used the newest. It stays in place until ``release``.
+    def ready(self, epoch: int, started: bool) -> bool:
+        """Whether there is a batch to train on in ``epoch``; False: the epoch is over.
 
-        Waits only where there is none, or none that may be used again. Raises DeadlineExceeded, PeerLost, WireError.
+        It is over when the sender's mark has come, behind every batch of the epoch; a stage that has not ``started``
+        it still gets one. Waits where there is no batch, or none that may be used again.
+
+        Raises:
+            DeadlineExceeded: nothing has come for the deadline. The sender may be gone, and without this a stage would
+                train on its last batches for ever.
+            PeerLost, WireError: the edge is broken.
         """
         start = time.monotonic()
         held_back = False
         with self._changed:
-            while (entry := self._choose()) is None:
+            while True:
+                over, usable = self._epoch_marks >= epoch, self._choose() is not None
+                if over and (started or not usable):
+                    break
                 self._raise_failure("waiting for a batch")
-                held_back = held_back or bool(self._ring)
-                left = max(self._last_arrival, start) + self._deadline_s - time.monotonic()
-                if left <= 0:
+                since = self._last_arrival if usable else max(self._last_arrival, start)
+                left = since + self._deadline_s - time.monotonic()
+                if left <= 0 and not over:
                     raise self._late(f"for a new {self._label} from rank {self._peer}")
+                if usable:
+                    break
+                held_back = held_back or bool(self._ring)
                 self._changed.wait(left)
             self.counts.held_back += held_back
+        self.wait_s += time.monotonic() - start
+        return not over or (usable and not started)
+
+    def read(self) -> Message:
+        """A batch to train on: among the least used the newest. It stays in place until ``release``. Only where
+        :meth:`ready` has said that there is one: what comes later only makes room by dropping older ones."""
+        with self._changed:
+            entry = self._choose()
+            assert entry is not None
             self.counts.reused += entry.uses > 0
             entry.uses += 1
             entry.at_work = True
-        self.wait_s += time.monotonic() - start
         self.messages += 1
         return Message(entry.header, entry.slot.unpack(entry.header.rows), self, entry.slot)
 
-    def epoch_over(self, epoch: int) -> bool:
-        """Whether the sender has finished ``epoch`` (its mark is in the queue, behind every batch of the epoch).
-
-        Raises DeadlineExceeded if nothing new has come for the deadline: the sender may be gone, and without this a
-        stage would train on its last batches for ever. Raises PeerLost.
-        """
+    def take_counts(self) -> ReplayCounts:
+        """The counts since the last call."""
         with self._changed:
-            if self._epoch_marks >= epoch:
-                return True
-            self._raise_failure("training")
-            if time.monotonic() - self._last_arrival > self._deadline_s:
-                raise self._late(f"for a new {self._label} from rank {self._peer}")
-            return False
+            taken, self.counts = self.counts, ReplayCounts()
+        return taken
 
     def queue_depth(self) -> int:
         """Batches that have arrived and have not been read."""

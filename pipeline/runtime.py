@@ -60,6 +60,13 @@ def choose_device(request: str, local_rank: int, local_world_size: int) -> tuple
     return torch.device("cpu"), "gloo"
 
 
+def ranks_per_device(request: str, device: torch.device, local_world_size: int) -> int:
+    """How many ranks of a machine share the memory of a device that :func:`choose_device` chose for ``request``."""
+    if device.type == "cpu":
+        return local_world_size
+    return -(-local_world_size // torch.cuda.device_count()) if request == "cuda-shared" else 1
+
+
 def set_threads(threads: int, local_world_size: int) -> int:
     """Set the number of intra-op threads (0: this machine's cores divided among its ranks) and return it.
 

@@ -149,6 +149,7 @@ class LoaderSource:
     def __init__(self, data: LoaderData, config: Config, numerics: Numerics) -> None:
         self._data = data
         self._limit = config.data.batch_size
+        self._parts = config.schedule.micro_batches
         self._micro_batch = config.data.batch_size // config.schedule.micro_batches
         self._normalise = Normaliser(data.mean, data.std, numerics)
         counts = {}
@@ -175,6 +176,11 @@ class LoaderSource:
             if len(labels) > self._limit:
                 raise ConfigError(
                     f"the train loader gave {len(labels)} images, data.batch_size is {self._limit}; make them equal"
+                )
+            if self._parts > 1 and len(labels) < 2 * self._parts:
+                raise ConfigError(
+                    f"the train loader gave {len(labels)} images for schedule.micro_batches = {self._parts}, which "
+                    "need two each; drop the short batch (drop_last=True)"
                 )
             yield self._batch(image, labels)
 

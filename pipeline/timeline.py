@@ -119,7 +119,8 @@ def write_trace(events: Iterable[Event], path: Path, title: str) -> None:
     """Write a Chrome trace (chrome://tracing, ui.perfetto.dev): a process per rank, rows for work and for sends."""
     rows: list[dict[str, object]] = []
     ranks: set[int] = set()
-    for event in events:
+    free: dict[int, list[float]] = defaultdict(list)  # by rank and row of messages: when its last one ended
+    for event in sorted(events, key=lambda event: event.start_s):
         ranks.add(event.rank)
         rows.append(
             {
@@ -129,15 +130,26 @@ def write_trace(events: Iterable[Event], path: Path, title: str) -> None:
                 "ts": event.start_s * 1e6,
                 "dur": (event.end_s - event.start_s) * 1e6,
                 "pid": event.rank,
-                "tid": 1 if event.kind == SEND else 0,
+                "tid": 1 + _row(free[event.rank], event) if event.kind == SEND else 0,
                 "args": {k: v for k, v in dataclasses.asdict(event).items() if k not in ("start_s", "end_s", "rank")},
             }
         )
     for rank in sorted(ranks):
-        names = (("process_name", 0, f"rank {rank}"), ("thread_name", 0, "stage"), ("thread_name", 1, "messages sent"))
+        names = [("process_name", 0, f"rank {rank}"), ("thread_name", 0, "stage")]
+        names += [("thread_name", 1 + row, "messages sent") for row in range(len(free[rank]))]
         rows += [{"name": n, "ph": "M", "pid": rank, "tid": tid, "args": {"name": text}} for n, tid, text in names]
     document = {"traceEvents": rows, "displayTimeUnit": "ms", "otherData": {"format": _FORMAT, "title": title}}
     path.write_text(json.dumps(document) + "\n", encoding="utf-8")
+
+
+def _row(ends: list[float], event: Event) -> int:
+    """The first row that is free when ``event`` starts: slices of one row of a Chrome trace must not overlap."""
+    for row, end in enumerate(ends):
+        if end <= event.start_s:
+            ends[row] = event.end_s
+            return row
+    ends.append(event.end_s)
+    return len(ends) - 1
 
 
 def read_trace(path: Path) -> tuple[Event, ...]:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pipeline.assembly import Plan
 from pipeline.connect import Edges
-from pipeline.recorder import Recorder, by_time, clock_offset_s
+from pipeline.recorder import LIMIT, Recorder, by_time, clock_offset_s
 from pipeline.report import plot_timeline
 from pipeline.runtime import Runtime
-from pipeline.timeline import write_trace
+from pipeline.timeline import SEND, write_trace
 
 
 def attach(runtime: Runtime, plan: Plan, edges: Edges) -> Recorder:
@@ -25,18 +25,31 @@ def attach(runtime: Runtime, plan: Plan, edges: Edges) -> Recorder:
     return recorder
 
 
-def write(runtime: Runtime, recorder: Recorder, plan: Plan, folder: Path, steps: int, draw: bool) -> None:
+def write(runtime: Runtime, recorder: Recorder, plan: Plan, folder: Path, steps: int, draw: bool) -> list[str]:
     """Gather the events of all ranks. Rank 0 writes trace.json and, to ``draw`` and with matplotlib, trace.png: two
-    steps from the middle of the first ``steps``. Collective."""
-    gathered = runtime.gather(recorder.events())
+    steps from the middle of the first ``steps``. Collective.
+
+    Returns:
+        What the user should know: the trace is cut short, or the picture could not be drawn. Neither ends a run.
+    """
+    gathered = runtime.gather((recorder.events(), recorder.full))
     if gathered is None:
-        return
-    events = by_time(event for part in gathered for event in part)
+        return []
+    notes = []
+    events = by_time(event for part, _ in gathered for event in part)
+    last = [max((e.step for e in part if e.kind != SEND), default=0) for part, _ in gathered]
+    if any(full for _, full in gathered):
+        notes.append(f"trace.json ends at step {min(last)}: a rank keeps {LIMIT} actions")
     config = plan.config
     title = f"{config.model.name}, {config.method.name}, schedule {config.schedule.kind}"
     write_trace(events, folder / "trace.json", title)
     if draw and can_draw():
-        plot_timeline(events, folder / "trace.png", max(steps // 2 - 1, 0), title=title)
+        first = max(min(steps // 2, *last) - 1, 0)
+        try:
+            plot_timeline(events, folder / "trace.png", first, title=title, linked=config.schedule.kind != "free")
+        except Exception as error:  # whatever matplotlib stumbles over, the run itself is complete
+            notes.append(f"trace.png could not be drawn: {type(error).__name__}: {error}")
+    return notes
 
 
 def can_draw() -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pipeline import tracing
@@ -75,6 +76,10 @@ def train(
         return run.run(Path(run_dir) if run_dir is not None else None)
 
 
+SHOW_S = 0.25
+"""Between two looks at the other ranks' live numbers: asking for them takes longer, the more ranks there are."""
+
+
 class _Run:
     """State of one call of :func:`train` on one rank."""
 
@@ -100,10 +105,11 @@ class _Run:
         self.leader = runtime.rank == 0
         self.records: list[EpochRecord] = []
         self._posted = 0
+        self._last_shown = 0.0
 
     def run(self, run_dir: Path | None) -> dict[str, Any]:
         """Everything, in order; the cheap refusals first."""
-        runtime, config = self.runtime, self.config
+        runtime, config, settings = self.runtime, self.config, self.config.runtime
         self.numerics = self._refuse_early()
         agree(runtime.store, runtime.rank, runtime.world_size, "the version", VERSION, config.runtime.deadline_s)
         agree(
@@ -113,6 +119,9 @@ class _Run:
             "the configuration (hash)",
             config.fingerprint(),
             config.runtime.deadline_s,
+        )
+        agree(  # no part of the fingerprint, since it never changes a result; but all ranks must cut alike
+            runtime.store, runtime.rank, runtime.world_size, "partition.*", str(config.partition), settings.deadline_s
         )
         self.directory = self._make_directory(run_dir)
         self.source, facts = self._open_data()
@@ -146,10 +155,12 @@ class _Run:
             self._start_view()
             self._epochs(facts)
             self.edges.close()
+            summary = self._finish()
             if self.recorder is not None:
                 steps = min(self._steps_of_epoch, self.total_steps)
-                tracing.write(runtime, self.recorder, self.plan, self.directory.path, steps, self.draw)
-            return self._finish()
+                for note in tracing.write(runtime, self.recorder, self.plan, self.directory.path, steps, self.draw):
+                    print(note)
+            return summary
         except (LocalpipeError, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -270,6 +281,8 @@ class _Run:
             started = time.monotonic()
             self._train_epoch(epoch, step, steps, facts, started)
             step += steps
+            if self.runtime.device.type == "cuda":  # the only time that an epoch waits for the device
+                torch.cuda.synchronize()
             wall_s, wait_s = time.monotonic() - started, self.stage.wait_since_epoch()
             if epoch % settings.evaluate_every == 0 or epoch == epochs:
                 self._test(epoch, step, facts)
@@ -291,7 +304,7 @@ class _Run:
                 self.stage.train_step(epoch, first_step + index, batch)
                 self.telemetry.pulse(self.stage, started)
                 index += 1
-                if self.view is not None:
+                if self.view is not None and time.monotonic() - self._last_shown > SHOW_S:
                     self._show(epoch, first_step, index, steps, facts, started)
             self.stage.end_epoch(epoch, first_step + steps)
         finally:
@@ -307,7 +320,7 @@ class _Run:
 
     def _show(self, epoch: int, first_step: int, done: int, steps: int, facts: Facts, started: float) -> None:
         assert self.view is not None
-        now = time.monotonic()
+        now = self._last_shown = time.monotonic()
         self._record(wait=False)
         images = done * facts.train_images / facts.train_batches
         finished = first_step + done

@@ -78,8 +78,9 @@ class Sender(_End):
 
     ``depth`` messages can be on their way; ``send`` then blocks until the peer takes the oldest, and adds the
     time to ``wait_s``. ``peer_slots`` is the ``slots`` of the receiving end: that many receives are posted
-    there, so that many DONE messages end the stream. Counters: ``wait_s``, ``bytes_sent``. ``on_taken``, if set, is
-    told (header, posted, taken) of every message, seconds of ``time.perf_counter``, from a thread of this class.
+    there, so that many DONE messages end the stream. Counters: ``wait_s``, ``bytes_sent`` of training. ``on_taken``,
+    if set, is told (header, posted, taken) of every message, seconds of ``time.perf_counter``, from a thread of this
+    class.
     """
 
     def __init__(
@@ -186,7 +187,8 @@ class Sender(_End):
             raise self._lost(f"sending the {self._label} of {header} to rank {self._peer}", exc) from exc
         # The queue keeps the Work alive: a Work that is garbage-collected is never delivered.
         self._in_flight.put((work, slot, time.perf_counter()))
-        self.bytes_sent += self.spec.nbytes
+        if header.kind in (MessageKind.TRAIN, MessageKind.GRADIENT):
+            self.bytes_sent += self.spec.nbytes
 
     def _take_free(self, timeout_s: float) -> Slot:
         try:

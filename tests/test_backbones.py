@@ -86,6 +86,13 @@ def test_a_block_that_does_not_fit_is_named() -> None:
         blocks_of(nn.Linear(1, 1))  # type: ignore[arg-type]
 
 
+def test_a_module_that_changes_its_input_in_place_is_refused() -> None:
+    blocks = blocks_of(nn.Sequential(OrderedDict(conv=nn.Conv2d(3, 4, 3), relu=nn.ReLU(inplace=True))))
+    assert boundary_shapes(blocks, (3, 8, 8), entrances=["conv"])["relu"] == (4, 6, 6)
+    with pytest.raises(ConfigError, match="begins with block 'relu', which changes its input in place"):
+        boundary_shapes(blocks, (3, 8, 8), entrances=["relu"])
+
+
 def test_channels_last_is_avoided_where_the_kernel_writes_out_of_bounds() -> None:
     """oneDNN issue 6035: strided 1x1 convolutions with few input channels corrupt memory in NHWC on a CPU."""
     narrow, safe = nn.Conv2d(8, 16, 1, stride=2), nn.Conv2d(16, 32, 1, stride=2)

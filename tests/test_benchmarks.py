@@ -68,6 +68,32 @@ def test_scaling_runs_and_agrees_with_the_simulator(tmp_path: Path) -> None:
     assert "Expected:" in page and "Measured:" in page
 
 
+@pytest.mark.slow
+def test_one_slow_stage_holds_up_exact_and_async_but_not_free(tmp_path: Path) -> None:
+    result, page = quick("slow_stage", tmp_path)
+    rates = {(row["schedule"], row["slowed"]): row["images_per_s"] for row in result["rows"]}
+    assert rates["exact", 3] < 0.6 * rates["exact", 1] and rates["async", 3] < 0.6 * rates["async", 1]
+    assert rates["free", 3] > 0.8 * rates["free", 1]
+    assert "free keeps" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["precision", "step_cost"])
+def test_benchmarks_of_one_process_run(name: str, tmp_path: Path) -> None:
+    result, page = quick(name, tmp_path)
+    assert page.count("|") > 8 * len(result["rows"])
+    for row in result["rows"]:
+        assert set(tables.Row.__annotations__) <= set(row)
+        assert row["ranks"] == 1 and row["images_per_s"] > 0
+        assert row["ratio_to_bp"] == pytest.approx(1.0) if row["method"] == "bp" else 0 < row["ratio_to_bp"] < 1.5
+
+
+def test_targets_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--json .*there is no folder"):
+        tables.check_targets(json=tmp_path / "no" / "x.json")
+    tables.check_targets(json=tmp_path / "x.json", output=None)
+
+
 def test_a_virtual_block_waits_for_what_it_stands_for() -> None:
     """Full backward I + W, also without an input gradient; the input gradient alone I; no time in evaluation."""
     clock = virtual.Clock()
@@ -158,4 +184,4 @@ def test_ranks_that_hang_are_ended_at_the_deadline() -> None:
 )
 def test_options_that_cannot_work_get_one_line(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        throughput.refuse(throughput.Settings(**options))
+        throughput.refuse(throughput.Settings(**{"cores": 2, **options}))

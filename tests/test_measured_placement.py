@@ -61,7 +61,7 @@ def test_the_plan_is_stored(runs: tuple[dict[str, str], dict[str, Any]]) -> None
 
 
 def one_rank() -> Any:
-    return SimpleNamespace(rank=0, world_size=1, broadcast=lambda value: value)
+    return SimpleNamespace(rank=0, world_size=1, local_world_size=1, broadcast=lambda value: value)
 
 
 def test_a_plan_larger_than_the_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,22 +56,24 @@ def network() -> nn.Sequential:
     return nn.Sequential(blocks)
 
 
-def long_runs(rank: int, folder: str, steps: int) -> dict[str, tuple[int, int, int]]:
-    """By schedule: growth of the resident set in bytes after step SETTLED, samples of it, most batches in flight."""
+def long_runs(rank: int, folder: str, steps: int) -> dict[str, tuple[int, int, int, int]]:
+    """By schedule: growth of the resident set in bytes after step SETTLED, samples of it, most batches in flight, most
+    copies of weights."""
     found = {}
-    most = 0
+    most = copies = 0
     forward = LocalModule.forward
 
     def counted(self: LocalModule, *arguments: Any) -> Any:
-        nonlocal most
+        nonlocal most, copies
         h = forward(self, *arguments)
         most = max(most, len(self._in_flight))
+        copies = max(copies, len(self._stashes) + len(self._spare))
         return h
 
     LocalModule.forward = counted  # type: ignore[method-assign]
     for name, schedule in SCHEDULES.items():
         sizes: dict[int, int] = {}
-        most = 0
+        most = copies = 0
 
         def before_action(step: int, action: Action, sizes: dict[int, int] = sizes) -> None:
             if step not in sizes and step % SAMPLED == 0:
@@ -87,7 +89,7 @@ def long_runs(rank: int, folder: str, steps: int) -> dict[str, tuple[int, int, i
             before_action=before_action,
         )
         late = [size for step, size in sorted(sizes.items()) if step >= SETTLED]
-        found[name] = (late[-1] - late[0] if late else 0, len(late), most)
+        found[name] = (late[-1] - late[0] if late else 0, len(late), most, copies)
     return found
 
 
@@ -96,8 +98,9 @@ def test_memory_is_flat_over_a_thousand_steps(tmp_path: Path) -> None:
     results = run_ranks(long_runs, 3, str(tmp_path), STEPS, timeout_s=300)
     assert [result.exit_code for result in results] == [0, 0, 0], [result.stderr for result in results]
     for result in results:
-        for name, (growth, samples, _) in result.value.items():
+        for name, (growth, samples, _, copies) in result.value.items():
             assert growth < 8 * 2**20, (result.rank, name, growth)
+            assert copies <= 3  # of the batch at work and of two that are late
             # A free stage takes as many steps as it can, which may be fewer than the first stage's.
             assert samples >= (STEPS - SETTLED) // SAMPLED or (name == "free" and result.rank > 0 and samples > 1)
 
@@ -108,3 +111,5 @@ def test_what_is_in_flight_depends_on_the_delay_and_not_on_the_ranks(tmp_path: P
         assert [result.exit_code for result in results] == [0] * ranks, [result.stderr for result in results]
         most = {name: max(result.value[name][2] for result in results) for name in SCHEDULES}
         assert most == {"exact": 1, "async": 3, "free": 1}
+        copies = {name: max(result.value[name][3] for result in results) for name in SCHEDULES}
+        assert copies == {"exact": 0, "async": 3, "free": 0}

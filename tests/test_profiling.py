@@ -138,12 +138,14 @@ def test_files_that_are_no_profile_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_profile_of_another_cut_or_batch_is_refused() -> None:
-    profile = Profile((ModuleCost(),) * 3, 8, 8)
-    profile.check(3, 8)
+    profile = Profile((ModuleCost(),) * 3, 8, 8, work=("dgl", "32 images at a time"))
+    profile.check(3, 8, ("dgl", "32 images at a time"))
+    with pytest.raises(ConfigError, match="the profile is of dgl, the configuration has infopro"):
+        profile.check(3, 8, ("infopro", "32 images at a time"))
     with pytest.raises(ConfigError, match=r"for 3 local modules, the configuration has 4 \(model.modules\)"):
-        profile.check(4, 8)
+        profile.check(4, 8, ())
     with pytest.raises(ConfigError, match=r"for 8 images per batch, the configuration has 16 \(data.batch_size\)"):
-        profile.check(3, 16)
+        profile.check(3, 16, ())
 
 
 def test_a_rank_that_does_not_fit_is_named() -> None:
@@ -160,4 +162,5 @@ def test_ranks_share_the_memory_of_a_machine() -> None:
 def test_a_rank_of_one_machine_is_promised_its_share() -> None:
     config = tiny_config()
     two = make_plan(config, tiny_blocks(), Task(4, (3, 8, 8)), 2)
-    assert profiled(two).device_bytes == device_memory(torch.device("cpu"), 2)
+    shared = profile_modules(two, tiny_blocks(), CPU, warmup=1, steps=1, sharing=2)
+    assert shared.device_bytes == device_memory(torch.device("cpu"), 2)

@@ -36,6 +36,7 @@ def read(end: Any, times: int) -> list[int]:
     """Steps read, each checked against its payload and released."""
     found = []
     for _ in range(times):
+        assert end.ready(1, started=True)
         message = end.read()
         assert bool((message.fields["activation"] == message.header.step).all())
         found.append(message.header.step)
@@ -61,18 +62,20 @@ def ranks(rank: int) -> dict[str, Any]:
         store.set("sent", "1")
         store.wait(["hungry"])
         send(end, 10, 10)
+        store.wait(["eaten"])
         end.send(Header(MessageKind.EPOCH, 1, 11, 0))
         end.send(Header(MessageKind.EVAL, 1, 0, 0, rows=4), activation=torch.ones(4, 3))
         end.send(Header(MessageKind.EVAL, 1, 1, 0, rows=4), activation=torch.ones(4, 3))
     else:
         store.wait(["sent"])
         settled(end, 9)
+        results["over before"] = not end.ready(1, started=True)
         results["order"] = read(end, 6)
-        results["over before"] = end.epoch_over(1)
         store.set("hungry", "1")
-        results["after hunger"] = read(end, 1)
+        results["after hunger"] = read(end, 2)
+        store.set("eaten", "1")  # the mark comes while every batch is used up
         end.take(MessageKind.EPOCH, epoch=1, step=11, micro_batch=0).release()
-        results["over after"] = end.epoch_over(1)
+        results["over after"] = not end.ready(1, started=True)
         for step in (0, 1):
             end.take(MessageKind.EVAL, epoch=1, step=step, micro_batch=0).release()
         results["counts"] = vars(end.counts)
@@ -87,6 +90,7 @@ def ranks(rank: int) -> dict[str, Any]:
         end.flush()
         store.set("more", "1")
     else:
+        assert end.ready(1, started=False)
         message = end.read()
         store.set("reading", "1")
         store.wait(["more"])
@@ -103,7 +107,7 @@ def ranks(rank: int) -> dict[str, Any]:
         store.wait(["noticed"])
     else:
         try:
-            while not end.epoch_over(1):
+            while True:
                 read(end, 1)
         except DeadlineExceeded as error:
             results["silent"] = str(error)
@@ -125,8 +129,10 @@ def test_least_used_then_newest_is_read_and_the_oldest_makes_room(pair: list[Ran
 
 
 def test_a_used_up_ring_waits_for_a_new_batch_and_everything_is_counted(pair: list[RankResult]) -> None:
-    assert pair[1].value["after hunger"] == [10]
-    assert pair[1].value["counts"] == {"reused": 3, "skipped": 7, "held_back": 1}
+    assert pair[1].value["after hunger"] == [10, 10]
+    counts = pair[1].value["counts"]
+    assert (counts["reused"], counts["skipped"]) == (4, 7)
+    assert counts["held_back"] in (1, 2)  # for batch 10, and for the mark unless it was faster than the question
 
 
 def test_the_mark_of_an_epoch_and_tests_stay_in_order_and_are_never_dropped(pair: list[RankResult]) -> None:

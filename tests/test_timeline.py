@@ -115,7 +115,7 @@ def offsets(rank: int) -> list[float]:
     if rank == 1:
         true_clock = time.perf_counter
         recording.time.perf_counter = lambda: true_clock() + 1000.0
-    recording.socket.gethostname = lambda: f"host{rank}"
+    recording._host = lambda: f"host{rank}"
     other = clock_offset_s(torch.distributed.PrefixStore("other", store), rank, 2)
     store.set(f"done/{rank}", "1")
     store.wait(["done/0", "done/1"])

@@ -36,10 +36,13 @@ _BAR = 0.62
 """Height of a bar where a row is 1 high."""
 
 
-def plot_timeline(events: Sequence[Event], png: Path, first_step: int, steps: int = 2, title: str = "") -> None:
+def plot_timeline(
+    events: Sequence[Event], png: Path, first_step: int, steps: int = 2, title: str = "", linked: bool = True
+) -> None:
     """Draw the steps ``first_step`` .. ``first_step + steps - 1`` of recorded or simulated ``events`` into ``png``.
 
-    What the ranks do meanwhile for other steps is drawn pale.
+    What the ranks do meanwhile for other steps is drawn pale. Not ``linked`` (schedule `free`): every rank counts its
+    own steps, so the steps are those of rank 0, no other is pale and there are no arrows.
 
     Raises:
         ConfigError: matplotlib is missing, or there is no event of these steps.
@@ -53,7 +56,7 @@ def plot_timeline(events: Sequence[Event], png: Path, first_step: int, steps: in
     rows = min(ranks, _RANKS)
     events = [event for event in events if event.rank < rows]
     actions = [event for event in events if event.kind not in (WAIT, SEND)]
-    wanted = [event for event in actions if event.step in shown]
+    wanted = [event for event in actions if event.step in shown and (linked or event.rank == 0)]
     if not wanted:
         there = sorted({event.step for event in actions})
         have = f"it has {there[0]} to {there[-1]}" if there else "it has none"
@@ -61,13 +64,14 @@ def plot_timeline(events: Sequence[Event], png: Path, first_step: int, steps: in
     begin, end = min(event.start_s for event in wanted), max(event.end_s for event in wanted)
     figure = Figure(figsize=(14, 1.9 + 0.62 * rows), dpi=150, layout="constrained")
     axes = figure.subplots()
-    view = _View(axes, begin, end, shown, parts=max(event.micro_batch for event in actions) > 0)
+    view = _View(axes, begin, end, shown, parts=max(event.micro_batch for event in actions) > 0, linked=linked)
     for event in events:
         if event.kind != SEND and event.end_s > begin and event.start_s < end:
             view.bar(event)
-    for dependencies, colour in ((_activations(events), _FORWARD_ARROW), (_gradients(events), _GRADIENT_ARROW)):
-        for dependency in dependencies:
-            view.arrow(dependency, colour)
+    if linked:
+        for dependencies, colour in ((_activations(events), _FORWARD_ARROW), (_gradients(events), _GRADIENT_ARROW)):
+            for dependency in dependencies:
+                view.arrow(dependency, colour)
     view.brackets(wanted)
     note = f" (the first {rows} of {ranks} ranks)" if ranks > rows else ""
     heading = title or f"steps {shown[0]} to {shown[-1]}"
@@ -79,17 +83,18 @@ def plot_timeline(events: Sequence[Event], png: Path, first_step: int, steps: in
 class _View:
     """The axes, with time in milliseconds since ``begin`` (seconds) and rank 0 on top."""
 
-    def __init__(self, axes: Any, begin: float, end: float, shown: range, parts: bool) -> None:
+    def __init__(self, axes: Any, begin: float, end: float, shown: range, parts: bool, linked: bool) -> None:
         self._axes = axes
         self._begin = begin
         self._width = 1e3 * (end - begin)
         self._shown = shown
         self._parts = parts
+        self._linked = linked
 
     def bar(self, event: Event) -> None:
         """One event: hatched for a wait, pale for another step, its name inside where there is room."""
         start, end = max(self._ms(event.start_s), 0.0), min(self._ms(event.end_s), self._width)
-        inside = event.step in self._shown
+        inside = event.step in self._shown or not self._linked
         waiting = event.kind == WAIT
         strength = (1.0, 0.7)[(event.step - self._shown[0]) % 2] if inside else 0.22
         self._axes.barh(
@@ -161,7 +166,7 @@ class _View:
             )
             for kind in kinds
         ]
-        if rows > 1:
+        if rows > 1 and self._linked:
             for colour, label in ((_FORWARD_ARROW, "activation"), (_GRADIENT_ARROW, "gradient, one hop")):
                 marks.append(Line2D([], [], color=colour, marker=">", markersize=4, linewidth=0.9, label=label))
         axes.figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), frameon=False, fontsize=8)
