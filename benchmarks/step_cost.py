@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,19 @@ def recipe_cases(batch: int, precision: str, quick: bool) -> list[Case]:
     return cases
 
 
+def run_steps(case: Case, steps: int, before_action: Callable[[int, Any], None]) -> None:
+    """Train ``steps`` steps on the same random batch in this process."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (case.batch, *case.image), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(CLASSES, (case.batch,), generator=generator)
+    data = LoaderData([(images, labels)] * steps, [(images[:2], labels[:2])])
+    torch.manual_seed(0)
+    network = nn.Sequential(*build_blocks(case.config.model.name, case.image[0], CLASSES).values())
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        run_dir = Path(folder) / "run"
+        train(case.config, network=network, data=data, run_dir=run_dir, quiet=True, before_action=before_action)
+
+
 def seconds(case: Case, steps: int) -> tuple[float, float]:
     """CPU seconds and wall seconds of one step: mean over ``steps`` steps after one to warm up."""
     clocks: dict[int, tuple[float, float]] = {}
@@ -107,15 +120,7 @@ def seconds(case: Case, steps: int) -> tuple[float, float]:
     def started(step: int, _: object) -> None:
         clocks.setdefault(step, (time.process_time(), time.perf_counter()))
 
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (case.batch, *case.image), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(CLASSES, (case.batch,), generator=generator)
-    batches = [(images, labels)] * (steps + 2)  # the last one only marks the end of the one before
-    data = LoaderData(batches, [(images[:2], labels[:2])])
-    torch.manual_seed(0)
-    network = nn.Sequential(*build_blocks(case.config.model.name, case.image[0], CLASSES).values())
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        train(case.config, network=network, data=data, run_dir=Path(folder) / "run", quiet=True, before_action=started)
+    run_steps(case, steps + 2, started)  # the last step only marks the end of the one before
     cpu, wall = (after - before for before, after in zip(clocks[1], clocks[steps + 1], strict=True))
     return cpu / steps, wall / steps
 

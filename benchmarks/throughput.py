@@ -60,7 +60,7 @@ def systems(settings: Settings, placement: Placement, bench: Bench | None) -> li
             )
     for method, span in method_spans(settings):
         for kind, micro_batches in SCHEDULES[::3] if settings.quick else SCHEDULES:
-            what = (method, span, kind, micro_batches, placement.cuts[method, span])
+            what = (method, span, kind, micro_batches, placement.cuts[method, span, kind])
             name = method if span == 1 else f"{method} + hpff"
             found.append(
                 System(
@@ -121,7 +121,8 @@ def rows_of(settings: Settings, record: RankRecord, turns: Mapping[int, Sequence
         busy = tuple(min(1.0, seconds / step_s) for seconds in work_s)
         if system.name == "localpipe":
             span = 2 if system.method.endswith("hpff") else 1
-            parts = tuple(sum(modules) for modules in record.placement.cuts[system.method.split()[0], span])
+            cut = record.placement.cuts[system.method.split()[0], span, system.schedule]
+            parts = tuple(sum(modules) for modules in cut)
         else:
             parts = record.placement.parts.get((system.modules, system.micro_batches), ()) if system.modules > 1 else ()
         rows.append(

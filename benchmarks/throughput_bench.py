@@ -72,11 +72,11 @@ class Placement:
 
     Attributes:
         parts: blocks of every part of a torch pipeline, by (number of parts, M).
-        cuts: of ours, by (method, cascade span).
+        cuts: of ours, by (method, cascade span, schedule).
     """
 
     parts: Mapping[tuple[int, int], tuple[int, ...]]
-    cuts: Mapping[tuple[str, int], Cut]
+    cuts: Mapping[tuple[str, int, str], Cut]
 
 
 class Bench:
@@ -95,7 +95,7 @@ class Bench:
         """Find the cut of everybody: splits by measured time of the blocks; the fastest in a short run wins."""
         settings, ranks = self.settings, self.settings.ranks
         parts: dict[tuple[int, int], tuple[int, ...]] = {}
-        cuts: dict[tuple[str, int], Cut] = {}
+        cuts: dict[tuple[str, int, str], Cut] = {}
         whole = normalise(self.images)
         for micro_batches in (1, *settings.torch_micro_batches):
             seconds = self.seconds(whole[: settings.batch // micro_batches])
@@ -107,10 +107,11 @@ class Bench:
                     )
         seconds = self.seconds(whole)
         for method, span in method_spans(settings):
-            cuts[method, span] = self.fastest(
-                [split_twice(seconds, settings.modules, ranks, weight) for weight in WEIGHTS],
-                lambda cut, what=(method, span): self.ours(*what, "exact", 1, cut),
-            )
+            for kind in ("exact", "async"):
+                cuts[method, span, kind] = cuts[method, 1, "exact"] if (span, kind) == (1, "async") else self.fastest(
+                    [split_twice(seconds, settings.modules, ranks, weight) for weight in WEIGHTS],
+                    lambda cut, what=(method, span, kind): self.ours(*what, 1, cut),
+                )
         return Placement(parts, cuts)
 
     def seconds(self, x: Tensor) -> list[float]:

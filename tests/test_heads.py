@@ -178,6 +178,18 @@ def test_pooling_the_whole_map_once_changes_nothing(
         torch.testing.assert_close(mine.grad / 2.0, other.grad, rtol=1e-9, atol=1e-12)  # two backward passes
 
 
+@pytest.mark.parametrize("size", range(2, 49))
+def test_pooling_first_is_the_heads_own_pooling_at_every_size(size: int) -> None:
+    """At 21, say, a head pools to 6 x 6 with windows that overlap; windows of 3 would give 7 x 7."""
+    torch.manual_seed(0)
+    patched = PatchedHead(lambda: ClassifierHead(dgl_head((2, size, size), 3, "mlp-sr")), 1).double()
+    reference = copy.deepcopy(patched)
+    feature, labels = torch.randn(4, 2, size, size, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+    _, value = patched.backward(feature, labels, None, 1.0)
+    expected = reference.heads[0].loss(feature, labels, None)
+    assert float(value) == pytest.approx(float(expected.detach()), rel=1e-10)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("size", [(16, 16), (8, 8), (4, 4), (5, 7)])
 def test_the_decoder_is_upsampling_convolution_batchnorm_relu_convolution_entropy(
