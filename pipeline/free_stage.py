@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pipeline.replay import ReplayReceiver
 from pipeline.stage import Batch, Stage
-from pipeline.transport import Message
+from pipeline.transport import Received
 from pipeline.wire import Header, MessageKind
 
 
@@ -48,7 +48,7 @@ class FreeStage(Stage):
         if self.edges.activation_out is not None:
             self.edges.activation_out.send(Header(MessageKind.EPOCH, epoch, end_step, 0))
 
-    def _take_message(self, epoch: int, step: int, micro_batch: int) -> Message:
+    def _take_message(self, epoch: int, step: int, micro_batch: int) -> Received:
         receiver = self._ring()
         assert receiver is not None
         return receiver.read()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from pipeline.transport import Message, Receiver
+from pipeline.transport import Received, Receiver
 from pipeline.wire import Header, MessageKind, MessageSpec, Slot
 
 
@@ -104,7 +104,7 @@ class ReplayReceiver(Receiver):
         self.wait_s += time.monotonic() - start
         return not over or (usable and not started)
 
-    def read(self) -> Message:
+    def read(self) -> Received:
         """A batch to train on: among the least used the newest. It stays in place until ``release``. Only where
         :meth:`ready` has said that there is one: what comes later only makes room by dropping older ones."""
         with self._changed:
@@ -114,7 +114,7 @@ class ReplayReceiver(Receiver):
             entry.uses += 1
             entry.at_work = True
         self.messages += 1
-        return Message(entry.header, entry.slot.unpack(entry.header.rows), self, entry.slot)
+        return Received(entry.header, entry.slot.unpack(entry.header.rows), self, entry.slot)
 
     def take_counts(self) -> ReplayCounts:
         """The counts since the last call."""

@@ -25,8 +25,7 @@ from pipeline.errors import DataError
 from pipeline.local_module import BatchKey, LocalModule
 from pipeline.recorder import Recorder
 from pipeline.schedule import Action, Kind, Message, late_steps, messages_needed, messages_sent
-from pipeline.transport import Message as Received
-from pipeline.transport import Receiver, Sender
+from pipeline.transport import Received, Receiver, Sender
 from pipeline.wire import Header, MessageKind
 
 

@@ -223,7 +223,7 @@ class Sender(_End):
 
 
 @dataclass(frozen=True)
-class Message:
+class Received:
     """A received message. ``fields``: tensors (header.rows, *shape_per_row), valid until ``release``."""
 
     header: Header
@@ -265,7 +265,7 @@ class Receiver(_End):
             self._post(Slot(spec, device, self._gloo))
         self._thread = self._start("_listen")
 
-    def take(self, expected_kind: MessageKind, epoch: int, step: int, micro_batch: int, key: int = 0) -> Message:
+    def take(self, expected_kind: MessageKind, epoch: int, step: int, micro_batch: int, key: int = 0) -> Received:
         """Return the next message, which must be the one named here.
 
         Raises WireError (another message, or the stream has ended), DeadlineExceeded, PeerLost.
@@ -291,7 +291,7 @@ class Receiver(_End):
             )
         self.messages += 1
         self._last, self._last_time = f"step {step}", time.monotonic()
-        return Message(header, slot.unpack(header.rows), self, slot)
+        return Received(header, slot.unpack(header.rows), self, slot)
 
     def queue_depth(self) -> int:
         """Messages that have arrived and are not taken yet."""

@@ -35,8 +35,9 @@ def train_with_a_slow_stage(rank: int, folder: str, max_uses: int) -> dict[str, 
         if action.kind is Kind.FORWARD:
             time.sleep(0.09 if rank == SLOW else 0.03)
 
+    schedule = {"kind": "free", "ring": 2, "max_uses": max_uses}
     return train(
-        tiny_config("dgl", "plain", 1, 3, schedule={"kind": "free", "ring": 2, "max_uses": max_uses}, train={"epochs": 2}),
+        tiny_config("dgl", "plain", 1, 3, schedule=schedule, train={"epochs": 2}),
         network=network(),
         data=LoaderData(ManyBatches(), Batches()),
         run_dir=Path(folder) / "run",
