@@ -81,8 +81,8 @@ def ranks(rank: int) -> dict[str, Any]:
 
         end._changed.wait = told
         results["after hunger"] = read(end, 2)
-        end.take(MessageKind.EPOCH, epoch=1, step=11, micro_batch=0).release()
         results["over after"] = not end.ready(1, started=True)
+        end.take(MessageKind.EPOCH, epoch=1, step=11, micro_batch=0).release()
         for step in (0, 1):
             end.take(MessageKind.EVAL, epoch=1, step=step, micro_batch=0).release()
         results["counts"] = vars(end.counts)
