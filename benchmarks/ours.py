@@ -45,16 +45,21 @@ class LocalPipeline:
     steps: int
     _numbers: Any = field(default_factory=itertools.count)
 
+    @property
+    def batches(self) -> int:
+        """Batches of a burst. The last one is not timed: while a pipeline drains, its first ranks wait."""
+        return self.warmup + self.steps + 1
+
     def burst(
         self, sections: Mapping[str, Mapping[str, Any]], data: LoaderData, network: nn.Sequential
     ) -> Burst | None:
-        """Train ``warmup + steps`` steps, which must be one epoch; what rank 0 reads in the run's files."""
+        """Train :attr:`batches` steps, which must be one epoch; what rank 0 reads in the run's files."""
         folder = self._train(sections, data, network)
         if not self.rank.leader:
             return None
         step_s, work_s = rates(read_trace(folder / "trace.json"), self.warmup, self.steps)
         (epoch,) = read_metrics(folder / "metrics.jsonl")
-        sent = sum(stage["bytes_sent"] for stage in epoch["stages"]) / (self.warmup + self.steps)
+        sent = sum(stage["bytes_sent"] for stage in epoch["stages"]) / self.batches
         loss = epoch["train_loss"]
         if not math.isfinite(loss):
             raise RuntimeError(f"the loss of {dict(sections)} is {loss}")

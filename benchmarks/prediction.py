@@ -98,7 +98,7 @@ def work(rank: Rank, settings: Settings) -> list[tuple[tuple[str, int, str, str]
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (settings.batch, *IMAGE), generator=generator, dtype=torch.uint8)
     labels = torch.randint(CLASSES, (settings.batch,), generator=generator)
-    data = LoaderData(Repeated(settings.warmup + settings.steps, images, labels), Repeated(1, images[:2], labels[:2]))
+    data = LoaderData(Repeated(runner.batches, images, labels), Repeated(1, images[:2], labels[:2]))
     found = []
     for _ in range(settings.rounds):
         for what in METHODS:

@@ -148,7 +148,7 @@ def systems(
         def local(_rank: Rank, config: tuple[int, str, int] = (span, kind, micro_batches)) -> Burst | None:
             assert runner is not None
             network = nn.Sequential(*virtual_blocks(costs, clock, WIDTH, settings.batch))
-            train = batches(settings.warmup + settings.steps, settings.batch, WIDTH)
+            train = batches(runner.batches, settings.batch, WIDTH)
             data = LoaderData(train, batches(1, 2, WIDTH))
             return runner.burst(sections(settings, ranks, *config), data, network)
 

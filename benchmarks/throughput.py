@@ -24,7 +24,7 @@ from bursts import Burst, System, Turn, merge, take_turns
 from charts import ChartError
 from ranks import Rank, RanksFailed, available_cores, run_ranks
 from tables import at_least, check_targets, document, spread, write_json
-from throughput_bench import CHECKED_STEPS, Bench, Placement, Settings, method_spans
+from throughput_bench import CHECKED_STEPS, METHODS, Bench, Placement, Settings, method_spans
 from throughput_page import EXPECTED, ThroughputRow, chart, page, show_rows
 
 from pipeline import ConfigError, backbone_names
@@ -36,8 +36,26 @@ TOLERANCE = 5e-3
 
 def systems(settings: Settings, placement: Placement, bench: Bench | None) -> list[System]:
     """Everything that is run; the first is the reference. ``bench`` is None where they are only named."""
-    ranks, cores = settings.ranks, settings.cores
+    ranks = settings.ranks
     found = [System("BP, one device", "bp", "", 1, 1, 1, lambda _: bench.alone(False))]
+    if settings.baselines:
+        found += baselines(settings, placement, bench)
+    for method, span in method_spans(settings):
+        for kind, micro_batches in SCHEDULES[::3] if settings.quick else SCHEDULES:
+            what = (method, span, kind, micro_batches, placement.cuts[method, span, kind])
+            name = method if span == 1 else f"{method} + hpff"
+            found.append(
+                System(
+                    "localpipe", name, kind, ranks, settings.modules, micro_batches, lambda _, w=what: bench.ours(*w)
+                )
+            )
+    return found
+
+
+def baselines(settings: Settings, placement: Placement, bench: Bench | None) -> list[System]:
+    """Every other way to do backpropagation."""
+    ranks, cores = settings.ranks, settings.cores
+    found = []
     if settings.device == "cpu" and cores > 1:
         threads = min(ranks, cores)
         found.append(System(f"BP, {threads} threads", "bp", "", 1, 1, 1, lambda _: bench.alone(False, threads)))
@@ -57,15 +75,6 @@ def systems(settings: Settings, placement: Placement, bench: Bench | None) -> li
             name = f"torch {schedule.name}"
             found.append(
                 System(name, "bp", schedule.name, ranks, parts, micro_batches, lambda _, how=how: bench.pipeline(*how))
-            )
-    for method, span in method_spans(settings):
-        for kind, micro_batches in SCHEDULES[::3] if settings.quick else SCHEDULES:
-            what = (method, span, kind, micro_batches, placement.cuts[method, span, kind])
-            name = method if span == 1 else f"{method} + hpff"
-            found.append(
-                System(
-                    "localpipe", name, kind, ranks, settings.modules, micro_batches, lambda _, w=what: bench.ours(*w)
-                )
             )
     return found
 
@@ -190,13 +199,15 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default.device, help="cuda: one GPU per rank")
     parser.add_argument("--rounds", type=at_least(1), metavar="N", default=default.rounds, help="interleaved rounds")
     parser.add_argument("--steps", type=at_least(1), metavar="N", default=default.steps, help="timed steps of a burst")
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=METHODS, help="methods of local learning")
+    parser.add_argument("--ours-only", dest="baselines", action="store_false", help="no baseline but BP on one device")
     parser.add_argument("--quick", action="store_true", help="few systems, a small network: less than a minute")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON")
     parser.add_argument("--output", metavar="FILE.md", type=Path, help="write the result as a Markdown page")
     parser.add_argument("--chart", metavar="FILE.png", type=Path, help="draw the ratios to one device")
     options = vars(parser.parse_args())
     targets = {name: options.pop(name) for name in ("json", "output", "chart")}
-    settings = Settings(**options, cores=len(available_cores()))
+    settings = Settings(**{**options, "methods": tuple(options["methods"])}, cores=len(available_cores()))
     if settings.quick:
         settings = replace(settings, model="resnet20", batch=16, rounds=1, steps=2, deadline_s=120.0)
     refuse(settings)

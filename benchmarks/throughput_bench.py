@@ -33,6 +33,7 @@ class Settings:
         rounds: in each, all systems take turns.
         warmup, steps: of a burst; only the latter are timed.
         cores: of this machine that the ranks may use.
+        methods: of local learning. baselines: whether other ways than BP on one device are run.
     """
 
     model: str = "resnet32"
@@ -44,6 +45,8 @@ class Settings:
     warmup: int = 1
     steps: int = 4
     cores: int = 1
+    methods: tuple[str, ...] = METHODS
+    baselines: bool = True
     quick: bool = False
     deadline_s: float = 3600.0
 
@@ -97,7 +100,7 @@ class Bench:
         parts: dict[tuple[int, int], tuple[int, ...]] = {}
         cuts: dict[tuple[str, int, str], Cut] = {}
         whole = normalise(self.images)
-        for micro_batches in (1, *settings.torch_micro_batches):
+        for micro_batches in (1, *settings.torch_micro_batches) if settings.baselines else ():
             seconds = self.seconds(whole[: settings.batch // micro_batches])
             for count, schedule in ((ranks, GPIPE), (2 * ranks, INTERLEAVED)):
                 if schedule.fits(micro_batches, ranks):
@@ -135,7 +138,7 @@ class Bench:
 
     def data(self) -> LoaderData:
         """Our loaders: the images of a burst, and a tiny test."""
-        steps = self.settings.warmup + self.settings.steps
+        steps = self.local.batches
         test = Repeated(1, self.images[:2], self.labels[:2])
         return LoaderData(Repeated(steps, self.images, self.labels), test, mean=(0.5,) * 3, std=(0.25,) * 3)
 
@@ -209,5 +212,5 @@ class Bench:
 
 def method_spans(settings: Settings) -> list[tuple[str, int]]:
     """Methods, each plain and with HPFF's cascade."""
-    methods = METHODS[:1] if settings.quick else METHODS
+    methods = settings.methods[:1] if settings.quick else settings.methods
     return [(method, span) for method in methods for span in (1, 2)]

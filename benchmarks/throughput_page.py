@@ -105,7 +105,7 @@ def findings(rows: Sequence[ThroughputRow]) -> list[str]:
     """What the rows say, the good and the bad."""
     ours = sorted((row for row in rows if row.ours), key=lambda row: -row.ratio_to_bp)
     others = sorted((row for row in rows if not row.ours), key=lambda row: -row.ratio_to_bp)
-    best, rival = ours[0], others[0]
+    best, rival = ours[0], others[0]  # BP on one device, at least
     found = [
         f"The fastest system is {max(best, rival, key=lambda row: row.ratio_to_bp).label}. Fastest of ours: "
         f"{best.label}, {best.ratio_to_bp:.2f} times one device. Fastest baseline: {rival.label}, "
