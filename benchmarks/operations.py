@@ -2,8 +2,8 @@
 
     python benchmarks/operations.py [--method NAME ...] [--batch N] [--steps N] [--top N] [--quick] [--output FILE.md]
 
-The methods are those of step_cost.py. A profiler makes every step a little slower, so the shares count here, and for
-times and ratios that tool.
+The methods are those of step_cost.py. A profiler makes every step slower, the more steps it has kept: the shares count
+here, and for times and ratios that tool.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from pipeline import ConfigError
 
 SHOWN = ("BP", "HPFF as released, 2c2f", "InfoPro + HPFF, 2c2f", "DGL + HPFF")
-COLUMNS = ["operation", "calls", "ms", "share %", "GFLOP", "GFLOP/s"]
+COLUMNS = ["operation", "calls", "ms", "share %"]
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,17 @@ class Operation:
     """All calls of one operation in a step.
 
     Attributes:
-        ms: without the operations that it calls itself. gflop: 0 where the profiler does not know.
+        ms: without the operations that it calls itself.
     """
 
     name: str
     calls: int
     ms: float
-    gflop: float
 
 
 def operations(case: Case, steps: int) -> list[Operation]:
     """Means over ``steps`` steps after two to warm up, the longest first."""
-    profiler = profile(activities=[ProfilerActivity.CPU], with_flops=True)
+    profiler = profile(activities=[ProfilerActivity.CPU])
     begun: set[int] = set()
 
     def started(step: int, _: Any) -> None:
@@ -54,7 +53,7 @@ def operations(case: Case, steps: int) -> list[Operation]:
 
     run_steps(case, steps + 3, started)
     found = [
-        Operation(event.key, event.count // steps, event.self_cpu_time_total / 1e3 / steps, event.flops / 1e9 / steps)
+        Operation(event.key, event.count // steps, event.self_cpu_time_total / 1e3 / steps)
         for event in profiler.key_averages()
         if event.self_cpu_time_total > 0
     ]
@@ -65,16 +64,13 @@ def cells(found: list[Operation], top: int) -> list[list[str]]:
     """The ``top`` longest, and the rest on one line."""
     total = sum(operation.ms for operation in found)
     rest = found[top:]
-    lines = [*found[:top]]
-    lines += [Operation("all others", sum(o.calls for o in rest), sum(o.ms for o in rest), sum(o.gflop for o in rest))]
+    lines = [*found[:top], Operation("all others", sum(o.calls for o in rest), sum(o.ms for o in rest))]
     return [
         [
             o.name.removeprefix("aten::"),
             str(o.calls),
             number(o.ms, ".1f"),
             number(100 * o.ms / total, ".1f"),
-            number(o.gflop or None, ".1f"),
-            number(1e3 * o.gflop / o.ms if o.gflop else None, ".0f"),
         ]
         for o in lines
     ]
@@ -84,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=list(METHODS), nargs="+", metavar="NAME", default=SHOWN, help="what to run")
     parser.add_argument("--batch", type=at_least(2), metavar="N", default=128, help="images of a step")
-    parser.add_argument("--steps", type=at_least(1), metavar="N", default=3, help="profiled steps")
+    parser.add_argument("--steps", type=at_least(1), metavar="N", default=1, help="profiled steps")
     parser.add_argument("--top", type=at_least(1), metavar="N", default=16, help="operations to show")
     parser.add_argument("--quick", action="store_true", help="one step at batch 16: less than a minute")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all operations as JSON")
@@ -98,9 +94,7 @@ def main() -> None:
             continue
         found = operations(case, steps)
         rows += [{"method": case.name, **vars(operation)} for operation in found]
-        total, gflop = sum(o.ms for o in found), sum(o.gflop for o in found)
-        title = f"{case.name}: {total:.0f} ms"
-        title += f", {gflop:.0f} GFLOP" if gflop else ""
+        title = f"{case.name}: {sum(o.ms for o in found):.0f} ms"
         show(title, COLUMNS, cells(found, given.top))
         pages.append(f"### {title}\n\n{markdown(COLUMNS, cells(found, given.top))}")
     result = document({"batch": batch, "steps": steps, "threads": 1}, rows)

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from tables import Row, at_least, check_targets, document, markdown, number, provenance, show, spread, write_json
 from torch import nn
+from torchvision.io import write_png
 
 from pipeline import (
     Config,
@@ -88,20 +89,37 @@ def method_cases(batch: int, precision: str) -> list[Case]:
     ]
 
 
-def recipe_cases(batch: int, precision: str, quick: bool) -> list[Case]:
-    """All recipes, or some; larger images make smaller batches, with about as many pixels."""
+def recipe_cases(batch: int, precision: str, quick: bool, steps: int, folder: Path) -> list[Case]:
+    """All recipes, or some, on pictures in ``folder``; larger ones make smaller batches, with about as many pixels."""
     cases = []
+    for image in {IMAGE, *SHAPES.values()}:
+        write_pictures(folder / str(image[1]), image, batch * steps)
     for name in recipe_names():
         image = SHAPES.get(load_config(name).data.name, IMAGE)
         images = max(2, round(batch * IMAGE[1] * IMAGE[2] / (image[1] * image[2])))
-        run = [f"data.batch_size={images}", f"precision.compute={precision}", *RUN]
+        run = [f"data.batch_size={images}", f"precision.compute={precision}", f"train.max_steps={steps}", *RUN]
+        run += ["data.name=folder", f"data.root={folder / str(image[1])}", "data.augment=none"]
         if not quick or name.startswith("cifar10-resnet32-k4"):
             cases.append(Case(name, load_config(name, assignments=run), image))
     return cases
 
 
+def write_pictures(root: Path, image: tuple[int, int, int], count: int) -> None:
+    """An image folder of noise: ``count`` pictures to train on, one of each class to test."""
+    generator = torch.Generator().manual_seed(0)
+    for split, pictures in (("train", count), ("test", CLASSES)):
+        for index in range(pictures):
+            path = root / split / str(index % CLASSES) / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_png(torch.randint(256, image, generator=generator, dtype=torch.uint8), str(path))
+
+
 def run_steps(case: Case, steps: int, before_action: Callable[[int, Any], None]) -> None:
-    """Train ``steps`` steps on the same random batch in this process."""
+    """Train ``steps`` steps in this process: on the same random batch, or on the pictures of a recipe's case."""
+    if case.config.data.name == "folder":
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+            train(case.config, run_dir=Path(folder) / "run", quiet=True, before_action=before_action)
+        return
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (case.batch, *case.image), generator=generator, dtype=torch.uint8)
     labels = torch.randint(CLASSES, (case.batch,), generator=generator)
@@ -230,11 +248,13 @@ def main() -> None:
     check_targets(json=options.json, output=options.output)
     rounds, batch = (1, 16) if options.quick else (options.rounds, options.batch)
     settings = {"rounds": rounds, "steps": options.steps, "batch": batch, "precision": options.precision}
-    if options.recipes:
-        cases = recipe_cases(batch, options.precision, options.quick)
-    else:
-        cases = method_cases(batch, options.precision)
-    result = document({**settings, "recipes": options.recipes, "threads": 1}, measure(cases, rounds, options.steps))
+    with tempfile.TemporaryDirectory() as pictures:
+        if options.recipes:
+            cases = recipe_cases(batch, options.precision, options.quick, options.steps + 2, Path(pictures))
+        else:
+            cases = method_cases(batch, options.precision)
+        rows = measure(cases, rounds, options.steps)
+    result = document({**settings, "recipes": options.recipes, "threads": 1}, rows)
     columns = ["recipe" if options.recipes else "method", *COLUMNS]
     show("one training step in units of one BP step", columns, cells(result["rows"]))
     if options.json is not None:
