@@ -52,6 +52,7 @@ def measure(config: Config, ranks: int) -> Profile:
     Raises:
         ConfigError: whatever would stop a run of this configuration on ``ranks`` ranks.
     """
+    config = validate(config)
     network = _Network(config)
     plan = _plan_by_count(config, network, ranks)
     if config.precision.compile:
