@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +47,13 @@ class Plan:
     schedules: tuple[tuple[Action, ...], ...]
     shapes: tuple[tuple[int, ...], ...]
     reconstructing: frozenset[int]
+
+    def placed(self, stages: tuple[range, ...]) -> Plan:
+        """The same plan with other consecutive local modules on the ranks."""
+        if stages == self.stages:
+            return self
+        schedules = stage_schedules(self.modules, stages, self.config.schedule.micro_batches, _delay(self.config))
+        return dataclasses.replace(self, stages=stages, schedules=schedules)
 
     @property
     def micro_batch_rows(self) -> int:
@@ -100,10 +108,8 @@ class Plan:
         )
 
 
-def make_plan(
-    config: Config, blocks: Blocks, task: Task, ranks: int, stages: tuple[range, ...] | None = None
-) -> Plan:
-    """Cut, plan and place; every check that needs no process group happens here. ``stages`` overrules the placement.
+def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int) -> Plan:
+    """Cut, plan and place by count; every check that needs no process group happens here.
 
     Raises:
         ConfigError: K > blocks, P > K, a head or patch grid that does not fit, a network that does not end in classes.
@@ -111,7 +117,7 @@ def make_plan(
     partition = cut(list(blocks), config.model)
     count = len(partition)
     modules = plan_hierarchy(count, config.hierarchy)
-    stages = stages or place(count, ranks)
+    stages = place(count, ranks)
     by_block = boundary_shapes(blocks, task.image_shape, [names[0] for names in partition.modules[1:]])
     shapes = tuple(by_block[names[-1]] for names in partition.modules)
     if shapes[-1] != (task.classes,):

@@ -30,7 +30,7 @@ def placed_plan(config: Config, blocks: Blocks, task: Task, numerics: Numerics, 
     by_count = make_plan(config, blocks, task, runtime.world_size)
     if config.partition.kind != "measured":
         stages = choose_stages(config.partition, len(by_count.modules), runtime.world_size)
-        return make_plan(config, blocks, task, runtime.world_size, stages), ""
+        return by_count.placed(stages), ""
     profile: Profile | None = None
 
     def after_module() -> None:  # every module by itself is within the deadline of those who wait
@@ -48,7 +48,7 @@ def placed_plan(config: Config, blocks: Blocks, task: Task, numerics: Numerics, 
     profile = runtime.broadcast(profile)
     work = [cost.step_s(role) for cost, role in zip(profile.modules, by_count.modules, strict=True)]
     stages = choose_stages(config.partition, len(work), runtime.world_size, work)
-    plan = make_plan(config, blocks, task, runtime.world_size, stages)
+    plan = by_count.placed(stages)
     memory = rank_memory(plan, profile.modules, numerics)
     refuse_too_large(memory, profile.device_bytes)
     slowest = max(_load(stage, work) for stage in stages)

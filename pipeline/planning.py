@@ -109,8 +109,7 @@ def explain(
     link = (latency_s, bytes_per_s)
     runs = {}
     for kind, candidate in candidates.items():
-        if candidate != plan.stages:
-            plan = make_plan(config, network.blocks, network.task, ranks, stages=candidate)
+        plan = plan.placed(candidate)
         runs[kind] = (plan, *_run(plan, costs, *link))
     plan, simulation, steady = runs[config.partition.kind]
     bound_s = max(sum(work[m] for m in stage) for stage in stages)
