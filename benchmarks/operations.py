@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from step_cost import METHODS, Case, method_cases, run_steps
-from tables import at_least, check_targets, document, markdown, number, provenance, show, write_json
+from tables import at_least, check_targets, document, markdown, number, output_options, provenance, show, write_json
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline import ConfigError
@@ -83,8 +82,7 @@ def main() -> None:
     parser.add_argument("--steps", type=at_least(1), metavar="N", default=1, help="profiled steps")
     parser.add_argument("--top", type=at_least(1), metavar="N", default=16, help="operations to show")
     parser.add_argument("--quick", action="store_true", help="one step at batch 16: less than a minute")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write all operations as JSON")
-    parser.add_argument("--output", metavar="FILE.md", type=Path, help="write the tables as Markdown")
+    output_options(parser)
     given = parser.parse_args()
     check_targets(json=given.json, output=given.output)
     batch, steps = (16, 1) if given.quick else (given.batch, given.steps)

@@ -13,11 +13,21 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from step_cost import IMAGE, RUN, Case, seconds
-from tables import Row, at_least, check_targets, document, markdown, provenance, show, spread, write_json
+from tables import (
+    Row,
+    at_least,
+    check_targets,
+    document,
+    markdown,
+    output_options,
+    provenance,
+    show,
+    spread,
+    write_json,
+)
 
 from pipeline import ConfigError, load_config
 
@@ -123,8 +133,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=at_least(1), metavar="N", default=5, help="interleaved rounds")
     parser.add_argument("--steps", type=at_least(1), metavar="N", default=4, help="training steps of one measurement")
     parser.add_argument("--quick", action="store_true", help="one round of one step at batch 8: less than a minute")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON")
-    parser.add_argument("--output", metavar="FILE.md", type=Path, help="write the result as a Markdown page")
+    output_options(parser)
     given = parser.parse_args()
     check_targets(json=given.json, output=given.output)
     settings = {"rounds": 1, "steps": 1, "batch": 8} if given.quick else {

@@ -14,14 +14,25 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from ours import LocalPipeline, Repeated
 from ranks import Rank, RanksFailed, available_cores, run_ranks
 from step_cost import CLASSES, IMAGE
-from tables import Row, at_least, check_targets, document, markdown, number, per_rank, provenance, show, write_json
+from tables import (
+    Row,
+    at_least,
+    check_targets,
+    document,
+    markdown,
+    number,
+    output_options,
+    per_rank,
+    provenance,
+    show,
+    write_json,
+)
 from torch import nn
 
 from pipeline import ConfigError, LoaderData, backbone_names, build_blocks, explain, from_dict, measure
@@ -178,8 +189,7 @@ def main() -> None:
     parser.add_argument("--batch", type=at_least(2), metavar="N", default=default.batch, help="images per step")
     parser.add_argument("--rounds", type=at_least(1), metavar="N", default=default.rounds, help="interleaved rounds")
     parser.add_argument("--quick", action="store_true", help="one round at batch 8: less than a minute")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON")
-    parser.add_argument("--output", metavar="FILE.md", type=Path, help="write the result as a Markdown page")
+    output_options(parser)
     options = vars(parser.parse_args())
     targets = {name: options.pop(name) for name in ("json", "output")}
     check_targets(**targets)

@@ -29,7 +29,7 @@ from charts import ChartError
 from ours import LocalPipeline
 from ranks import Rank, RanksFailed, available_cores, run_ranks
 from scaling_page import CURVES, ScalingRow, chart, large_batches, page, show_rows
-from tables import at_least, check_targets, document, positive, spread, write_json
+from tables import at_least, check_targets, document, output_options, positive, spread, write_json
 from torch import nn
 from virtual import (
     CLASSES,
@@ -366,9 +366,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=at_least(1), metavar="N", default=default.rounds, help="interleaved rounds")
     parser.add_argument("--simulate-to", type=at_least(2), metavar="P", default=default.simulate_to, help="to simulate")
     parser.add_argument("--quick", action="store_true", help="two ranks, fixed settings: less than a minute")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON")
-    parser.add_argument("--output", metavar="FILE.md", type=Path, help="write the result as a Markdown page")
-    parser.add_argument("--chart", metavar="FILE.png", type=Path, help="draw images/s against P")
+    output_options(parser, chart="draw images/s against P")
     options = vars(parser.parse_args())
     targets = {name: options.pop(name) for name in ("json", "output", "chart")}
     settings = QUICK if options["quick"] else Settings(**{**options, "ranks": tuple(options["ranks"])})

@@ -14,7 +14,6 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from ours import LocalPipeline
@@ -26,6 +25,7 @@ from tables import (
     document,
     markdown,
     number,
+    output_options,
     per_rank,
     positive,
     provenance,
@@ -217,8 +217,7 @@ def main() -> None:
     parser.add_argument("--factor", type=positive, metavar="X", default=default.factor, help="times as long")
     parser.add_argument("--rounds", type=at_least(1), metavar="N", default=default.rounds, help="interleaved rounds")
     parser.add_argument("--quick", action="store_true", help="one short round: less than a minute")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON")
-    parser.add_argument("--output", metavar="FILE.md", type=Path, help="write the result as a Markdown page")
+    output_options(parser)
     given = parser.parse_args()
     settings = Settings(ranks=given.ranks, slow=given.slow, factor=given.factor, rounds=given.rounds)
     if given.quick:

@@ -25,7 +25,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tables import Row, at_least, check_targets, document, markdown, number, provenance, show, spread, write_json
+from tables import (
+    Row,
+    at_least,
+    check_targets,
+    document,
+    markdown,
+    number,
+    output_options,
+    provenance,
+    show,
+    spread,
+    write_json,
+)
 from torch import nn
 from torchvision.io import write_png
 
@@ -242,8 +254,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of BP and of the methods")
     parser.add_argument("--quick", action="store_true", help="one round at batch 16: less than a minute")
     parser.add_argument("--recipes", action="store_true", help="measure every recipe instead")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON")
-    parser.add_argument("--output", metavar="FILE.md", type=Path, help="write the table as Markdown")
+    output_options(parser)
     options = parser.parse_args()
     check_targets(json=options.json, output=options.output)
     rounds, batch = (1, 16) if options.quick else (options.rounds, options.batch)

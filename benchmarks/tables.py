@@ -98,6 +98,14 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
+def output_options(parser: argparse.ArgumentParser, chart: str | None = None) -> None:
+    """Add --json and --output, which every benchmark has, and --chart with the help text ``chart``."""
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON")
+    parser.add_argument("--output", metavar="FILE.md", type=Path, help="write the result as a Markdown page")
+    if chart is not None:
+        parser.add_argument("--chart", metavar="FILE.png", type=Path, help=chart)
+
+
 def check_targets(chart: Path | None = None, **files: Path | None) -> None:
     """Refuse, before anything is measured, what could not be written afterwards.
 

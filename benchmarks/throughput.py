@@ -15,7 +15,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from baselines import GPIPE, TORCH_SCHEDULES
 from bursts import Burst, System, Turn, merge, take_turns
 from charts import ChartError
 from ranks import Rank, RanksFailed, available_cores, run_ranks
-from tables import at_least, check_targets, document, spread, write_json
+from tables import at_least, check_targets, document, output_options, spread, write_json
 from throughput_bench import CHECKED_STEPS, METHODS, Bench, Placement, Settings, method_spans
 from throughput_page import EXPECTED, ThroughputRow, chart, page, show_rows
 
@@ -202,9 +201,7 @@ def main() -> None:
     parser.add_argument("--methods", choices=METHODS, nargs="+", default=METHODS, help="methods of local learning")
     parser.add_argument("--ours-only", dest="baselines", action="store_false", help="no baseline but BP on one device")
     parser.add_argument("--quick", action="store_true", help="few systems, a small network: less than a minute")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON")
-    parser.add_argument("--output", metavar="FILE.md", type=Path, help="write the result as a Markdown page")
-    parser.add_argument("--chart", metavar="FILE.png", type=Path, help="draw the ratios to one device")
+    output_options(parser, chart="draw the ratios to one device")
     options = vars(parser.parse_args())
     targets = {name: options.pop(name) for name in ("json", "output", "chart")}
     settings = Settings(**{**options, "methods": tuple(options["methods"])}, cores=len(available_cores()))
