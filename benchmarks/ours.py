@@ -74,6 +74,7 @@ class LocalPipeline:
 
     def _train(self, sections: Mapping[str, Mapping[str, Any]], data: LoaderData, network: nn.Sequential) -> Path:
         folder = self.rank.folder / f"run{next(self._numbers)}"
+        sections = {**sections, "checkpoint": {"every_epochs": 0}}
         with contextlib.redirect_stdout(io.StringIO()):
             train(from_dict(sections), network=network, data=data, run_dir=folder, quiet=True, trace=True, draw=False)
         self.rank.pin()

@@ -21,6 +21,9 @@ def main() -> int:
     parser.add_argument("--config", metavar="FILE.toml", type=Path, help="your own recipe; on top of --recipe if both")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one key; repeatable")
     parser.add_argument("--run-dir", metavar="DIR", type=Path, help="where results go; default runs/NAME-TIME")
+    parser.add_argument(
+        "--resume", metavar="auto|none|PATH", default="auto", help="auto: from the newest checkpoint in --run-dir"
+    )
     parser.add_argument("--quiet", action="store_true", help="print only the final report")
     parser.add_argument("--trace", action="store_true", help="write trace.json (Chrome, Perfetto), trace.png")
     parser.add_argument("--list-recipes", action="store_true", help="print the names of the recipes and end")
@@ -39,7 +42,9 @@ def main() -> int:
     if arguments.print_config:
         print(to_toml(config) if first else "", end="")
         return 0
-    train(config, run_dir=arguments.run_dir, quiet=arguments.quiet, trace=arguments.trace)
+    train(
+        config, run_dir=arguments.run_dir, resume=arguments.resume, quiet=arguments.quiet, trace=arguments.trace
+    )
     return 0
 
 

@@ -11,6 +11,8 @@ from pipeline.config import Config, from_dict, load_config, recipe_names, to_tom
 from pipeline.cost import StepCost, step_cost
 from pipeline.cost_profile import Profile
 from pipeline.errors import ConfigError, LocalpipeError
+from pipeline.evaluation import Evaluation, ExitRow, evaluate, show_evaluation
+from pipeline.exporting import Exported, export
 from pipeline.heads import AuxiliaryHead
 from pipeline.methods import Task, Term, register_method
 from pipeline.planning import explain, measure
@@ -25,7 +27,10 @@ __all__ = [
     "AuxiliaryHead",
     "Config",
     "ConfigError",
+    "Evaluation",
     "Event",
+    "ExitRow",
+    "Exported",
     "LoaderData",
     "LocalpipeError",
     "Profile",
@@ -37,7 +42,9 @@ __all__ = [
     "__version__",
     "backbone_names",
     "build_blocks",
+    "evaluate",
     "explain",
+    "export",
     "from_dict",
     "load_config",
     "load_model",
@@ -50,6 +57,7 @@ __all__ = [
     "register_backbone",
     "register_method",
     "schedule_text",
+    "show_evaluation",
     "show_plan",
     "steady_state",
     "step_cost",

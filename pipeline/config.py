@@ -130,6 +130,7 @@ class TrainConfig:
     max_steps: int = 0  # stop after this many steps, then evaluate; 0 = all epochs
     seed: int = 0
     evaluate_every: int = 1  # epochs between tests; the last epoch is always tested
+    nonfinite: str = "stop"  # a module whose loss or gradient is NaN or infinite: stop the run | skip its update
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,17 @@ class PrecisionConfig:
     compute: str = "auto"  # fp32 | bf16 (autocast) | fp64 | auto: bf16 where the device has bf16 units, else fp32
     channels_last: str = "auto"  # memory layout NHWC: on | off | auto
     compile: bool = False  # torch.compile the heads, and modules that send no gradient; rounds differently
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the state of a run is saved. All three at 0: only when a run is stopped. Never changes the result."""
+
+    every_epochs: int = 1  # after the test of every so many epochs, and at the end; 0 = not by epochs
+    every_steps: int = 0  # after every so many steps; 0 = not by steps
+    every_minutes: float = 0.0  # after the first step that ends so many minutes after the last save; 0 = not by time
+    keep: int = 2  # newest checkpoints that stay
+    keep_best: bool = True  # the one with the smallest test error stays as well
 
 
 @dataclass(frozen=True)
@@ -165,12 +177,13 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def fingerprint(self) -> str:
-        """SHA-256 over every key that can change the result (all but ``partition`` and ``runtime``)."""
+        """SHA-256 over every key that can change the result (all but ``partition``, ``checkpoint`` and ``runtime``)."""
         values = dataclasses.asdict(self)
-        del values["partition"], values["runtime"]
+        del values["partition"], values["checkpoint"], values["runtime"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
@@ -266,6 +279,7 @@ def validate(config: Config) -> Config:
         "partition.kind": ("count", "measured", "given"),
         "optim.name": ("sgd", "adamw"),
         "optim.schedule": ("cosine", "step", "constant"),
+        "train.nonfinite": ("stop", "skip"),
         "precision.compute": ("auto", "fp32", "bf16", "fp64"),
         "precision.channels_last": ("auto", "on", "off"),
         "runtime.device": ("auto", "cpu", "cuda", "cuda-shared"),
@@ -277,7 +291,7 @@ def validate(config: Config) -> Config:
     at_least_one = (
         "model.modules hierarchy.cascade_span patches.grid schedule.micro_batches data.batch_size train.epochs "
         "train.evaluate_every method.feature_dim method.widen method.prediction_inputs runtime.queue_depth "
-        "schedule.ring partition.steps"
+        "schedule.ring partition.steps checkpoint.keep"
     )
     for key in at_least_one.split():
         if _get(config, key) < 1:
@@ -285,7 +299,8 @@ def validate(config: Config) -> Config:
     not_negative = (
         "hierarchy.independent_weight hierarchy.cascade_weight optim.weight_decay optim.clip_norm optim.momentum "
         "optim.warmup_epochs optim.warmup_lr train.max_steps train.seed runtime.threads data.image_size data.cache_gib "
-        "schedule.delay schedule.max_uses partition.warmup"
+        "schedule.delay schedule.max_uses partition.warmup checkpoint.every_epochs checkpoint.every_steps "
+        "checkpoint.every_minutes"
     )
     for key in not_negative.split():
         if _get(config, key) < 0:

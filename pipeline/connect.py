@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import time
+import tomllib
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from pipeline.config import Config, to_toml
 from pipeline.errors import ConfigError, DeadlineExceeded, PeerLost, WireError
 from pipeline.replay import ReplayReceiver
 from pipeline.transport import Receiver, Sender
 from pipeline.wire import FOREVER, MessageSpec
+
+OWN_KEYS = ("runtime.device", "runtime.threads")
+"""Keys that may differ between ranks: the machines of a job need not be alike."""
+NAMED_KEYS = 3
+"""Differing keys that a message names; it counts the others."""
 
 
 @dataclass(frozen=True)
@@ -131,14 +138,47 @@ def agree(
     if store is None:
         return
     values = _collect(store, rank, world_size, name, value, deadline_s)
+    if len(set(values)) > 1:
+        quoted = [f"'{value}'" for value in values]
+        raise ConfigError(f"ranks disagree about {name}: {_holders(quoted)}")
+
+
+def agree_on_config(
+    store: dist.Store | None, rank: int, world_size: int, config: Config, deadline_s: float
+) -> None:
+    """Refuse to start unless the configuration of every rank has the same values, but for OWN_KEYS; once per run.
+
+    Raises ConfigError naming the differing keys and who has which value, DeadlineExceeded as ``agree`` does.
+    """
+    if store is None:
+        return
+    texts = _collect(store, rank, world_size, "the configuration", to_toml(config), deadline_s)
+    everyone = [
+        {
+            f"{section}.{name}": json.dumps(value)
+            for section, entries in tomllib.loads(text).items()
+            for name, value in entries.items()
+        }
+        for text in texts
+    ]
+    parts = []
+    for key in dict.fromkeys(key for values in everyone for key in values):
+        held = [values.get(key, "no such key") for values in everyone]
+        if len(set(held)) > 1 and key not in OWN_KEYS:
+            parts.append(f"{key}: {_holders(held)}")
+    if parts:
+        more = [f"{len(parts) - NAMED_KEYS} more"] if len(parts) > NAMED_KEYS else []
+        raise ConfigError("ranks disagree about " + ", and about ".join(parts[:NAMED_KEYS] + more))
+
+
+def _holders(values: list[str]) -> str:
+    """``ranks 0, 2 have 0.1; rank 1 has 0.2``."""
     holders: dict[str, list[int]] = {}
-    for r, v in enumerate(values):
-        holders.setdefault(v, []).append(r)
-    if len(holders) > 1:
-        parts = [
-            f"{_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'} '{v}'" for v, ranks in holders.items()
-        ]
-        raise ConfigError(f"ranks disagree about {name}: " + "; ".join(parts))
+    for rank, value in enumerate(values):
+        holders.setdefault(value, []).append(rank)
+    return "; ".join(
+        f"{_ranks(ranks)} {'has' if len(ranks) == 1 else 'have'} {value}" for value, ranks in holders.items()
+    )
 
 
 def _collect(

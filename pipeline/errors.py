@@ -14,6 +14,10 @@ class ConfigError(LocalpipeError, ValueError):
     """A configuration value, a data set or a partition that cannot work; raised before training starts."""
 
 
+class CheckpointError(ConfigError):
+    """A checkpoint that cannot be used: incomplete, changed, of a newer format, or of another run."""
+
+
 class WireError(LocalpipeError):
     """Two ranks disagree about what travels between them (shape, dtype, order or configuration)."""
 
@@ -32,6 +36,23 @@ class PeerLost(LocalpipeError):
 
 class DeadlineExceeded(LocalpipeError):
     """A wait outlasted ``runtime.deadline_s``; the message says who waits for whom, for what, since when."""
+
+
+class NonFiniteError(LocalpipeError):
+    """A loss or a gradient of a local module is NaN or infinite.
+
+    Such a value spreads downstream with activations and upstream with gradients, so several modules raise this for one
+    cause. ``precedence`` orders them, the one where it began first: by ``step`` (0 where stages count their own), then
+    losses before gradients, then losses from the first module on and gradients from the last module on.
+    """
+
+    def __init__(self, message: str, step: int, module: int, in_losses: bool) -> None:
+        super().__init__(message)
+        self.precedence = (step, 0, module) if in_losses else (step, 1, -module)
+
+
+class MemoryExhausted(LocalpipeError):
+    """A rank ran out of memory; the message says what it holds and which settings make that smaller."""
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:

@@ -5,6 +5,7 @@
                                               os._exit
     sentinel thread:  SIGTERM, SIGINT  -------+            losers stay silent
                       every 0.5 s: failure key in the store? a peer's process gone? launcher gone?
+                                   the next rank's beat too old (see heartbeat)?
 
 Why a sentinel thread: the launcher sends SIGTERM to the others about 0.1 s after the first process ends, and
 a Python signal handler cannot run while the main thread sits in C++ (a collective, a group being built). The
@@ -16,28 +17,37 @@ before would still die silently.
 Why an election: the neighbours of a dead rank fail too (connection closed) and must not each print their own
 story. Invariant: a process that leaves because of a failure has stood for election first, so a process that
 is gone without a failure key in the store has died without a message (SIGKILL, out of memory).
+
+A run can ask that a signal does not end it at once (``stop_gracefully``): the first one is then only noted. Any rank
+can get it, rank 0 is asked:
+
+    rank 2, sentinel:  SIGTERM -> store: stop = "SIGTERM on rank 2"        rank 0, sentinel: stop? -> stop_request()
+
+All the rest stays as it is: a rank that dies after the signal is reported, and nobody leaves in order.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
 
-from pipeline.errors import ConfigError, LocalpipeError, PeerLost
+from pipeline.errors import ConfigError, LocalpipeError, NonFiniteError, PeerLost
+from pipeline.heartbeat import Heartbeat
+from pipeline.process import Process
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -49,36 +59,6 @@ REAP_S = 2.0
 """Seconds that the winner gives its peers on this host to end by themselves before it kills them."""
 
 
-@dataclass(frozen=True)
-class Process:
-    """A process, recognisable even after its pid has been used again."""
-
-    pid: int
-    started: str
-    host: str
-    modules: str
-
-    @classmethod
-    def current(cls, modules: str) -> Process:
-        """This process. Containers can share a host name, so the pid namespace is part of ``host``."""
-        host = f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-        return cls(os.getpid(), _stat(os.getpid())[1], host, modules)
-
-    def gone(self) -> bool:
-        """True if the process (of this host) has ended; a zombie has ended."""
-        state, started = _stat(self.pid)
-        return state in ("", "Z", "X") or started != self.started
-
-
-def _stat(pid: int) -> tuple[str, str]:
-    """(state letter, start time) from /proc, ("", "") if there is no such process."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", ""
-    return fields[0], fields[19]
-
-
 class FailureDesk:
     """Where every failure of this rank goes. Create it in the main thread, before anything can fail.
 
@@ -87,6 +67,10 @@ class FailureDesk:
         describe: what this rank runs, e.g. ``"modules 1-2 (layer2.0 .. layer3.1)"``; see ``describe``.
         run_dir: where ``failure-rank<r>.txt`` (the traceback) goes; None: the line names file and line.
         store_host: the rank whose process serves the store, None if the launcher does. It leaves last.
+        deadline_s: a rank of which nothing is heard for so long has failed.
+
+    Attributes:
+        heart: what this rank tells of itself, and what it knows of the others.
     """
 
     def __init__(
@@ -97,8 +81,10 @@ class FailureDesk:
         describe: str = "starting",
         run_dir: Path | None = None,
         store_host: int | None = None,
+        deadline_s: float = 60.0,
     ) -> None:
         self.rank = rank
+        self.heart = Heartbeat(rank, world_size, deadline_s)
         self.run_dir = run_dir
         self.before_exit: Callable[[], None] | None = None  # e.g. restores the terminal; os._exit runs nothing else
         self._world_size = world_size
@@ -108,7 +94,9 @@ class FailureDesk:
         self._peers: dict[int, Process] = {}
         self._launcher = os.getppid()
         self._store_gone = False
-        self._now = (-1, -1, "starting")
+        self._graceful = False
+        self._interrupts = 0
+        self._stop: str | None = None
         # Held from the election to os._exit: nobody ends a winner before it has printed.
         self._lock = threading.Lock()
         self._restore: list[Callable[[], object]] = []
@@ -120,12 +108,25 @@ class FailureDesk:
     def describe(self, modules: str) -> None:
         """Set what this rank runs (known once the partition is made)."""
         self._me = Process.current(modules)
+        self.heart.describe(modules)
         if self._store is not None:
             self._store.set(f"process/{self.rank}", json.dumps(asdict(self._me)))
 
     def progress(self, epoch: int, step: int, activity: str) -> None:
-        """Note where this rank is, e.g. ``(0, 7, "waiting for the gradient")``. Costs one assignment."""
-        self._now = (epoch, step, activity)
+        """Note where this rank is, e.g. ``(0, 7, "F2.0")``. Costs one assignment and a look at the clock."""
+        self.heart.progress(epoch, step, activity)
+
+    def stop_gracefully(self) -> None:
+        """From now on SIGTERM and SIGINT only ask for a stop (see ``stop_request``), except that a second SIGINT ends
+        this rank at once. With one process this needs the main thread; in another one signals stay as they are."""
+        self._graceful = True
+        if self._world_size == 1 and threading.current_thread() is threading.main_thread():
+            self._handle_signals()
+
+    def stop_request(self) -> str | None:
+        """Which signal asks for a stop, e.g. ``"SIGTERM on rank 2"``, or None. Rank 0 knows of a signal to any rank
+        within WATCH_S, another rank of its own only. Costs nothing."""
+        return self._stop
 
     def report(self, error: BaseException, module: str | None = None) -> NoReturn:
         """End this process because of ``error``; at most one rank of the job prints a line.
@@ -137,6 +138,8 @@ class FailureDesk:
         if self._world_size == 1 and self._lock.locked():
             raise error  # our own SystemExit, on its way out
         self._lock.acquire()
+        if self.heart.unanswered_s():
+            self._store_gone = True  # its host is stopped: a question would never return
         if isinstance(error, KeyboardInterrupt):
             self._leave(130, lambda: f"stopped by ctrl-C{self._where()}")
         if isinstance(error, PeerLost | dist.DistError) or "onnection closed by peer" in str(error):
@@ -144,6 +147,8 @@ class FailureDesk:
             witness = str(error) if isinstance(error, PeerLost) else self._own_story(error, module)
             obituary = self._obituary(witness)
             self._leave(1, lambda: obituary)
+        if isinstance(error, NonFiniteError):
+            self._await_where_it_began(error)
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
         self._leave(code, lambda: self._own_story(error, module))
 
@@ -155,9 +160,7 @@ class FailureDesk:
             self._thread = None
         if self._store is not None:  # after the sentinel has ended: the store may go from here on
             self._store.set(f"left/{self.rank}", "1")
-        for restore in self._restore:
-            restore()
-        self._restore.clear()
+        self._restore_signals()
 
     # -- the sentinel thread ---------------------------------------------------------------------------------
 
@@ -166,38 +169,76 @@ class FailureDesk:
         os.set_blocking(self._wake, False)
         previous_fd = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
         self._restore.append(lambda: signal.set_wakeup_fd(previous_fd))
-        for number in SIGNALS:
-            # The Python half of the handler does nothing: the sentinel acts on the byte in the pipe.
-            previous = signal.signal(number, _ignore)
-            self._restore.append(lambda number=number, previous=previous: signal.signal(number, previous))
+        self._handle_signals()
         self._restore.append(lambda: os.close(self._wake))
-        # A forked worker shares the pipe: a SIGTERM meant for it must never ring our bell.
-        os.register_at_fork(
-            before=_hold_signals, after_in_parent=_let_signals, after_in_child=_forget_signals
-        )
         self._thread = threading.Thread(target=self._watch, args=(bell, store), name="sentinel", daemon=True)
         self._thread.start()
 
+    def _handle_signals(self) -> None:
+        for number in SIGNALS:
+            previous = signal.signal(number, self._on_signal)
+            self._restore.append(lambda number=number, previous=previous: signal.signal(number, previous))
+        _follow_forks()
+
+    def _restore_signals(self) -> None:
+        for restore in self._restore:
+            restore()
+        self._restore.clear()
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        """Python half of the signal handlers. With several processes the sentinel acts on the byte in the pipe."""
+        if self._world_size == 1 and not self._noted(number):
+            raise KeyboardInterrupt
+
+    def _noted(self, number: int) -> bool:
+        """Take a signal for a request to stop; False: it means now."""
+        self._interrupts += number == signal.SIGINT
+        if not self._graceful or self._interrupts > 1:
+            return False
+        self._stop = self._stop or f"{signal.Signals(number).name} on rank {self.rank}"
+        return True
+
     def _watch(self, bell: int, store: dist.Store) -> None:
         while True:
-            rang = select.select([bell], [], [], WATCH_S)[0]
+            self.heart.idle()
+            rang = select.select([bell], [], [], min(WATCH_S, self.heart.period_s / 2))[0]
             number = os.read(bell, 1)[0] if rang else None
             if number == 0:
                 os.close(bell)
                 return
+            if number is not None and self._noted(number):
+                number = None
+            self._exchange(store)
             if self._has(store, "failure"):
                 self._lock.acquire()  # not while this very process is the one that prints
                 self._exit(1)
             lost = self._dead_peers(store)
-            if not (number or lost or self._orphaned() or self._store_gone):
+            silent = self.heart.next_is_silent()
+            if silent is not None and self._has(store, f"left/{silent}"):
+                silent = None
+            if not (number or lost or silent is not None or self._orphaned() or self._store_gone):
                 continue
-            obituary = self._obituary(self._doing())  # before the election: losers end at once, are dead too
+            # Before the election: losers end at once, and are dead too.
+            obituary = self._obituary(self._doing()) if lost or silent is None else self.heart.obituary()
             self._lock.acquire()
             if number == signal.SIGINT:
                 self._leave(130, lambda: f"stopped by ctrl-C{self._where()}")
             if number == signal.SIGTERM and not lost:
                 self._leave(143, lambda: f"rank {self.rank}: stopped by SIGTERM{self._where()}")
             self._leave(1, lambda line=obituary: line)
+
+    def _exchange(self, store: dist.Store) -> None:
+        """Beats, and what signals ask for: from any rank to rank 0."""
+        if self._store_gone:
+            return
+        try:
+            self.heart.tick(store)
+            if self.rank > 0 and self._stop is not None:
+                store.set("stop", self._stop)
+            if self.rank == 0 and self._stop is None and store.check(["stop"]):
+                self._stop = store.get("stop").decode()
+        except RuntimeError:
+            self._store_gone = True
 
     def _orphaned(self) -> bool:
         return os.getppid() != self._launcher
@@ -228,6 +269,17 @@ class FailureDesk:
             if self._has(self._store, "failure") or self._store_gone or self._dead_peers(self._store):
                 return
             time.sleep(0.05)
+
+    def _await_where_it_began(self, error: NonFiniteError) -> None:
+        """NaN spreads faster than it is noticed: let the rank speak where it appeared first."""
+        if self._store is None or self._store_gone:
+            return
+        self._store.set(f"nonfinite/{self.rank}", json.dumps(error.precedence))
+        self._await_peers_own_report()
+        keys = {rank: f"nonfinite/{rank}" for rank in range(self._world_size)}
+        told = {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._has(self._store, key)}
+        if told and min(told, key=told.__getitem__) != self.rank:
+            self._await_peers_own_report()
 
     def _leave(self, code: int, story: Callable[[], str]) -> NoReturn:
         if self._elected():
@@ -271,6 +323,7 @@ class FailureDesk:
             with contextlib.suppress(Exception):
                 stream.flush()
         if self._world_size == 1:
+            self._restore_signals()
             raise SystemExit(code)
         if self._store_host == self.rank:
             time.sleep(3 * WATCH_S)  # the others read the failure key from us
@@ -279,11 +332,11 @@ class FailureDesk:
     # -- the words -------------------------------------------------------------------------------------------
 
     def _where(self) -> str:
-        epoch, step, _ = self._now
+        epoch, step, _ = self.heart.place()
         return f" at epoch {epoch} step {step}" if step >= 0 else " before the first step"
 
     def _doing(self) -> str:
-        epoch, step, activity = self._now
+        epoch, step, activity = self.heart.place()
         return f"rank {self.rank} was {activity}" + (f" (epoch {epoch} step {step})" if step >= 0 else "")
 
     def _obituary(self, witness: str) -> str:
@@ -297,6 +350,8 @@ class FailureDesk:
             what = "the launcher has ended; " if self._orphaned() else ""
             return what + witness
         named = ", ".join(f"rank {rank} ({self._modules(rank)})" for rank in dead)
+        if self.heart.unanswered_s():
+            return f"{named} does not answer (stopped? machine gone?); {witness}"
         return f"{named} died without a message (killed? out of memory?); {witness}"
 
     def _has(self, store: dist.Store, key: str) -> bool:
@@ -329,7 +384,7 @@ class FailureDesk:
                 at = f" (traceback: {path})"
         if text.startswith("rank "):
             return text[:800] + at
-        epoch, step, _ = self._now
+        epoch, step, _ = self.heart.place()
         place = [
             f"rank {self.rank}",
             module,
@@ -338,24 +393,36 @@ class FailureDesk:
         return ", ".join(filter(None, place)) + f": {text[:800]}{at}"
 
 
-def _ignore(number: int, frame: object) -> None:
-    """Python half of the signal handlers; the sentinel thread does the work."""
+@functools.cache
+def _follow_forks() -> None:
+    """A forked worker shares handlers and pipe: a SIGTERM meant for it must never ring our bell."""
+    os.register_at_fork(before=_hold_signals, after_in_parent=_let_signals, after_in_child=_forget_signals)
+
+
+def _desk() -> FailureDesk | None:
+    """The desk that handles this process's signals."""
+    owner = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return owner if isinstance(owner, FailureDesk) else None
 
 
 def _hold_signals() -> None:
-    if signal.getsignal(signal.SIGTERM) is _ignore:
+    if _desk() is not None:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def _let_signals() -> None:
-    if signal.getsignal(signal.SIGTERM) is _ignore:
+    if _desk() is not None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
 
 def _forget_signals() -> None:
     """In a forked child: signals mean what they mean by default, and the parent's pipe is not rung."""
-    if signal.getsignal(signal.SIGTERM) is _ignore:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    desk = _desk()
+    if desk is None:
+        return
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if desk._graceful:
+        os.setpgid(0, 0)  # launcher and terminal signal whole groups; a loader's workers are needed up to the last step
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pipeline.replay import ReplayReceiver
 from pipeline.stage import Batch, Stage
 from pipeline.transport import Received
-from pipeline.wire import Header, MessageKind
+from pipeline.wire import Directive, Header, MessageKind
 
 
 class FreeStage(Stage):
@@ -24,29 +24,43 @@ class FreeStage(Stage):
 
     _next_step = 0
 
-    def begin_epoch(self, first_step: int) -> None:
+    _wanted = Directive.GO
+
+    def begin_epoch(self, first_step: int, resumed_at: int | None = None) -> None:
         """Start an epoch; only the first stage's steps are numbered from ``first_step``."""
+        self._wanted = Directive.GO
+        self._next_step = max(self._next_step, resumed_at or 0)
         super().begin_epoch(first_step if self._ring() is None else self._next_step)
 
-    def train_step(self, epoch: int, step: int, batch: Batch | None) -> None:
-        """One step; ``step`` is its number at the first stage only."""
+    def train_step(
+        self, epoch: int, step: int, batch: Batch | None, directive: Directive = Directive.GO
+    ) -> None:
+        """One step; ``step`` is its number at the first stage only. A directive waits for the end of the epoch, which
+        STOP makes the next step: before it the stages are at no common step."""
         super().train_step(epoch, step if self._ring() is None else self._next_step, batch)
         self._next_step += 1
+        self._wanted = max(self._wanted, directive)
+        self.directive = Directive.GO
 
     def more_steps(self, epoch: int, done: int, planned: int) -> bool:
         """The first stage does the planned steps, every other one goes on until the mark has come."""
         receiver = self._ring()
-        return done < planned if receiver is None else receiver.ready(epoch, started=done > 0)
+        if receiver is not None:
+            return receiver.ready(epoch, started=done > 0)
+        return done < planned and self._wanted is not Directive.STOP
 
     def end_epoch(self, epoch: int, end_step: int) -> None:
-        """Take the mark of the end of the epoch and pass it on."""
+        """Take the mark of the end of the epoch and pass it on, with the directive of the first stage."""
         super().end_epoch(epoch, end_step)
         receiver = self._ring()
+        self.directive = self._wanted
         if receiver is not None:
-            receiver.take(MessageKind.EPOCH, epoch=epoch, step=end_step, micro_batch=0).release()
+            mark = receiver.take(MessageKind.EPOCH, epoch=epoch, step=end_step, micro_batch=0)
+            self.directive = mark.header.directive
+            mark.release()
             self._take_counts(receiver)
         if self.edges.activation_out is not None:
-            self.edges.activation_out.send(Header(MessageKind.EPOCH, epoch, end_step, 0))
+            self.edges.activation_out.send(Header(MessageKind.EPOCH, epoch, end_step, 0, directive=self.directive))
 
     def _take_message(self, epoch: int, step: int, micro_batch: int) -> Received:
         receiver = self._ring()

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from pipeline.transport import Received, Receiver
+from pipeline.transport import ASK_AGAIN, Received, Receiver
 from pipeline.wire import Header, MessageKind, MessageSpec, Slot
 
 
@@ -80,8 +80,8 @@ class ReplayReceiver(Receiver):
         it still gets one. Waits where there is no batch, or none that may be used again.
 
         Raises:
-            DeadlineExceeded: nothing has come for the deadline. The sender may be gone, and without this a stage would
-                train on its last batches for ever.
+            DeadlineExceeded: nothing has come for the deadline, and patience is over. The sender may be gone, and
+                without this a stage would train on its last batches for ever.
             PeerLost, WireError: the edge is broken.
         """
         start = time.monotonic()
@@ -94,12 +94,18 @@ class ReplayReceiver(Receiver):
                 self._raise_failure("waiting for a batch")
                 since = self._last_arrival if usable else max(self._last_arrival, start)
                 left = since + self._deadline_s - time.monotonic()
+                what = f"for a new {self._label} from rank {self._peer}"
                 if left <= 0 and not over:
-                    raise self._late(f"for a new {self._label} from rank {self._peer}")
+                    verdict = self.patience.verdict(self._peer)
+                    if verdict is not None:
+                        raise self._late(what, round(self._deadline_s - left, 1), verdict)
+                    left = self._deadline_s / ASK_AGAIN
                 if usable:
                     break
                 held_back = held_back or bool(self._ring)
+                self.patience.begin(self._peer, what)
                 self._changed.wait(left)
+                self.patience.end()
             self.counts.held_back += held_back
         self.wait_s += time.monotonic() - start
         return not over or (usable and not started)
@@ -133,6 +139,9 @@ class ReplayReceiver(Receiver):
             while self._ring:
                 self._post(self._ring.popleft().slot)
         return super().close()
+
+    def _history(self) -> str:
+        return f"; last message: {time.monotonic() - self._last_arrival:.1f} s ago"
 
     def _raise_failure(self, doing: str) -> None:
         if self._failed is not None:

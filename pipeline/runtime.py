@@ -5,6 +5,9 @@
     store (of the launcher, or on rank 0) -> desk -> device -> process groups         desk -> device
           |                                                                           |
     with Runtime() as runtime: ...                                                    the same code, no group
+
+Waits for peers have one deadline. A wait on an edge that outlasts it goes on while the rank at the root of it moves
+(see heartbeat); one in a collective, or for all ranks to finish, ends with an error that names the absent ranks.
 """
 
 from __future__ import annotations
@@ -13,7 +16,6 @@ import contextlib
 import ctypes
 import ctypes.util
 import functools
-import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -25,10 +27,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from pipeline.attempt import Job, launcher_serves
 from pipeline.errors import ConfigError, DeadlineExceeded, PeerLost
 from pipeline.failure import FailureDesk
+from pipeline.heartbeat import EVERYBODY, Heartbeat
 
-_RUNS = itertools.count()
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 DEVICES = ("auto", "cpu", "cuda", "cuda-shared")
 
@@ -97,12 +100,9 @@ def keep_freed_memory() -> None:
 
 
 @functools.cache
-def _base_store(rank: int, world_size: int, deadline_s: float) -> dist.Store:
-    """The connection to the launcher's store. One per process: where rank 0 serves the store itself, a second run
-    could otherwise reach the server of the first."""
-    timeout = timedelta(seconds=deadline_s)
-    store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
-    return store
+def _job(rank: int, world_size: int) -> Job:
+    """The job of this process: one for all its runs."""
+    return Job(rank, world_size)
 
 
 class Runtime:
@@ -112,7 +112,9 @@ class Runtime:
         rank, world_size, local_rank, local_world_size: from the launcher; 0, 1, 0, 1 for one process.
         device: compute device. backend: "nccl" or "gloo", for the edges.
         threads: intra-op threads.
-        store: key-value store of this attempt, None for one process.
+        store: key-value store of this run in this attempt, None for one process.
+        job_store: key-value store of this run in every attempt of the job: restarted workers find in it what their
+            predecessors have left, where the launcher serves it (torchrun). None for one process.
         control: gloo group of all ranks for metrics and objects (timeout = deadline), None for one process.
         desk: the FailureDesk. An exception that leaves the ``with`` block goes there and ends all ranks.
     """
@@ -127,6 +129,7 @@ class Runtime:
         self.deadline_s = deadline_s
         self.run_dir = run_dir
         self.store: dist.Store | None = None
+        self.job_store: dist.Store | None = None
         self.control: dist.ProcessGroup | None = None
         self._device_request = device
         self._threads_request = threads
@@ -138,13 +141,14 @@ class Runtime:
         self.desk = FailureDesk(None, self.rank, self.world_size, run_dir=self.run_dir)
         try:
             if self.world_size > 1:
-                self.store = self._open_store()
+                self.store, self.job_store = _job(self.rank, self.world_size).next_run(self.deadline_s)
                 self.desk = FailureDesk(
                     self.store,
                     self.rank,
                     self.world_size,
                     run_dir=self.run_dir,
                     store_host=self._store_host(),
+                    deadline_s=self.deadline_s,
                 )
             self.device, self.backend = choose_device(
                 self._device_request, self.local_rank, self.local_world_size
@@ -168,6 +172,11 @@ class Runtime:
             self.close()
         except Exception as late:
             self.desk.report(late)
+
+    @property
+    def patience(self) -> Heartbeat:
+        """What the ends of the edges tell of their waits, and ask whether to go on waiting."""
+        return self.desk.heart
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's ``value`` (picklable), by rank, on rank 0; None elsewhere. Collective.
@@ -211,15 +220,7 @@ class Runtime:
 
     def _store_host(self) -> int | None:
         """The rank that serves the store, None if the launcher does (torchrun)."""
-        return None if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
-
-    def _open_store(self) -> dist.Store:
-        store = _base_store(self.rank, self.world_size, self.deadline_s)
-        # torchrun keeps its store over restarts: without a prefix per attempt, ranks read the addresses of
-        # dead ones.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        # A script may train several times: every run of this process gets its own keys, in the same order on all ranks.
-        return dist.PrefixStore(f"/localpipe/attempt_{attempt}/run_{next(_RUNS)}", store)
+        return None if launcher_serves() else 0
 
     def _init_groups(self, store: dist.Store) -> None:
         timeout = timedelta(seconds=self.deadline_s)
@@ -238,19 +239,23 @@ class Runtime:
         """Turn gloo's errors into ours; a counter per rank in the store tells afterwards who did not come."""
         self._controls += 1
         self.store.set(f"control/{self.rank}", str(self._controls))
+        self.patience.begin(EVERYBODY, f"for all ranks in a {name}")
         try:
             yield
         except RuntimeError as exc:
             counts = [self._count(rank) for rank in range(self.world_size)]
-            absent = [str(rank) for rank, count in enumerate(counts) if count < self._controls]
-            who = f"rank {', '.join(absent)}" if absent else "a peer"
+            absent = [rank for rank, count in enumerate(counts) if count < self._controls]
+            who = f"rank {', '.join(map(str, absent))}" if absent else "a peer"
             if "timed out" in str(exc).lower():
                 raise DeadlineExceeded(
                     f"rank {self.rank} has waited {self.deadline_s:g} s in a {name} for {who}; slow, hung or "
                     "stopped - raise runtime.deadline_s if the step really takes that long"
+                    + "".join(f"; {self.patience.saying(rank)}" for rank in absent)
                 ) from exc
-            peer = int(absent[0]) if absent else -1
+            peer = absent[0] if absent else -1
             raise PeerLost(peer, f"rank {self.rank} was in a {name} when it lost {who}") from exc
+        finally:
+            self.patience.end()
 
     def _count(self, rank: int) -> int:
         key = f"control/{rank}"
@@ -263,6 +268,7 @@ class Runtime:
 
     def _wait_keys(self, store: dist.Store, keys: list[str], verb: str) -> None:
         end = time.monotonic() + self.deadline_s
+        self.patience.begin(EVERYBODY, f"for all ranks to {verb}")
         while not store.check(keys):  # store.wait would block in C++, and print warnings when it times out
             if time.monotonic() > end:
                 absent = ", ".join(key.rpartition("/")[2] for key in keys if not store.check([key]))

@@ -5,17 +5,20 @@ Only the process that owns the first local module reads images; the others learn
 
 from __future__ import annotations
 
+import itertools
+import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy
 import torch
 from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.data import ImageStream, open_data
 from pipeline.errors import ConfigError
-from pipeline.numerics import Numerics
+from pipeline.numerics import Numerics, stable_hash
 from pipeline.stage import Batch
 
 CIFAR_MEAN = (0.4914, 0.4824, 0.4467)
@@ -45,8 +48,9 @@ class Source(Protocol):
 
     facts: Facts
 
-    def train(self, epoch: int) -> Iterator[Batch]:
-        """The batches of ``epoch`` (1-based), at most ``data.batch_size`` images each."""
+    def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of ``epoch`` (1-based) from number ``start`` on, at most ``data.batch_size`` images each. They do
+        not depend on ``start``."""
 
     def test(self) -> Iterator[Batch]:
         """The test set, at most one micro-batch of images at a time, nothing left out."""
@@ -111,9 +115,9 @@ class ImageSource:
             len(data.classes), data.image_shape, self._train.train_batch_count, self._test.test_batch_count, images
         )
 
-    def train(self, epoch: int) -> Iterator[Batch]:
+    def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The augmented batches of ``epoch``."""
-        return self._batches(self._train.train_batches(epoch))
+        return self._batches(self._train.train_batches(epoch, start))
 
     def test(self) -> Iterator[Batch]:
         """The test set as it is."""
@@ -148,6 +152,7 @@ class LoaderSource:
 
     def __init__(self, data: LoaderData, config: Config, numerics: Numerics) -> None:
         self._data = data
+        self._seed = config.train.seed
         self._limit = config.data.batch_size
         self._parts = config.schedule.micro_batches
         self._micro_batch = config.data.batch_size // config.schedule.micro_batches
@@ -167,12 +172,18 @@ class LoaderSource:
             tests = sum(-(-len(y) // self._micro_batch) for _, y in data.test)  # batches that will be cut
         self.facts = Facts(0, tuple(image.shape[1:]), counts["train"], tests, counts["train"] * rows)
 
-    def train(self, epoch: int) -> Iterator[Batch]:
-        """The training loader, once; a sampler with ``set_epoch`` is told the epoch."""
+    def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The training loader, once; a sampler with ``set_epoch`` is told the epoch. What the loader draws from the
+        random numbers of torch, numpy and Python depends on the epoch only; batches before ``start`` are read and
+        dropped. So a resumed run sees what the undisturbed one would have seen."""
         set_epoch = getattr(getattr(self._data.train, "sampler", None), "set_epoch", None)
         if callable(set_epoch):
             set_epoch(epoch)
-        for image, labels in self._data.train:
+        seed = stable_hash(self._seed, "loader", epoch)
+        torch.manual_seed(seed)
+        numpy.random.seed(seed % 2**32)
+        random.seed(seed)
+        for image, labels in itertools.islice(self._data.train, start, None):
             if len(labels) > self._limit:
                 raise ConfigError(
                     f"the train loader gave {len(labels)} images, data.batch_size is {self._limit}; make them equal"

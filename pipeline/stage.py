@@ -11,7 +11,6 @@ has left late. The stage knows nothing of files or screens. Everything it waits 
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,12 +20,12 @@ import torch
 from torch import Tensor
 
 from pipeline.connect import Edges
-from pipeline.errors import DataError
+from pipeline.errors import DataError, NonFiniteError
 from pipeline.local_module import BatchKey, LocalModule
 from pipeline.recorder import Recorder
 from pipeline.schedule import Action, Kind, Message, late_steps, messages_needed, messages_sent
 from pipeline.transport import Received, Receiver, Sender
-from pipeline.wire import Header, MessageKind
+from pipeline.wire import Directive, Header, MessageKind
 
 
 @dataclass(frozen=True)
@@ -115,30 +114,36 @@ class Stage:
         self._inputs: dict[BatchKey, _Input] = {}
         self._hidden: dict[BatchKey, Tensor] = {}
         self._batch: list[_Input] = []
-        self._expected: Iterator[tuple[int, Message]] = iter(())
-        self._arrived: dict[tuple[int, Message], Received] = {}
+        self._sender_step = 0  # the next stage's step of the next gradient in line, and its place in that step
+        self._sender_place = 0
+        self._arrived: dict[tuple[int, Message], Received | None] = {}  # None: restored, there is no message to release
         self._first_step = 0
         self._end_step: int | None = None
         self._data_wait_s = 0.0
         self._waited_before_epoch = 0.0
+        self.directive = Directive.GO  # of the last step
         self.current: Action | None = None
         self.counters = Counters()
 
     # --- training -----------------------------------------------------------------------------------------------------
 
-    def begin_epoch(self, first_step: int) -> None:
-        """Start an epoch whose batches are numbered from ``first_step``."""
+    def begin_epoch(self, first_step: int, resumed_at: int | None = None) -> None:
+        """Start an epoch whose batches are numbered from ``first_step``; its next step is ``resumed_at``, if given."""
         self._first_step, self._end_step = first_step, None
-        self._expected = self._gradient_stream()
+        self._sender_step, self._sender_place = first_step if resumed_at is None else resumed_at, 0
         self._waited_before_epoch = self.wait_s()
 
     def more_steps(self, epoch: int, done: int, planned: int) -> bool:
         """Whether ``epoch``, with ``done`` of ``planned`` steps done here, needs another."""
         return done < planned
 
-    def train_step(self, epoch: int, step: int, batch: Batch | None) -> None:
-        """One step of the schedule. ``batch`` is given to the first stage and None elsewhere."""
+    def train_step(
+        self, epoch: int, step: int, batch: Batch | None, directive: Directive = Directive.GO
+    ) -> None:
+        """One step of the schedule. ``batch`` and ``directive`` are given to the first stage; the others find both in
+        their messages, the latter then in ``self.directive``."""
         self._batch = [] if batch is None else list(self._split(batch))
+        self.directive = directive
         self._run(epoch, step, [action for action in self.schedule if step - action.lag >= self._first_step])
         self.counters.steps += 1
 
@@ -148,6 +153,26 @@ class Stage:
         for step, actions in late_steps(self.schedule, self._first_step, end_step):
             self._run(epoch, step, actions)
         assert not self._inputs and not self._hidden and not self._arrived
+
+    def catch_up(self, epoch: int, step: int) -> None:
+        """Take every gradient that the next stage sends up to the end of its ``step``, so that between two steps all
+        that is on its way to this stage is in this stage. Only late work leaves any."""
+        if not self._gradient_order:
+            return
+        while self._sender_step <= step:
+            self._take_gradient(epoch)
+
+    def restored(self) -> None:
+        """The modules hold batches that a checkpoint had in flight: take them on, with no message to give back."""
+        for module in self.modules.values():
+            for key, item in module.in_flight.items():
+                batch_rows = round(len(item.labels) / item.scale)
+                held = self._inputs.setdefault(
+                    key, _Input(item.x, item.labels, item.image, item.scale, batch_rows, None, 0)
+                )
+                held.open_modules += 1
+                for message_key in item.received if module.plan.index == self._last else ():
+                    self._arrived[key[0], (self._last, key[1], message_key)] = None
 
     def _run(self, epoch: int, step: int, actions: Sequence[Action]) -> None:
         for action in actions:
@@ -200,7 +225,15 @@ class Stage:
                     self._send_upstream(action, upstream, epoch, step)
                 self._close(key, action.module)
             case Kind.UPDATE:
-                module.update(step)
+                self._update(module, step)
+
+    def _update(self, module: LocalModule, step: int) -> None:
+        try:
+            module.update(step)
+        except NonFiniteError as error:
+            # It may have begun in another module of this stage, whose update comes later.
+            others = [other.loss_error(step) for other in self.modules.values()]
+            raise min([error, *filter(None, others)], key=lambda each: each.precedence) from None
 
     def _split(self, batch: Batch) -> Iterator[_Input]:
         rows = len(batch.labels)
@@ -229,6 +262,7 @@ class Stage:
                 micro_batch=micro_batch,
                 rows=len(item.labels),
                 batch_rows=item.batch_rows,
+                directive=self.directive,
             )
             self.edges.activation_out.send(header, **self._payload(h, item.labels, item.image))
 
@@ -249,6 +283,7 @@ class Stage:
         message = self._take_message(epoch, step, micro_batch)
         header, fields = message.header, message.fields
         self.counters.images += header.rows
+        self.directive = header.directive
         return _Input(
             fields["activation"],
             fields["labels"],
@@ -263,23 +298,28 @@ class Stage:
         assert self.edges.activation_in is not None
         return self.edges.activation_in.take(MessageKind.TRAIN, epoch=epoch, step=step, micro_batch=micro_batch)
 
-    def _gradient_stream(self) -> Iterator[tuple[int, Message]]:
-        """(step, message) of every gradient of the epoch in the order in which the next stage sends them."""
-        for step in itertools.count(self._first_step):
-            for lag, message in self._gradient_order:
-                batch_step = step - lag
-                if batch_step >= self._first_step and (self._end_step is None or batch_step < self._end_step):
-                    yield batch_step, message
-
     def _await_gradient(self, wanted: tuple[int, Message], epoch: int) -> None:
         """Take messages in the order in which they were sent until the wanted one is here."""
-        receiver = self.edges.gradient_in
-        assert receiver is not None
         while wanted not in self._arrived:
-            step, (module, micro_batch, key) = expected = next(self._expected)
-            message = receiver.take(MessageKind.GRADIENT, epoch=epoch, step=step, micro_batch=micro_batch, key=key)
-            self._arrived[expected] = message
-            self.modules[module].receive((step, micro_batch), key, message.fields["gradient"])
+            self._take_gradient(epoch)
+
+    def _take_gradient(self, epoch: int) -> None:
+        """Take the gradient that is next in the order in which the next stage sends them, unless its batch is none of
+        this epoch."""
+        lag, message = self._gradient_order[self._sender_place]
+        step = self._sender_step - lag
+        self._sender_place += 1
+        if self._sender_place == len(self._gradient_order):
+            self._sender_step, self._sender_place = self._sender_step + 1, 0
+        if step < self._first_step or (self._end_step is not None and step >= self._end_step):
+            return
+        module, micro_batch, key = message
+        assert self.edges.gradient_in is not None
+        received = self.edges.gradient_in.take(
+            MessageKind.GRADIENT, epoch=epoch, step=step, micro_batch=micro_batch, key=key
+        )
+        self._arrived[step, message] = received
+        self.modules[module].receive((step, micro_batch), key, received.fields["gradient"])
 
     def _send_upstream(self, action: Action, gradient: Tensor, epoch: int, step: int) -> None:
         for module, micro_batch, key in messages_sent(action):
@@ -318,15 +358,19 @@ class Stage:
 
     # --- evaluation ---------------------------------------------------------------------------------------------------
 
-    def test_step(self, epoch: int, step: int, batch: Batch | None) -> None:
-        """Forward one test batch (given to the first stage) and count the errors of every head on the way."""
+    def test_step(
+        self, epoch: int, step: int, batch: Batch | None, directive: Directive = Directive.GO
+    ) -> None:
+        """Forward one test batch and count the errors of every head on the way. Arguments as of ``train_step``."""
         message: Received | None = None
+        self.directive = directive
         if batch is not None:
             x, labels = batch.x, batch.labels
         else:
             assert self.edges.activation_in is not None
             message = self.edges.activation_in.take(MessageKind.EVAL, epoch=epoch, step=step, micro_batch=0)
             x, labels = message.fields["activation"], message.fields["labels"]
+            self.directive = message.header.directive
         if self._progress is not None:
             self._progress(epoch, step, "test")
         for index, module in self.modules.items():
@@ -336,7 +380,7 @@ class Stage:
                 self.counters.wrong[index, level] = self.counters.wrong.get((index, level), 0) + wrong
         if self.edges.activation_out is not None:
             rows = len(labels)
-            header = Header(MessageKind.EVAL, epoch=epoch, step=step, micro_batch=0, rows=rows, batch_rows=rows)
+            header = Header(MessageKind.EVAL, epoch, step, 0, 0, rows, rows, self.directive)
             self.edges.activation_out.send(header, activation=x, labels=labels)
         else:
             loss = torch.nn.functional.cross_entropy(x.float(), labels, reduction="sum")

@@ -79,9 +79,7 @@ class Telemetry:
             LiveModule(
                 index=index,
                 rank=self._rank,
-                losses={
-                    name: float(total) / max(counters.steps, 1) for name, total in module.loss_sums.items()
-                },
+                losses={name: float(total) / module.loss_steps for name, total in module.loss_sums.items()},
                 busy_fraction=counters.busy_s.get(index, 0.0) / wall,
                 wait_fraction=waited / wall,
                 queue_depth=counters.queue_depth_sum / max(counters.queue_depth_count, 1),
@@ -119,9 +117,10 @@ class Telemetry:
                 index=index,
                 rank=self._rank,
                 blocks=self._plan.partition.label(index),
-                losses=module.take_losses(counters.steps),
+                losses=module.take_losses(),
                 head_error_pct=errors,
                 busy_s=counters.busy_s.get(index, 0.0),
+                skipped_steps=module.take_skipped(),
             )
             modules.append(dataclasses.asdict(record))
         record = StageRecord(

@@ -9,10 +9,14 @@ for ever. So daemon threads wait in C++ without limit, and the main thread waits
 deadline: it stays interruptible, and a late peer costs an error message and not the connection. Receives are
 posted ahead, so the two directions cannot dead-lock. gloo does not notice a peer killed in mid-transfer; the
 deadline covers that.
+
+When a wait has outlasted the deadline, an end asks its ``patience`` whether to go on: only it knows whether the peer
+is gone or just slow. It is told of a wait when there is one; a message that is already here costs nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import re
 import threading
@@ -20,16 +24,48 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from pipeline.errors import DeadlineExceeded, PeerLost, WireError
-from pipeline.wire import MAGIC, Header, MessageKind, MessageSpec, Slot
+from pipeline.wire import MAGIC, Directive, Header, MessageKind, MessageSpec, Slot
+
+T = TypeVar("T")
+ASK_AGAIN = 4
+"""A wait that outlasts the deadline and goes on is looked at again so many times per deadline."""
+
+
+class Patience(Protocol):
+    """Told of the waits of this rank's ends, and asked about those that outlast the deadline."""
+
+    def begin(self, peer: int, what: str) -> None:
+        """This rank waits for rank ``peer``; ``what``: ``"for the activation of ... from rank 1"``."""
+
+    def end(self) -> None:
+        """It does not wait any longer."""
+
+    def verdict(self, peer: int) -> str | None:
+        """Why to give up; None: go on waiting."""
+
+
+class _NoPatience:
+    """Knows nothing of the peer."""
+
+    def begin(self, peer: int, what: str) -> None: ...
+
+    def end(self) -> None: ...
+
+    def verdict(self, peer: int) -> str | None:
+        return (
+            f"rank {peer} is slow, hung or stopped - raise runtime.deadline_s if the step really takes that long"
+        )
 
 
 class _End:
-    """What both ends of an edge share: who they are, how they word a failure."""
+    """What both ends of an edge share: who they are, how they wait, how they word a failure. ``patience`` may be set
+    after construction."""
 
     def __init__(
         self,
@@ -41,6 +77,7 @@ class _End:
         label: str,
     ) -> None:
         self.wait_s = 0.0
+        self.patience: Patience = _NoPatience()
         self.spec = spec
         self._group = group
         self._peer = peer_rank
@@ -60,11 +97,42 @@ class _End:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # the current device is per thread
 
-    def _late(self, doing: str, more: str = "") -> DeadlineExceeded:
+    def _wait(self, attempt: Callable[[float], T], what: str, timeout_s: float) -> T:
+        """What ``attempt(seconds)`` returns. It raises queue.Empty when the seconds are over; after ``timeout_s`` it is
+        called again as long as patience lasts."""
+        waited_s = self._deadline_s
+        self.patience.begin(self._peer, what)
+        try:
+            while True:
+                with contextlib.suppress(queue.Empty):
+                    return attempt(max(timeout_s, 0.001))
+                verdict = self.patience.verdict(self._peer)
+                if verdict is not None:
+                    raise self._late(what, waited_s, verdict)
+                timeout_s = self._deadline_s / ASK_AGAIN
+                waited_s += timeout_s
+        finally:
+            self.patience.end()
+
+    def _late(self, what: str, waited_s: float, verdict: str) -> DeadlineExceeded:
+        limit = f" (deadline {self._deadline_s:g} s)" if waited_s > self._deadline_s else ""
         return DeadlineExceeded(
-            f"rank {self._rank} has waited {self._deadline_s:g} s {doing}{more}; rank {self._peer} is slow, "
-            "hung or stopped - raise runtime.deadline_s if the step really takes that long"
+            f"rank {self._rank} has waited {waited_s:g} s{limit} {what}{self._history()}; {verdict}"
         )
+
+    def _history(self) -> str:
+        """What this end has seen of its peer, for a message."""
+        return ""
+
+    def _join(self, what: str, timeout_s: float) -> None:
+        """Wait until the thread has ended."""
+
+        def attempt(seconds: float) -> None:
+            self._thread.join(seconds)
+            if self._thread.is_alive():
+                raise queue.Empty
+
+        self._wait(attempt, what, timeout_s)
 
     def _lost(self, doing: str, cause: BaseException) -> PeerLost:
         # gloo: "[<path of its build>] Connection closed by peer [127.0.0.1]:37112. This is typically ..."
@@ -147,11 +215,9 @@ class Sender(_End):
         """``finish`` unless done, then wait until the peer has taken it all and end the thread."""
         if not self._finished:
             self.finish()
-        self._thread.join(self._deadline_s)
+        self._join(f"for rank {self._peer} to close the {self._label} edge", self._deadline_s)
         if self._failure is not None:
             raise self._failure
-        if self._thread.is_alive():
-            raise self._late(f"for rank {self._peer} to close the {self._label} edge")
 
     def _check(self, header: Header, tensors: dict[str, torch.Tensor]) -> None:
         if (
@@ -192,10 +258,11 @@ class Sender(_End):
 
     def _take_free(self, timeout_s: float) -> Slot:
         try:
-            slot = self._free.get(timeout=max(timeout_s, 0.001))
+            slot = self._free.get_nowait()
         except queue.Empty:
-            oldest = self._untaken[0] if self._untaken else "the last step"
-            raise self._late(f"for rank {self._peer} to take the {self._label} of {oldest}") from None
+            oldest = next(iter(self._untaken.copy()), "the last step")  # the thread may take it at this moment
+            what = f"for rank {self._peer} to take the {self._label} of {oldest}"
+            slot = self._wait(lambda seconds: self._free.get(timeout=seconds), what, timeout_s)
         if self._failure is not None or slot is None:
             self._free.put(None)  # every later call fails as well
             raise self._failure or PeerLost(
@@ -273,7 +340,7 @@ class Receiver(_End):
         wanted = Header(expected_kind, epoch, step, micro_batch, key)
         start = time.monotonic()
         try:
-            item = self._next(f"for the {self._label} of {wanted} from rank {self._peer}", self._deadline_s)
+            item = self._next(lambda: f"for the {self._label} of {wanted} from rank {self._peer}", self._deadline_s)
         finally:
             self.wait_s += time.monotonic() - start
         if item is None:
@@ -284,7 +351,7 @@ class Receiver(_End):
             raise self._ended
         header, slot = item
         self._held.add(slot)
-        if replace(header, rows=0, batch_rows=0) != wanted:
+        if replace(header, rows=0, batch_rows=0, directive=Directive.GO) != wanted:
             raise WireError(
                 f"rank {self._rank} expected {expected_kind.name} {wanted} key {key} from rank {self._peer}, "
                 f"got {header.kind.name} {header} key {header.key}"
@@ -305,30 +372,29 @@ class Receiver(_End):
         end = time.monotonic() + self._deadline_s
         doing = f"for rank {self._peer} to end its {self._label} stream"
         while self._ended is None:
-            item = self._next(doing, end - time.monotonic())
+            item = self._next(lambda: doing, end - time.monotonic())
             if item is None:
                 break
             unread += 1
             self._post(item[1])
-        self._thread.join(max(end - time.monotonic(), 0.001))
-        if self._thread.is_alive():
-            raise self._late(doing)
+        self._join(doing, end - time.monotonic())
         return unread
 
-    def _next(self, doing: str, timeout_s: float) -> tuple[Header, Slot] | None:
+    def _next(self, doing: Callable[[], str], timeout_s: float) -> tuple[Header, Slot] | None:
         if self._ended is not None:
             raise self._ended
         try:
-            item = self._ready.get(timeout=max(timeout_s, 0.001))
+            item = self._ready.get_nowait()
         except queue.Empty:
-            age = f", {time.monotonic() - self._last_time:.1f} s ago" if self.messages else ""
-            raise self._late(
-                f"(deadline {self._deadline_s:g} s) {doing}", f"; last message: {self._last}{age}"
-            ) from None
+            item = self._wait(lambda seconds: self._ready.get(timeout=seconds), doing(), timeout_s)
         if isinstance(item, BaseException):
-            self._ended = self._lost(f"waiting {doing}", item) if isinstance(item, RuntimeError) else item
+            self._ended = self._lost(f"waiting {doing()}", item) if isinstance(item, RuntimeError) else item
             raise self._ended
         return item
+
+    def _history(self) -> str:
+        age = f", {time.monotonic() - self._last_time:.1f} s ago" if self.messages else ""
+        return f"; last message: {self._last}{age}"
 
     def _post(self, slot: Slot) -> None:
         slot.before_reuse()
@@ -375,5 +441,5 @@ class Receiver(_End):
                     f"rank {self._rank} expected {name} {value} in the {self._label} from rank {self._peer}, "
                     f"but rank {self._peer} sent {got}"
                 )
-        kind, *rest = words[4:11]
-        return Header(MessageKind(kind), *rest)
+        kind, *rest, directive = words[4:12]
+        return Header(MessageKind(kind), *rest, Directive(directive))

@@ -40,12 +40,21 @@ class MessageKind(IntEnum):
     EPOCH = 5
 
 
+class Directive(IntEnum):
+    """What every stage is to do after the step of a message. The first stage decides; it travels with the batch, so all
+    stages do it after the same step, and no step asks a store."""
+
+    GO = 0
+    SAVE = 1
+    STOP = 2
+
+
 @dataclass(frozen=True)
 class Header:
     """Which message this is.
 
-    ``rows``: how many rows of each field are filled. ``key`` and ``batch_rows`` (rows of the whole batch that
-    this micro-batch is a part of) are carried for the caller.
+    ``rows``: how many rows of each field are filled. ``key``, ``batch_rows`` (rows of the whole batch that this
+    micro-batch is a part of) and ``directive`` are carried for the caller.
     """
 
     kind: MessageKind
@@ -55,6 +64,7 @@ class Header:
     key: int = 0
     rows: int = 0
     batch_rows: int = 0
+    directive: Directive = Directive.GO
 
     def __str__(self) -> str:
         return f"epoch {self.epoch} step {self.step} micro-batch {self.micro_batch}"

@@ -13,15 +13,17 @@ ROOT = Path(__file__).parent.parent
 # From the bottom to the top: a file imports only from layers before its own.
 LAYERS = [
     {"errors", "version"},
-    {"timeline"},
+    {"attempt", "heartbeat", "process", "timeline"},
     {"config", "losses", "layers", "upsampling", "wire", "failure", "data", "report", "backbones"},
-    {"heads", "hierarchy", "numerics", "optimiser", "partition", "transport", "runtime"},
+    {"heads", "hierarchy", "numerics", "optimiser", "partition", "transport", "runtime", "torchvision_backbones"},
     {"methods", "replay", "schedule", "weights"},
     {"compilation", "connect", "recorder", "simulate"},
     {"cost_profile", "local_module"},
     {"assembly", "stage"},
-    {"cost", "free_stage", "profiling", "sources", "telemetry"},
-    {"placement", "planning", "tracing"},
+    {"cost", "free_stage", "module_state", "profiling", "sources", "telemetry"},
+    {"checkpoint", "conductor"},
+    {"evaluation", "exporting", "memory_error", "placement", "planning", "preparation", "resume", "saver", "tracing"},
+    {"loop"},
     {"trainer"},
     {"__init__"},
 ]
@@ -85,7 +87,7 @@ def test_ruff_is_clean() -> None:
 
 
 def test_only_declared_packages_are_imported() -> None:
-    declared = {"torch", "torchvision", "numpy", "rich", "PIL", "matplotlib", "pipeline"}
+    declared = {"torch", "torchvision", "numpy", "rich", "PIL", "matplotlib", "safetensors", "pipeline"}
     declared |= {path.stem for path in (ROOT / "benchmarks").glob("*.py")}  # scripts and what they share
     for folder in ("pipeline", "launch", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):

@@ -75,7 +75,7 @@ def test_a_backbone_is_one_function() -> None:
     with pytest.raises(ConfigError, match="registered twice"):
         register_backbone("one-function", build)
     with pytest.raises(ConfigError, match="did you mean 'resnet32'"):
-        build_blocks("resnet33", 3, 10)
+        build_blocks("resnet132", 3, 10)
 
 
 def test_a_block_that_does_not_fit_is_named() -> None:

@@ -66,8 +66,8 @@ def long_runs(rank: int, folder: str, steps: int) -> dict[str, tuple[int, int, i
     def counted(self: LocalModule, *arguments: Any) -> Any:
         nonlocal most, copies
         h = forward(self, *arguments)
-        most = max(most, len(self._in_flight))
-        copies = max(copies, len(self._stashes) + len(self._spare))
+        most = max(most, len(self.in_flight))
+        copies = max(copies, len(self.stashes) + len(self._spare))
         return h
 
     LocalModule.forward = counted  # type: ignore[method-assign]

@@ -14,23 +14,29 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers_spawn import RankResult, run_ranks
+from helpers_spawn import RankResult, free_port, run_ranks
 
 from pipeline import runtime as runtime_module
 from pipeline.connect import EdgeSpecs, connect
 from pipeline.errors import ConfigError
-from pipeline.failure import FailureDesk
+from pipeline.failure import SIGNALS, FailureDesk
 from pipeline.runtime import Runtime, choose_device, set_threads
 from pipeline.wire import FieldSpec, Header, MessageKind, MessageSpec
 
 ROOT = Path(__file__).parents[1]
 WORLD = 3
+DEADLINE_S = 20.0
+"""What ends earlier has not waited for the deadline."""
+HANG_S = 60.0
+DEADLINES_S = {"stop": 2.0, "stop two": 2.0, "stop the host": 2.0, "hang": 2.0, "slow": 3.0}
+VICTIMS = {"stop two": (1, 2), "stop the host": (0,)}
 
 
 def specs(rank: int) -> EdgeSpecs:
@@ -43,17 +49,19 @@ def specs(rank: int) -> EdgeSpecs:
 
 
 def job(mode: str, run_dir: str) -> None:
-    """Ten steps of a chain; at step 5 something happens to rank 2 (``all``: to every rank)."""
-    with Runtime(
-        "cpu", threads=1, deadline_s=1.5 if mode == "stop" else 20.0, run_dir=Path(run_dir)
-    ) as runtime:
+    """Ten steps of a chain; at step 5 something happens to a rank, or to several."""
+    with Runtime("cpu", threads=1, deadline_s=DEADLINES_S.get(mode, DEADLINE_S), run_dir=Path(run_dir)) as runtime:
         rank, desk = runtime.rank, runtime.desk
+        desk.stop_gracefully()
         print(f"pid {os.getpid()} rank {rank}", flush=True)
         desk.describe(f"modules {rank}-{rank} (block{rank})")
         edges = connect(
             runtime.store, rank, WORLD, specs(rank), slots=2, depth=2, deadline_s=runtime.deadline_s,
             device=runtime.device, backend=runtime.backend,
         )  # fmt: skip
+        for end in vars(edges).values():
+            if end is not None:
+                end.patience = runtime.patience
         for step in range(10):
             desk.progress(0, step, "computing")
             if step == 5:
@@ -67,6 +75,7 @@ def job(mode: str, run_dir: str) -> None:
                 )
                 edges.gradient_in.take(MessageKind.GRADIENT, 0, step, 0).release()
         edges.close()
+        print(f"rank {rank} has finished", flush=True)
 
 
 def happen(mode: str, runtime: Runtime) -> None:
@@ -77,16 +86,27 @@ def happen(mode: str, runtime: Runtime) -> None:
             runtime.desk.progress(0, 5, "in a C++ wait")
             runtime.store.wait(["never"])
         time.sleep(0.5)
-    if runtime.rank != 2:
+    if runtime.rank not in VICTIMS.get(mode, (2,)):
         return
+    if mode == "restart" and runtime.job_store.add("attempts", 1) > 1:
+        return
+    if mode in DEADLINES_S:
+        time.sleep(DEADLINES_S[mode] / 2)  # the others have heard who this is
     print(f"trouble {time.time()}", flush=True)
     if mode == "raise":
         try:
             raise ValueError("boom\nsecond line")
         except ValueError as exc:
             runtime.desk.report(exc, "module 2 (layer3.0-layer3.4)")
-    if mode == "stop":
+    if mode.startswith("stop"):
         os.kill(os.getpid(), signal.SIGSTOP)
+    if mode == "hang":
+        time.sleep(3600)
+    if mode == "slow":  # in all for twice the deadline
+        for part in range(12):
+            runtime.desk.progress(0, 5, f"part {part}")
+            time.sleep(DEADLINES_S["slow"] / 6)
+        return
     if mode == "leave":
         os._exit(0)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -102,43 +122,94 @@ def alive(pid: int) -> bool:
 # -- under torchrun ------------------------------------------------------------------------------------------
 
 
-def torchrun(mode: str, run_dir: Path) -> tuple[int, list[str], float]:
-    """(exit code, our lines on stderr, seconds from the trouble to the end); none may survive."""
+def agent(mode: str, run_dir: Path, *options: str) -> subprocess.Popen[str]:
+    """A running torchrun."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={WORLD}",
-        __file__, mode, str(run_dir),
+        sys.executable, "-m", "torch.distributed.run", "--monitor-interval=0.1", *options, __file__, mode, str(run_dir)
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+@dataclass
+class Ended:
+    """How one torchrun or several ended. ``lines``: ours on stderr; ``seconds`` from the trouble to the end."""
+
+    codes: list[int]
+    lines: list[str]
+    output: str
+    seconds: float
+
+
+def outcome(*agents: subprocess.Popen[str], attempts: int = 1) -> Ended:
+    """Wait for the end of a job; every rank has started ``attempts`` times, and none may survive."""
+    try:
+        texts = [agent.communicate(timeout=90) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
     ended = time.time()
-    pids = [int(pid) for pid in re.findall(r"pid (\d+) rank", done.stdout)]
-    assert len(pids) == WORLD, done.stderr
+    output, errors = "".join(text[0] for text in texts), "".join(text[1] for text in texts)
+    pids = [int(pid) for pid in re.findall(r"pid (\d+) rank", output)]
+    assert len(pids) == WORLD * attempts, errors
     assert not [pid for pid in pids if alive(pid)]
-    trouble = re.search(r"trouble ([\d.]+)", done.stdout)
-    lines = [line for line in done.stderr.splitlines() if "localpipe:" in line]
-    seconds = ended - float(trouble[1])
-    print(mode, f"{seconds:.2f} s from the trouble to the end of torchrun:", lines)
-    return done.returncode, lines, seconds
+    trouble = re.search(r"trouble ([\d.]+)", output)
+    lines = [line for line in errors.splitlines() if "localpipe:" in line]
+    return Ended([agent.returncode for agent in agents], lines, output, ended - float(trouble[1]))
+
+
+def torchrun(mode: str, run_dir: Path, *options: str, attempts: int = 1) -> Ended:
+    """A job under one torchrun."""
+    return outcome(
+        agent(mode, run_dir, "--standalone", f"--nproc_per_node={WORLD}", *options), attempts=attempts
+    )
 
 
 def test_torchrun_a_rank_raises(tmp_path: Path) -> None:
-    code, lines, seconds = torchrun("raise", tmp_path)
+    ended = torchrun("raise", tmp_path)
     path = tmp_path / "failure-rank2.txt"
     expected = "localpipe: rank 2, module 2 (layer3.0-layer3.4), epoch 0 step 5: ValueError: boom second line"
-    assert lines == [f"{expected} (traceback: {path})"]
+    assert ended.lines == [f"{expected} (traceback: {path})"]
     assert 'raise ValueError("boom' in path.read_text()
-    assert code != 0 and seconds < 10
+    assert ended.codes != [0] and ended.seconds < DEADLINE_S
 
 
 @pytest.mark.parametrize("mode", ["kill", "collective"])
 def test_torchrun_a_rank_is_killed(tmp_path: Path, mode: str) -> None:
-    code, lines, seconds = torchrun(mode, tmp_path)
-    assert len(lines) == 1
-    assert lines[0].startswith(
+    """Although the survivors get SIGTERM at once, and are to stop in order on SIGTERM."""
+    ended = torchrun(mode, tmp_path)
+    assert len(ended.lines) == 1
+    assert ended.lines[0].startswith(
         "localpipe: rank 2 (modules 2-2 (block2)) died without a message (killed? out of memory?); rank "
     )
-    assert code != 0 and seconds < 10
-    assert "in a C++ wait (epoch 0 step 5)" in lines[0] or mode == "kill"
+    assert ended.codes != [0] and ended.seconds < DEADLINE_S
+    assert "in a C++ wait (epoch 0 step 5)" in ended.lines[0] or mode == "kill"
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_the_workers(tmp_path: Path) -> None:
+    """The store of the launcher still holds what the dead have left; gloo must not find it."""
+    ended = torchrun("restart", tmp_path, "--max-restarts=2", attempts=2)
+    assert ended.codes == [0]
+    assert len(ended.lines) == 1 and "rank 2 (modules 2-2 (block2)) died without a message" in ended.lines[0]
+    assert sorted(re.findall(r"rank (\d) has finished", ended.output)) == ["0", "1", "2"]
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_the_workers_of_two_nodes(tmp_path: Path) -> None:
+    """Two launchers, one with two ranks. Rank 2 is on the second node, whichever of them that is."""
+    meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--max-restarts=2"]
+    host = [[*meet, f"--rdzv-conf=is_host={int(first)}", "--local-addr=127.0.0.1"] for first in (True, False)]
+    agents = [
+        agent("restart", tmp_path, *options, f"--nproc-per-node={ranks}")
+        for ranks, options in zip((1, 2), host, strict=True)
+    ]
+    ended = outcome(*agents, attempts=2)
+    assert ended.codes == [0, 0]
+    assert len(ended.lines) == 1 and "rank 2 (modules 2-2 (block2)) died without a message" in ended.lines[0]
+    assert sorted(re.findall(r"rank (\d) has finished", ended.output)) == ["0", "1", "2"]
 
 
 # -- without a launcher --------------------------------------------------------------------------------------
@@ -152,9 +223,9 @@ def our_lines(ranks: list[RankResult]) -> list[str]:
     return [line for r in ranks for line in r.stderr.splitlines() if "localpipe:" in line]
 
 
-@pytest.mark.parametrize("mode", ["stop", "leave", "config"])
+@pytest.mark.parametrize("mode", ["leave", "config", "stop", "stop two", "stop the host", "hang"])
 def test_one_line_and_no_survivor(tmp_path: Path, mode: str) -> None:
-    ranks = run_ranks(job_of_rank, WORLD, mode, str(tmp_path), timeout_s=20)
+    ranks = run_ranks(job_of_rank, WORLD, mode, str(tmp_path), timeout_s=HANG_S)
     lines = our_lines(ranks)
     assert len(lines) == 1
     assert all(r.exit_code != 0 for r in ranks if (mode, r.rank) != ("leave", 2))
@@ -162,9 +233,28 @@ def test_one_line_and_no_survivor(tmp_path: Path, mode: str) -> None:
         assert lines == ["localpipe: train.batch_size = 0: must be at least 1"]
     if mode == "leave":
         assert "rank 2 (modules 2-2 (block2)) died without a message" in lines[0]
-    if mode == "stop":  # rank 2 cannot end itself: the rank that reports the deadline kills it
-        assert re.match(r"localpipe: rank [01] has waited 1.5 s", lines[0])
-        assert ranks[2].exit_code == -signal.SIGKILL
+    if mode.startswith("stop"):  # who is stopped cannot end itself: the rank that reports it kills it
+        victims = VICTIMS.get(mode, (2,))
+        assert [r.rank for r in ranks if r.exit_code == -signal.SIGKILL] == list(victims)
+        for rank in victims:
+            assert f"rank {rank}" in lines[0]
+    if mode == "stop":
+        assert "rank 2 (modules 2-2 (block2)) has not been heard of for" in lines[0]
+        assert "rank 1 waits for the gradient of epoch 0 step 5 micro-batch 0 from rank 2 since" in lines[0]
+    if mode == "stop two":
+        assert re.search(r"rank 1 \(.*\) has not been heard of for .*, rank 2 \(.*\) has not been heard", lines[0])
+    if mode == "stop the host":  # of the store, too: nobody can ask for beats any more
+        assert "the store has not answered" in lines[0]
+    if mode == "hang":
+        assert "has waited" in lines[0] and "(deadline 2 s)" in lines[0]
+        assert "rank 2 (modules 2-2 (block2)) has been at 'computing' of epoch 0 step 5 for" in lines[0]
+        assert lines[0].count("raise runtime.deadline_s") == 1
+
+
+def test_a_slow_rank_is_no_error(tmp_path: Path) -> None:
+    """Its neighbours wait for twice the deadline, but no part of its work takes so long."""
+    ranks = run_ranks(job_of_rank, WORLD, "slow", str(tmp_path), timeout_s=60)
+    assert [(r.exit_code, our_lines([r])) for r in ranks] == [(0, [])] * WORLD
 
 
 def signalled(rank: int, number: int, target: int) -> None:
@@ -190,6 +280,57 @@ def test_signals_while_the_main_thread_is_in_c(number: int, target: int, line: s
     assert ranks[target].exit_code == code and ranks[1 - target].exit_code == 1
 
 
+def asked_to_stop(rank: int, mode: str) -> Any:
+    """Rank 2 is asked to stop, and asked again; rank 0 learns of it, and all leave in order, or not."""
+    with Runtime("cpu", threads=1, deadline_s=DEADLINE_S) as runtime:
+        desk = runtime.desk
+        desk.stop_gracefully()
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        worker.start()
+        while os.getpgid(worker.pid) != worker.pid:
+            time.sleep(0.01)  # it has only just been forked
+        runtime.barrier()
+        assert desk.stop_request() is None
+        if rank == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            if mode == "twice":
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+        if rank == 0:
+            while desk.stop_request() is None:
+                time.sleep(0.01)
+        reason = runtime.broadcast(desk.stop_request())
+        worker.terminate()
+        worker.join(HANG_S)
+        if mode == "death":
+            if rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGTERM)  # as the launcher does when a rank dies
+            runtime.store.wait(["never"])
+    return reason, worker.exitcode, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_asks_all_ranks_to_stop() -> None:
+    """A worker of the rank gets a group of its own: the launcher's signal to the rank's group does not end it."""
+    ranks = run_ranks(asked_to_stop, WORLD, "once", timeout_s=HANG_S)
+    assert [r.value for r in ranks] == [("SIGTERM on rank 2", -signal.SIGTERM, True)] * WORLD
+    assert not our_lines(ranks)
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    ranks = run_ranks(asked_to_stop, WORLD, "twice", timeout_s=HANG_S)
+    assert [r.exit_code for r in ranks] == [1, 1, 130]
+    assert our_lines(ranks) == ["localpipe: stopped by ctrl-C before the first step"]
+
+
+def test_a_death_is_reported_although_all_have_been_asked_to_stop() -> None:
+    ranks = run_ranks(asked_to_stop, WORLD, "death", timeout_s=HANG_S)
+    assert [r.exit_code for r in ranks] == [1, -signal.SIGKILL, 1]
+    lines = our_lines(ranks)
+    assert len(lines) == 1 and "rank 1 (starting) died without a message" in lines[0]
+
+
 def host_dies(rank: int) -> None:
     with Runtime("cpu", threads=1, deadline_s=20.0) as runtime:
         runtime.barrier()
@@ -207,7 +348,7 @@ def test_the_host_of_the_store_is_killed() -> None:
 
 
 def orderly(rank: int) -> Any:
-    with Runtime("cpu", threads=1, deadline_s=1.0) as runtime:
+    with Runtime("cpu", threads=1, deadline_s=2.0) as runtime:
         values = runtime.gather({"rank": rank})
         first = runtime.broadcast(f"from {rank}")
         runtime.barrier()
@@ -218,7 +359,7 @@ def orderly(rank: int) -> Any:
             except Exception as exc:
                 late = f"{type(exc).__name__}: {exc}"
         else:
-            time.sleep(1.5)
+            time.sleep(2.5)
         # A forked worker (data loader) can be terminated, and its SIGTERM is not taken for ours.
         worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
         worker.start()
@@ -236,7 +377,7 @@ def test_objects_and_orderly_end() -> None:
     assert ranks[0].value[0] == [{"rank": 0}, {"rank": 1}] and ranks[1].value[0] is None
     assert [r.value[1] for r in ranks] == ["from 0"] * 2
     assert (
-        ranks[0].value[2].startswith("DeadlineExceeded: rank 0 has waited 1 s in a gather for rank 1; slow")
+        ranks[0].value[2].startswith("DeadlineExceeded: rank 0 has waited 2 s in a gather for rank 1; slow")
     )
     assert [r.value[3:] for r in ranks] == [(1, True, -signal.SIGTERM)] * 2
 
@@ -288,6 +429,36 @@ def test_ctrl_c_is_one_line(alone: None, capfd: pytest.CaptureFixture[str]) -> N
         raise KeyboardInterrupt
     assert leaving.value.code == 130
     assert capfd.readouterr().err == "localpipe: stopped by ctrl-C at epoch 3 step 4\n"
+
+
+def test_one_process_stops_when_asked(alone: None, capfd: pytest.CaptureFixture[str]) -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with Runtime("cpu", threads=1) as runtime:
+        runtime.desk.stop_gracefully()
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert runtime.desk.stop_request() == "SIGTERM on rank 0"
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    with pytest.raises(SystemExit) as leaving, Runtime("cpu", threads=1) as runtime:
+        runtime.desk.stop_gracefully()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert leaving.value.code == 130
+    assert capfd.readouterr().err == "localpipe: stopped by ctrl-C before the first step\n"
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_one_process_outside_of_the_main_thread_leaves_signals_alone(alone: None) -> None:
+    def run() -> None:
+        with Runtime("cpu", threads=1) as runtime:
+            runtime.desk.stop_gracefully()
+            found.append(signal.getsignal(signal.SIGTERM))
+
+    found: list[Any] = []
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(HANG_S)
+    assert found == [signal.getsignal(signal.SIGTERM)]
 
 
 def test_desk_without_a_store(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,8 @@ class ModuleRecord:
     (``"independent"``, ``"cascade"``, ``"final"``), None where a head does not classify or was not tested.
     ``busy_s`` is the time its forward, heads, backward and update took in this epoch.
     ``blocks`` names the network blocks in the module, first to last, such as ``"stem-layer1.2"``.
+    ``skipped_steps`` counts updates left out because a loss or gradient was not finite; the losses are means without
+    them.
     """
 
     index: int
@@ -28,6 +30,7 @@ class ModuleRecord:
     losses: dict[str, float]
     head_error_pct: dict[str, float | None]
     busy_s: float = 0.0
+    skipped_steps: int = 0
 
     def losses_under(self, keys: Sequence[str]) -> list[float]:
         """The losses whose full name or level is one of ``keys``."""

@@ -36,10 +36,10 @@ class RunDirectory:
     path: Path
 
     @classmethod
-    def create(cls, path: Path | None, name: str) -> RunDirectory:
+    def create(cls, path: Path | None, name: str, resume: bool = False) -> RunDirectory:
         """Make ``path``, or ``runs/<name>-<YYYYmmdd-HHMMSS>`` below the current directory when it is None.
 
-        Raises ConfigError (one line) when the directory already holds a run or cannot be written to.
+        With ``resume`` it may hold a run. Raises ConfigError (one line) when it does otherwise, or cannot be written.
         """
         try:
             path = _make_default(name) if path is None else path
@@ -53,7 +53,7 @@ class RunDirectory:
                 f"run directory '{place}' cannot be written ({error.strerror}); choose another with --run-dir"
             ) from error
         for held in (SUMMARY, METRICS):
-            if (path / held).exists():
+            if not resume and (path / held).exists():
                 fix = "choose another with --run-dir or delete it"
                 raise ConfigError(f"run directory '{path}' already holds a run ({held}); {fix}")
         return cls(path)
@@ -69,6 +69,16 @@ class RunDirectory:
         line = json.dumps(_json_ready(asdict(record)), allow_nan=False)
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(line + "\n")
+
+    def begin_metrics(self, records: Sequence[EpochRecord]) -> None:
+        """Let metrics.jsonl hold ``records``, those of a run that goes on. Without any, what an interrupted run has
+        left there is kept as metrics.interrupted.jsonl."""
+        target = self.path / METRICS
+        if records:
+            lines = [json.dumps(_json_ready(asdict(record)), allow_nan=False) + "\n" for record in records]
+            _write_atomically(target, lambda file: file.write("".join(lines).encode()))
+        elif target.exists():
+            os.replace(target, target.with_suffix(".interrupted.jsonl"))
 
     def write_summary(self, summary: Mapping[str, Any]) -> Path:
         """Write summary.json in one go (a reader sees the old file or the new one) and return its path."""
@@ -112,7 +122,8 @@ def summarise(epochs: Sequence[EpochRecord], *, settings: Mapping[str, Any]) -> 
 
     ``settings`` gives what epochs cannot tell (world_size, modules, method, schedule, weights_sha256,
     run_directory, ...); where a name is in both, the measured value stands. ``test_error_pct`` is the
-    last epoch's: ``best_test_error_pct`` was picked by looking at the test set and is no result.
+    last epoch's: ``best_test_error_pct`` was picked by looking at the test set and is no result. ``heads`` are the
+    last epoch's modules, with the ``skipped_steps`` of all epochs.
     ``images_per_s`` is the median over epochs, without the first (warm-up) when there are others. Raises
     ConfigError when no epoch finished.
     """
@@ -130,14 +141,23 @@ def summarise(epochs: Sequence[EpochRecord], *, settings: Mapping[str, Any]) -> 
         "steps": last.step,
         "images_per_s": statistics.median(e.images_per_s for e in (epochs[1:] or epochs)),
         "train_wall_s": sum(e.wall_s for e in epochs),
-        "ranks": [_rank_totals(epochs, position) for position in range(len(last.stages))],
-        "heads": [asdict(module) for module in last.modules],
+        "ranks": [_rank_totals(_placed_alike(epochs), position) for position in range(len(last.stages))],
+        "heads": [
+            {**asdict(module), "skipped_steps": sum(epoch.modules[position].skipped_steps for epoch in epochs)}
+            for position, module in enumerate(last.modules)
+        ],
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "torchvision": _installed("torchvision"),
         },
     }
+
+
+def _placed_alike(epochs: Sequence[EpochRecord]) -> list[EpochRecord]:
+    """The epochs with the last one's modules on every rank: a run may go on with other ranks."""
+    last = [stage.modules for stage in epochs[-1].stages]
+    return [epoch for epoch in epochs if [stage.modules for stage in epoch.stages] == last]
 
 
 def _rank_totals(epochs: Sequence[EpochRecord], position: int) -> dict[str, Any]:

@@ -251,6 +251,9 @@ def _module_table(
         kind = kind or ("sum" if any(len(record.losses_under(keys)) > 1 for record in records) else "loss")
         table.add_column(_heading(keys, kind, brief), justify="right", overflow=clip, min_width=7)
     _numeric(table, *(_heading(keys, "err %", brief) for keys in errors))
+    skips = any(record.skipped_steps for record in records)
+    if skips:
+        _numeric(table, "steps\nskipped")
     if live:
         _numeric(table, "busy\n%", "wait\n%", "queue\ndepth", "peak\nMiB")
     half = (rows - 1) // 2 if rows is not None and len(records) > rows else len(records)
@@ -265,6 +268,7 @@ def _module_table(
         cells += [loss_text(value) for value in sums]
         heads = [[record.head_error_pct.get(level) for level in keys] for keys in errors]
         cells += [number(next((e for e in head if e is not None), None), ".2f") for head in heads]
+        cells += [f"{record.skipped_steps:,}"] if skips else []
         if live:
             now = live[position]
             cells += [f"{100 * now.busy_fraction:.0f}", f"{100 * now.wait_fraction:.0f}"]

@@ -188,7 +188,9 @@ class Replay:
             parameter.grad = None
         self.kinks.searching = searching
         self._stage.train_step(0, 0, self._batch)
-        self.losses = [module.take_losses(1) for module in self.modules]
+        self.losses = [
+            {name: float(total) for name, total in module.open_losses.pop(0, {}).items()} for module in self.modules
+        ]
 
     def search(self) -> None:
         """Choose branches until nothing changes, then run with them.

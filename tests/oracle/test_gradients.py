@@ -57,7 +57,7 @@ def test_the_oracle_notices_a_leak_of_the_independent_gradient() -> None:
     def cascade_and_independent(micro_batch: int) -> None:
         cascade_only(micro_batch)
         leaky.independent(micro_batch)
-        item = leaky._in_flight[micro_batch]
+        item = leaky.in_flight[micro_batch]
         assert item.own is not None and item.independent is not None
         item.own = item.own + item.independent
 

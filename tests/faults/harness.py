@@ -1,0 +1,111 @@
+"""Starts ``job.py`` under the real torchrun, lets it break, and says what is left."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpers_spawn import RankResult, run_ranks
+from job import main
+
+JOB = Path(__file__).parent / "job.py"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended. ``lines``: what localpipe itself wrote."""
+
+    code: int
+    output: str
+    folder: Path
+    at: float
+
+    @property
+    def lines(self) -> list[str]:
+        return [line for line in self.output.splitlines() if line.startswith("localpipe:")]
+
+    @property
+    def warnings(self) -> list[str]:
+        return [line for line in self.output.splitlines() if line.startswith("localpipe warning:")]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What ``train`` returned on rank 0."""
+        return json.loads((self.folder / "result.json").read_text())
+
+    def fault_at(self, number: int = 0) -> float:
+        """When a fault struck."""
+        return float((self.folder / f"fault-{number}").read_text())
+
+    def alive(self) -> list[str]:
+        """Processes of the job that still exist."""
+        return [file.name for file in (self.folder / "pids").iterdir() if _exists(int(file.name.split("-")[1]))]
+
+    def attempts(self, rank: int = 0) -> int:
+        """Times that a rank was started."""
+        return len(list((self.folder / "pids").glob(f"{rank}-*")))
+
+
+def _exists(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def write_job(folder: Path, faults: list[dict[str, Any]], **job: Any) -> Path:
+    """FOLDER/job.json; see job.py."""
+    folder.mkdir(exist_ok=True)
+    defaults = {"settings": {}, "span": 2, "epochs": 2, "steps": 20, "resume": "auto"}
+    defaults |= {"pause_s": 0.0, "test_pause_s": 0.0}
+    (folder / "job.json").write_text(json.dumps({**defaults, **job, "faults": faults}))
+    return folder
+
+
+def torchrun_command(ranks: int, *arguments: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run"]
+    return [*launcher, "--standalone", f"--nproc_per_node={ranks}", *arguments]
+
+
+def start(command: list[str]) -> subprocess.Popen[str]:
+    """A command in the background, its output in one pipe."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str], folder: Path, timeout_s: float = 300.0) -> Ended:
+    """Wait for it; a job that hangs is killed and fails the test."""
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        raise
+    return Ended(process.returncode, output, folder, time.time())
+
+
+def run_forked(folder: Path, faults: list[dict[str, Any]], ranks: int = 3, **job: Any) -> list[RankResult]:
+    """The whole job in processes of the fork server, without a launcher: they start faster."""
+    write_job(folder, faults, **job)
+    return run_ranks(main, ranks, str(folder), timeout_s=90.0)
+
+
+def line_of(results: list[RankResult]) -> str:
+    """The one line about a failure that the job printed."""
+    lines = [line for result in results for line in result.stderr.splitlines() if line.startswith("localpipe:")]
+    assert len(lines) == 1, [result.stderr for result in results]
+    return lines[0]
+
+
+def run(folder: Path, faults: list[dict[str, Any]], ranks: int = 3, restarts: int = 0, **job: Any) -> Ended:
+    """The whole job under torchrun, to its end."""
+    write_job(folder, faults, **job)
+    restart = [f"--max-restarts={restarts}", "--monitor-interval=0.1"]
+    return finish(start(torchrun_command(ranks, *restart, str(JOB), str(folder))), folder)

@@ -1,0 +1,113 @@
+"""Disks that fill, checkpoints that are damaged or of another run: the good ones survive, by name."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness import line_of, run_forked
+
+from pipeline.checkpoint import open_checkpoint, step_folders
+
+
+def steps_of(folder: Path) -> list[int]:
+    return [int(path.name[5:]) for path in step_folders(folder / "run" / "checkpoints")]
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path: Path, undisturbed: dict[str, str]) -> None:
+    faults = [{"rank": 1, "step": 8, "do": "fill_disk"}, {"rank": 1, "step": 23, "do": "free_disk"}]
+    results = run_forked(tmp_path, faults, settings={"checkpoint": {"keep": 99}})
+    assert [result.exit_code for result in results] == [0, 0, 0], [result.stderr for result in results]
+    assert results[0].value["weights_sha256"] == undisturbed["exact"]
+    warnings = [line for line in results[0].stderr.splitlines() if line.startswith("localpipe warning:")]
+    assert any("step 10 was not saved: rank 1: " in line and "older ones are untouched" in line for line in warnings)
+    assert 5 in steps_of(tmp_path) and 10 not in steps_of(tmp_path) and 40 in steps_of(tmp_path)
+    assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
+    for path in step_folders(tmp_path / "run" / "checkpoints"):
+        open_checkpoint(path)
+
+
+def test_a_last_checkpoint_that_fails_fails_the_job(tmp_path: Path) -> None:
+    results = run_forked(tmp_path, [{"rank": 1, "step": 8, "do": "fill_disk"}])
+    assert all(result.exit_code != 0 for result in results)
+    line = line_of(results)
+    assert "the run is complete, but its last checkpoint was not saved: rank 1" in line
+    assert (tmp_path / "run" / "summary.json").exists() and steps_of(tmp_path) == [5]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small file system needs root")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def test_a_file_system_without_space_keeps_what_it_has(small_disk: Path) -> None:
+    results = run_forked(small_disk, [], settings={"checkpoint": {"keep": 99}})
+    assert all(result.exit_code != 0 for result in results)
+    assert "No space left on device" in "".join(result.stderr for result in results)
+    kept = step_folders(small_disk / "run" / "checkpoints")
+    assert kept
+    for path in kept:
+        open_checkpoint(path)
+
+
+def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    results = run_forked(tmp_path, [], ranks=2)
+    assert all(result.exit_code != 0 for result in results)
+    assert "cannot be written" in line_of(results) and "--run-dir" in line_of(results)
+
+
+def damage(folder: Path, how: str) -> None:
+    newest = step_folders(folder / "run" / "checkpoints")[0]
+    data = newest / "module-001" / "__0_0.distcp"
+    content = bytearray(data.read_bytes())
+    if how == "missing shard":
+        data.unlink()
+    elif how == "truncated":
+        data.write_bytes(content[: len(content) // 2])
+    elif how == "flipped bit":
+        content[len(content) // 2] ^= 4
+        data.write_bytes(content)
+    else:
+        manifest = newest / "manifest.json"
+        manifest.write_text('{"format": 99, "files": {}}' if how == "newer format" else '{"some": "thing"}')
+
+
+@pytest.mark.parametrize("how", ["missing shard", "truncated", "flipped bit", "newer format", "foreign"])
+def test_a_damaged_checkpoint_is_passed_over_or_refused_by_name(
+    tmp_path: Path, undisturbed: dict[str, str], how: str
+) -> None:
+    run_forked(tmp_path, [{"rank": 1, "step": 33, "do": "kill"}], ranks=2, settings={"checkpoint": {"keep": 99}})
+    newest = step_folders(tmp_path / "run" / "checkpoints")[0]
+    damage(tmp_path, how)
+
+    other = tmp_path / "other"
+    refused = run_forked(other, [], ranks=2, resume=str(newest))
+    assert all(result.exit_code != 0 for result in refused)
+    assert newest.name in line_of(refused)
+
+    results = run_forked(tmp_path, [], ranks=2)
+    assert [result.exit_code for result in results] == [0, 0], [result.stderr for result in results]
+    assert any(
+        line.startswith("localpipe warning:") and newest.name in line for line in results[0].stderr.splitlines()
+    )
+    assert results[0].value["weights_sha256"] == undisturbed["exact"]
+
+
+def test_a_changed_configuration_is_refused_or_said(tmp_path: Path) -> None:
+    run_forked(tmp_path, [{"rank": 1, "step": 13, "do": "kill"}], ranks=2)
+    refused = run_forked(tmp_path, [], ranks=2, settings={"data": {"batch_size": 4}, "train": {"seed": 5}})
+    assert "train.seed (0 there, 5 now)" in line_of(refused)
+    results = run_forked(tmp_path, [], ranks=2, settings={"optim": {"lr": 0.01}})
+    assert [result.exit_code for result in results] == [0, 0], [result.stderr for result in results]

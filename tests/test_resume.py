@@ -1,0 +1,140 @@
+"""A run that goes on from a checkpoint ends with the weights of the run that was never disturbed: bit for bit, on other
+numbers of ranks, from the middle of an epoch, in every deterministic schedule."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers_spawn import run_ranks
+from test_placement import Batches, network
+from tiny import tiny_config
+
+from pipeline import LoaderData, train
+from pipeline.checkpoint import FOLDER, open_checkpoint, step_folders
+from pipeline.config import Config, from_dict, load_config, validate
+from pipeline.errors import ConfigError
+from pipeline.resume import choose_start
+
+CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
+    "exact": ("infopro", "hpff", 2, {}),
+    "parts": ("predsim", "hpff", 2, {"micro_batches": 2}),
+    "async": ("infopro", "hpff", 2, {"kind": "async"}),
+    "async-2": ("dgl", "hpff", 2, {"kind": "async", "delay": 2, "micro_batches": 2}),
+    "async-3-hops": ("dgl", "released", 3, {"kind": "async"}),
+}
+SAVED = [4, 5, 8, 10]  # every four steps, and at the end of both epochs of five
+
+
+def config_of(case: str, **checkpoint: Any) -> Config:
+    method, variant, span, schedule = CASES[case]
+    return tiny_config(method, variant, span, 4, schedule=schedule, train={"epochs": 2}, checkpoint=checkpoint)
+
+
+def run(case: str, folder: Path, resume: str = "auto", **checkpoint: Any) -> dict[str, Any]:
+    return train(
+        config_of(case, **checkpoint),
+        network=network(),
+        data=LoaderData(Batches(), Batches()),
+        run_dir=folder,
+        resume=resume,
+        quiet=True,
+    )
+
+
+def save_all(rank: int, folder: str) -> dict[str, tuple[str, str]]:
+    """Digests of each case without and with saving."""
+    found = {}
+    for case in CASES:
+        alone = run(case, Path(folder) / f"{case}-undisturbed", every_epochs=0)
+        saving = run(case, Path(folder) / case, every_steps=4, keep=99)
+        found[case] = (alone["weights_sha256"], saving["weights_sha256"])
+    return found
+
+
+def resume_all(rank: int, folder: str, ranks: int) -> dict[tuple[str, int], tuple[str, float]]:
+    """From every checkpoint of every case to the end: digest of the weights, mean loss of the last epoch."""
+    found = {}
+    for case in CASES:
+        for path in step_folders(Path(folder) / case / FOLDER):
+            step = int(path.name[5:])
+            summary = run(case, Path(folder) / f"{case}-from-{step}-on-{ranks}", str(path), every_epochs=0)
+            found[case, step] = (summary["weights_sha256"], summary["train_loss"])
+    return found
+
+
+@pytest.mark.slow
+def test_resuming_on_other_numbers_of_ranks_gives_the_same_weights(tmp_path: Path) -> None:
+    results = run_ranks(save_all, 2, str(tmp_path), timeout_s=240)
+    assert [result.exit_code for result in results] == [0, 0], [result.stderr for result in results]
+    expected = results[0].value
+    assert all(alone == saving for alone, saving in expected.values())  # saving disturbs nothing
+    assert len({alone for alone, _ in expected.values()}) == len(CASES)
+    for ranks in (1, 4):
+        results = run_ranks(resume_all, ranks, str(tmp_path), ranks, timeout_s=240)
+        assert [result.exit_code for result in results] == [0] * ranks, [result.stderr for result in results]
+        found = results[0].value
+        assert sorted(found) == sorted((case, step) for case in CASES for step in SAVED)
+        for (case, step), (digest, loss) in found.items():
+            assert digest == expected[case][0], (case, step, ranks)
+            metrics = (tmp_path / f"{case}-undisturbed" / "metrics.jsonl").read_text().splitlines()
+            assert loss == json.loads(metrics[-1])["train_loss"]
+            lines = (tmp_path / f"{case}-from-{step}-on-{ranks}" / "metrics.jsonl").read_text().splitlines()
+            assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+
+
+def test_a_finished_run_goes_on_when_it_may_train_longer(tmp_path: Path) -> None:
+    short = tiny_config("dgl", "hpff", 2, 4, train={"epochs": 1})
+    longer = tiny_config("dgl", "hpff", 2, 4, train={"epochs": 2})
+    data = LoaderData(Batches(), Batches())
+    first = train(short, network=network(), data=data, run_dir=tmp_path / "run", quiet=True)
+    again = train(short, network=network(), data=data, run_dir=tmp_path / "run", quiet=True)
+    assert again["weights_sha256"] == first["weights_sha256"] and again["steps"] == 5
+    more = train(longer, network=network(), data=data, run_dir=tmp_path / "run", quiet=True)
+    assert more["steps"] == 10
+    straight = train(longer, network=network(), data=data, run_dir=tmp_path / "straight", quiet=True)
+    assert more["weights_sha256"] == straight["weights_sha256"]  # the learning rate is constant here
+    assert open_checkpoint(tmp_path / "run").step == 10
+
+
+def changed(config: Config, section: str, **entries: Any) -> Config:
+    import dataclasses
+
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **entries)})
+
+
+def test_a_changed_configuration_is_printed_or_refused(tmp_path: Path) -> None:
+    config = tiny_config("dgl", "hpff", 2, 4, train={"epochs": 1})
+    summary = train(config, network=network(), data=LoaderData(Batches(), Batches()), run_dir=tmp_path, quiet=True)
+    used = open_checkpoint(tmp_path).config
+    assert summary["steps"] == 5
+
+    start = choose_start("auto", tmp_path, False, used)
+    assert start.checkpoint is not None and start.lines == ()
+    start = choose_start("auto", tmp_path, False, changed(changed(used, "optim", lr=0.5), "runtime", deadline_s=9.0))
+    assert "changed since the checkpoint: optim.lr = 0.05 -> 0.5" in start.lines
+    for section, entries, words in (
+        ("model", {"modules": 3}, r"model\.modules \(4 there, 3 now\)"),
+        ("data", {"batch_size": 4}, r"data\.batch_size"),
+        ("method", {"head": "cnn"}, r"method\.head"),
+        ("train", {"seed": 1}, r"train\.seed"),
+    ):
+        with pytest.raises(ConfigError, match=words + ".*--resume none"):
+            choose_start("auto", tmp_path, False, changed(used, section, **entries))
+
+
+def test_where_a_run_starts(tmp_path: Path) -> None:
+    config = load_config()
+    assert choose_start("auto", tmp_path, False, config).checkpoint is None
+    assert choose_start("none", tmp_path, False, config).checkpoint is None
+    with pytest.raises(ConfigError, match="does not exist"):
+        choose_start(str(tmp_path / "nowhere"), tmp_path, False, config)
+    (tmp_path / "summary.json").touch()
+    with pytest.raises(ConfigError, match="without checkpoints"):
+        choose_start("auto", tmp_path, False, config)
+    (tmp_path / FOLDER / "step-00000003").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="no checkpoint of this run is valid.*manifest"):
+        choose_start("auto", tmp_path, False, config)
+    assert validate(from_dict({})).checkpoint.keep == 2
