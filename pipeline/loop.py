@@ -146,7 +146,7 @@ class Loop:
             while stage.more_steps(epoch, step - first, end - first):
                 batch: Batch | None = None
                 if batches is not None:
-                    batch = stage.fetch(batches, f"epoch {epoch}")
+                    batch = stage.fetch(batches, epoch, step, f"epoch {epoch}")
                 order = run.conductor.after(step + 1) if leader else Directive.GO
                 stage.train_step(epoch, step, batch, order)
                 step += 1
@@ -176,7 +176,7 @@ class Loop:
         run, stage = self._run, self._run.stage
         batches = run.source.test() if run.source is not None else None
         for index in range(run.facts.test_batches):
-            batch = stage.fetch(batches, "the test") if batches is not None else None
+            batch = stage.fetch(batches, epoch, self.step, "the test") if batches is not None else None
             order = run.conductor.during_test() if run.runtime.rank == 0 else Directive.GO
             stage.test_step(epoch, self.step + index, batch, order)
             if stage.directive is Directive.STOP:
@@ -198,6 +198,7 @@ class Loop:
         if self._saved == (self.step, self._finished):
             return
         self._saved = (self.step, self._finished)
+        run.runtime.desk.progress(epoch, self.step, "saving")
         states = {index: module_state(module) for index, module in stage.modules.items()}
         for index, busy_s in stage.counters.busy_s.items():
             states[index][BUSY] = torch.tensor(busy_s, dtype=torch.float64)

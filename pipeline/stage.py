@@ -391,12 +391,14 @@ class Stage:
 
     # --- waiting and counting -----------------------------------------------------------------------------------------
 
-    def fetch(self, batches: Iterator[Batch], what: str) -> Batch:
+    def fetch(self, batches: Iterator[Batch], epoch: int, step: int, what: str) -> Batch:
         """The next batch of the first stage; the time until it is there counts as waiting.
 
         Raises:
             DataError: there are fewer batches than were announced.
         """
+        if self._progress is not None:
+            self._progress(epoch, step, f"reading a batch of {what}")
         started = time.perf_counter()
         try:
             return next(batches)

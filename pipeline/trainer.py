@@ -122,12 +122,15 @@ class _Trainer:
         self.numerics = refuse_early(config, self.network, runtime)
         self._agree()
         start = self._begin(run_dir, resume_from)
+        runtime.desk.progress(-1, -1, "opening the data")
         source, facts = open_source(config, self.data, self.numerics, runtime)
+        runtime.desk.progress(-1, -1, "placing the local modules")
         blocks, task = blocks_and_task(config, self.network, facts)
         self.plan, self._placement = placed_plan(config, blocks, task, self.numerics, runtime)
         if self.leader:
             write_plan(self.plan, self.directory.path / "plan.json")
         runtime.desk.describe(self.plan.stage_label(runtime.rank))
+        runtime.desk.progress(-1, -1, "building the local modules")
         self.modules = build_modules(
             self.plan, runtime.rank, blocks, self.numerics, fresh=self.network is None
         )

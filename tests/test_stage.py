@@ -72,4 +72,4 @@ def test_uneven_micro_batches_weigh_images_equally() -> None:
 def test_data_that_ends_early_is_named() -> None:
     stage, _, _ = tiny_stage(tiny_config())
     with pytest.raises(DataError, match="ended in the middle of epoch 3"):
-        stage.fetch(iter(()), "epoch 3")
+        stage.fetch(iter(()), 3, 0, "epoch 3")
