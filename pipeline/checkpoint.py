@@ -39,7 +39,8 @@ FORMAT = 1
 FOLDER, MANIFEST, CONFIG, HISTORY = "checkpoints", "manifest.json", "config.toml", "history.json"
 CHUNK = 1 << 20
 _STEP = re.compile(r"step-(\d{8,})")
-_PARTIAL = re.compile(r"\.step-\d{8,}\.(partial|replaced)")
+_PARTIAL = re.compile(r"\.step-\d{8,}\.(partial|removed)")
+_REPLACED = re.compile(r"\.(step-\d{8,})\.replaced")
 
 Files = dict[str, dict[str, Any]]
 """Path below the checkpoint -> {"sha256", "bytes"}."""
@@ -83,7 +84,7 @@ def publish(
     manifest = {"format": FORMAT, **document, "step": step, "files": every}
     _write(partial / MANIFEST, json.dumps({**manifest, "sha256": _self_digest(manifest)}, indent=1) + "\n")
     _sync(partial)
-    if final.exists():  # of an attempt whose later checkpoints were not valid any more
+    if final.exists():  # of the same step, before the test of its epoch
         replaced = checkpoints / f".{final.name}.replaced"
         os.rename(final, replaced)
         os.rename(partial, final)
@@ -95,28 +96,46 @@ def publish(
 
 
 def remove_partial(checkpoints: Path) -> list[str]:
-    """Remove what killed runs left unfinished; returns the names."""
+    """Remove what killed runs left unfinished; returns the names. What was about to be replaced is put back."""
+    for path in _entries(checkpoints):
+        match = _REPLACED.fullmatch(path.name)
+        if match is not None:
+            if (checkpoints / match[1]).exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                os.rename(path, checkpoints / match[1])
     found = [path for path in _entries(checkpoints) if _PARTIAL.fullmatch(path.name)]
     for path in found:
         shutil.rmtree(path, ignore_errors=True)
     return sorted(path.name for path in found)
 
 
-def remove_old(checkpoints: Path, keep: int, keep_best: bool) -> None:
-    """Remove all but the ``keep`` newest and, with ``keep_best``, the one with the smallest test error."""
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint that is not valid, so that it counts no more; returns its new place."""
+    aside = path.with_name(f"{path.name}.invalid")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    return aside
+
+
+def remove_old(checkpoints: Path, newest: int, keep: int, keep_best: bool) -> None:
+    """Remove all but the ``keep`` last ones up to that of step ``newest``, which is on the disk, and, with
+    ``keep_best``, the one with the smallest test error."""
     manifests = {}
     for path in step_folders(checkpoints):
         try:
             manifests[path] = json.loads((path / MANIFEST).read_text())
         except (OSError, ValueError):
             continue  # not ours to remove
-    stay = set(list(manifests)[:keep])
+    stay = set([path for path, manifest in manifests.items() if manifest["step"] <= newest][:keep])
     errors = {path: m.get("test_error_pct") for path, m in manifests.items()}
     tested = [path for path, error in errors.items() if error is not None]
     if keep_best and tested:
         stay.add(min(tested, key=lambda path: (errors[path], manifests[path]["step"])))
     for path in manifests.keys() - stay:
-        shutil.rmtree(path, ignore_errors=True)
+        removed = path.with_name(f".{path.name}.removed")  # no half of it is ever seen
+        os.rename(path, removed)
+        shutil.rmtree(removed, ignore_errors=True)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -178,7 +197,10 @@ class Checkpoint:
         return json.loads((self.path / HISTORY).read_text())
 
     def module_state(self, index: int) -> dict[str, Tensor]:
-        """The state of local module ``index`` as :func:`pipeline.module_state.module_state` made it."""
+        """The state of local module ``index`` as :func:`pipeline.module_state.module_state` made it, on the CPU.
+
+        It unpickles torch's ``.metadata``. Raises OSError.
+        """
         reader = dcp.FileSystemReader(self.path / f"module-{index:03d}")
         state: dict[str, Any] = {}
         for name, entry in reader.read_metadata().state_dict_metadata.items():
@@ -209,8 +231,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def opened(path: Path) -> Checkpoint:
-    """A checkpoint that somebody has verified already."""
-    return Checkpoint(path, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+    """A checkpoint that somebody has verified already. Raises CheckpointError where it is not to be seen from here."""
+    try:
+        return Checkpoint(path, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint '{path}' cannot be read here ({error.strerror}); all machines must see the same files"
+        ) from error
 
 
 def newest_valid(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -303,7 +303,7 @@ def validate(config: Config) -> Config:
         "checkpoint.every_minutes"
     )
     for key in not_negative.split():
-        if _get(config, key) < 0:
+        if not _get(config, key) >= 0:  # NaN is no number at all
             raise ConfigError(f"{key} = {_get(config, key)} must not be negative")
     for key in ("optim.lr", "runtime.deadline_s", "method.temperature"):
         if _get(config, key) <= 0:

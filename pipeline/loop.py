@@ -58,21 +58,26 @@ class Run:
     custom_network: bool
 
 
-class Loop:
-    """Runs from ``start`` to the end. ``records`` are those of the epochs before it (rank 0)."""
+def total_steps(config: Config, facts: Facts) -> int:
+    """Training steps of the whole run."""
+    total = config.train.epochs * facts.train_batches
+    return min(total, config.train.max_steps) if config.train.max_steps else total
 
-    def __init__(self, run: Run, start: Position, records: list[EpochRecord]) -> None:
+
+class Loop:
+    """Runs from ``start`` to the end. ``records`` are those of the epochs before it (rank 0); ``saved``: the run has a
+    checkpoint of ``start``."""
+
+    def __init__(self, run: Run, start: Position, records: list[EpochRecord], saved: bool) -> None:
         self._run = run
         self._start = start
-        batches = run.facts.train_batches
-        self.total = run.config.train.epochs * batches
-        if run.config.train.max_steps:
-            self.total = min(self.total, run.config.train.max_steps)
-        self.epochs = -(-self.total // batches)
+        self.total = total_steps(run.config, run.facts)
+        self.epochs = -(-self.total // run.facts.train_batches)
         self.step = start.step
-        self._finished = self._posted = min(start.finished_epochs, self._epoch_at_work() - 1)
+        self._finished = min(start.finished_epochs, self._epoch_at_work() - 1)
         self.records = records[: self._finished]
-        self._saved = (start.step, start.finished_epochs) if start.step else None
+        self._saved = (start.step, start.finished_epochs) if saved else None
+        self._unwritten = False  # whether metrics.jsonl lacks a record
         self._record_lock = threading.RLock()  # the saver's thread collects records as well
         self._last_shown = 0.0
         self._began = time.monotonic()
@@ -88,9 +93,10 @@ class Loop:
             for module in run.stage.modules.values():
                 module.set_learning_rate(rate)
             self._epoch_began = time.monotonic() - self._start_of_epoch(first)
-            directive = self._train(epoch, first, end) if self.step < end else Directive.GO
+            late = self.step == self._start.step > self._start.late_since
+            directive = self._train(epoch, first, end) if self.step < end or late else Directive.GO
             if self.step < end:
-                self._save(epoch, run.config.schedule.kind == "free")
+                self._save(epoch, run.stage.late_since if run.config.schedule.kind != "free" else self.step)
                 return Directive.STOP
             if run.runtime.device.type == "cuda":  # the only time that an epoch waits for the device
                 torch.cuda.synchronize()
@@ -98,13 +104,13 @@ class Loop:
             if directive is not Directive.STOP and (epoch % settings.evaluate_every == 0 or epoch == self.epochs):
                 directive = max(directive, self._test(epoch))
             if directive is Directive.STOP:
-                self._save(epoch, True)
+                self._save(epoch, self.step)
                 return Directive.STOP
             sent = sum(sender.bytes_sent for sender in run.stage.senders())
-            self._finished = self._posted = epoch
+            self._finished = epoch
             run.telemetry.post(epoch, run.stage, run.stage.take_counters(), wait_s, wall_s, sent)
             if directive is Directive.SAVE or self._due(epoch):
-                self._save(epoch, True)
+                self._save(epoch, self.step)
             if leader:
                 self._record(epoch, wait=epoch == self.epochs)
         return Directive.GO
@@ -140,7 +146,7 @@ class Loop:
         leader, free = run.runtime.rank == 0, run.config.schedule.kind == "free"
         began = self.step
         batches = run.source.train(epoch, began - first) if run.source is not None else None
-        stage.begin_epoch(began if self._start.drained and began == self._start.step else first, began)
+        stage.begin_epoch(self._start.late_since if first < began == self._start.step else first, began)
         step = began
         try:
             while stage.more_steps(epoch, step - first, end - first):
@@ -158,7 +164,7 @@ class Loop:
                     stage.catch_up(epoch, step - 1)
                     if stage.directive is Directive.STOP:
                         return Directive.STOP
-                    self._save(epoch, drained=False)
+                    self._save(epoch, stage.late_since)
             last = stage.directive
             stage.end_epoch(epoch, end)
         finally:
@@ -192,7 +198,7 @@ class Loop:
             return bool(settings.every_epochs or settings.every_steps or settings.every_minutes)
         return settings.every_epochs > 0 and epoch % settings.every_epochs == 0
 
-    def _save(self, epoch: int, drained: bool) -> None:
+    def _save(self, epoch: int, late_since: int) -> None:
         """Copy the state between two steps and leave the writing to the saver."""
         run, stage = self._run, self._run.stage
         if self._saved == (self.step, self._finished):
@@ -208,7 +214,7 @@ class Loop:
             position = Position(
                 self.step,
                 self._finished,
-                drained,
+                late_since,
                 stage.counters.images if inside else 0,
                 time.monotonic() - self._epoch_began if inside else 0.0,
             )
@@ -249,7 +255,7 @@ class Loop:
         run = self._run
         assert run.view is not None
         now = self._last_shown = time.monotonic()
-        self._record(self._posted, wait=False)
+        self._record(self._finished, wait=False)
         self._warn()
         images = (step - first) * run.facts.train_images / run.facts.train_batches
         run.view.progress(
@@ -282,9 +288,21 @@ class Loop:
                     learning_rate=learning_rate(run.config.optim, epoch, run.config.train.epochs),
                 )
                 self.records.append(record)
-                run.directory.append(record)
+                self._write(record)
                 if run.view is not None:
                     run.view.epoch(record)
+
+    def _write(self, record: EpochRecord) -> None:
+        """Add a line to metrics.jsonl; a full disk costs no run, and the line is made up for later."""
+        try:
+            if self._unwritten:
+                self._run.directory.begin_metrics(self.records)
+            else:
+                self._run.directory.append(record)
+            self._unwritten = False
+        except OSError as error:
+            self._unwritten = True
+            print(f"localpipe warning: metrics.jsonl was not written: {error}", file=sys.stderr, flush=True)
 
     def _warn(self) -> None:
         for note in self._run.saver.take_notes():

@@ -34,6 +34,7 @@ def module_state(module: LocalModule) -> State:
         NonFiniteError: the last update was done with gradients that were not finite.
     """
     module.confirm()
+    module.mend_buffers()
     state: State = {}
     for name, value in _networks(module):
         state[name] = _copy(value)

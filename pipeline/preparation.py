@@ -49,7 +49,10 @@ def open_source(
     """The data on rank 0, and what all ranks must know of it. Collective."""
     source: Source | None = None
     if runtime.rank == 0:
-        source = LoaderSource(data, config, numerics) if data is not None else ImageSource(config, numerics)
+        if data is not None:
+            source = LoaderSource(data, config, numerics, runtime.desk.progress)
+        else:
+            source = ImageSource(config, numerics)
     return source, runtime.broadcast(source.facts if source is not None else None)
 
 

@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import FOLDER, Checkpoint, newest_valid, open_checkpoint, remove_partial, step_folders
+from pipeline.checkpoint import (
+    FOLDER,
+    Checkpoint,
+    newest_valid,
+    open_checkpoint,
+    remove_partial,
+    set_aside,
+    step_folders,
+)
 from pipeline.config import Config
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.report import EpochRecord, ModuleRecord, StageRecord
@@ -42,13 +50,13 @@ class Position:
     Attributes:
         step: training steps done.
         finished_epochs: epochs that have been trained, tested and reported.
-        drained: no late work is open; it only ever is within an epoch of schedule `async`.
+        late_since: first step whose late work may be open, which only schedule `async` has; ``step`` where none is.
         images, wall_s: of the epoch at work so far.
     """
 
     step: int = 0
     finished_epochs: int = 0
-    drained: bool = True
+    late_since: int = 0
     images: int = 0
     wall_s: float = 0.0
 
@@ -73,8 +81,9 @@ def choose_start(resume: str, run_dir: Path, restarted: bool, config: Config) ->
 
     Raises:
         CheckpointError: ``resume`` is a path without a valid checkpoint; the run directory has checkpoints and none is
-            valid, or holds a finished run without any.
-        ConfigError: a key that may not change differs from the checkpoint's.
+            valid.
+        ConfigError: the run directory holds a finished run without checkpoints, or checkpoints that are not to be used;
+            a key that may not change differs from the checkpoint's.
     """
     checkpoints = run_dir / FOLDER
     warnings = [f"removed the unfinished checkpoint {name}" for name in remove_partial(checkpoints)]
@@ -83,22 +92,24 @@ def choose_start(resume: str, run_dir: Path, restarted: bool, config: Config) ->
         chosen, refused = newest_valid(checkpoints)
         if chosen is None and refused:
             raise CheckpointError(f"no checkpoint of this run is valid: {refused[0]}; or begin anew in a new --run-dir")
-        warnings += refused
+        for path in step_folders(checkpoints)[: len(refused)]:
+            set_aside(path)
+        warnings += [f"{reason}; set aside as *.invalid" for reason in refused]
+    elif step_folders(checkpoints):
+        raise ConfigError(
+            f"run directory '{run_dir}' already holds checkpoints; go on from the newest with --resume auto, or choose "
+            "another --run-dir"
+        )
     if chosen is None and resume not in ("auto", "none"):
-        chosen = open_checkpoint(Path(resume))
+        chosen = open_checkpoint(Path(resume).absolute())
     if chosen is None:
-        if resume == "auto" and (run_dir / SUMMARY).exists():
+        if resume == "auto" and not restarted and (run_dir / SUMMARY).exists():
             raise ConfigError(
                 f"run directory '{run_dir}' already holds a run ({SUMMARY}) without checkpoints; choose another with "
                 "--run-dir or delete it"
             )
         return Start(None, (), tuple(warnings))
     return Start(chosen.path, tuple(_changes(chosen, config)), tuple(warnings))
-
-
-def holds_checkpoints(run_dir: Path) -> bool:
-    """Whether there is a complete checkpoint, valid or not."""
-    return bool(step_folders(run_dir / FOLDER))
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
@@ -113,13 +124,23 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def check_fits(
-    checkpoint: Checkpoint, modules: list[list[str]], classes: int, image_shape: tuple[int, ...], train_batches: int
+    checkpoint: Checkpoint,
+    modules: list[list[str]],
+    classes: int,
+    image_shape: tuple[int, ...],
+    train_batches: int,
+    total_steps: int,
 ) -> None:
-    """Whether network and data are those of the checkpoint.
+    """Whether network and data are those of the checkpoint, and the run is not over before it.
 
     Raises:
-        CheckpointError: they are not.
+        CheckpointError: they are not, or it is.
     """
+    if checkpoint.step > total_steps:
+        raise CheckpointError(
+            f"checkpoint '{checkpoint.path}' is of step {checkpoint.step}, but train.epochs and train.max_steps end "
+            f"the run at step {total_steps}; train longer, or resume an earlier checkpoint"
+        )
     for name, there, here in (
         ("the blocks of the local modules", checkpoint.module_names, modules),
         ("classes", checkpoint.classes, classes),

@@ -117,10 +117,17 @@ class Runtime:
             predecessors have left, where the launcher serves it (torchrun). None for one process.
         control: gloo group of all ranks for metrics and objects (timeout = deadline), None for one process.
         desk: the FailureDesk. An exception that leaves the ``with`` block goes there and ends all ranks.
+
+    With ``graceful`` a signal only asks for a stop (see :meth:`FailureDesk.stop_gracefully`).
     """
 
     def __init__(
-        self, device: str = "auto", threads: int = 0, deadline_s: float = 60.0, run_dir: Path | None = None
+        self,
+        device: str = "auto",
+        threads: int = 0,
+        deadline_s: float = 60.0,
+        run_dir: Path | None = None,
+        graceful: bool = False,
     ) -> None:
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.rank = int(os.environ.get("RANK", "0"))
@@ -128,6 +135,7 @@ class Runtime:
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         self.deadline_s = deadline_s
         self.run_dir = run_dir
+        self._graceful = graceful
         self.store: dist.Store | None = None
         self.job_store: dist.Store | None = None
         self.control: dist.ProcessGroup | None = None
@@ -150,6 +158,8 @@ class Runtime:
                     store_host=self._store_host(),
                     deadline_s=self.deadline_s,
                 )
+            if self._graceful:
+                self.desk.stop_gracefully()
             self.device, self.backend = choose_device(
                 self._device_request, self.local_rank, self.local_world_size
             )
@@ -276,3 +286,4 @@ class Runtime:
                     f"rank {self.rank} has waited {self.deadline_s:g} s for rank {absent} to {verb}"
                 )
             time.sleep(0.02)
+        self.patience.end()

@@ -6,8 +6,9 @@
     threads      write modules, hash, tell the store:  saved/<s>/<rank>
     rank 0's     waits for all, writes the manifest, renames, removes old ones
 
-Nobody waits for anybody in the step loop. All ranks copy after the same step, so the copies belong together. A save
-that fails on one rank fails as a whole, says so, and leaves the older checkpoints as they are.
+In the step loop a rank waits at most for its own last save, where it saves faster than it can write. All ranks copy
+after the same step, so the copies belong together. A save that fails on one rank fails as a whole, says so, and leaves
+the older checkpoints as they are.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from pipeline.config import CheckpointConfig
 from pipeline.errors import DeadlineExceeded, LocalpipeError
 
 POLL_S = 0.02
+GRACE_S = 5.0
+"""By which the thread itself gives up earlier than the rank that waits for it: it can say what for."""
 
 
 class SaveFailed(LocalpipeError):
@@ -53,7 +56,7 @@ class Saver:
         store: shared by all ranks of this attempt, None for one process.
         checkpoints: the directory of all checkpoints of the run, on a file system that all ranks share.
         settings: how many stay.
-        deadline_s: longest wait of rank 0 for another rank's part, and of a rank for its own last save.
+        deadline_s: longest wait in which no file of a save is finished.
     """
 
     def __init__(
@@ -74,19 +77,20 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._notes: list[str] = []
         self._error: Exception | None = None
-        self.last_step: int | None = None  # of the newest checkpoint that this run has begun to write, or resumed from
+        self._moved = time.monotonic()  # when the thread has last finished something
+        self._step = 0
 
     def save(self, step: int, states: dict[int, dict[str, Tensor]], document: Document | None) -> None:
         """Begin to write ``states`` (by module; copies that nobody changes) as the checkpoint of ``step``.
 
-        ``document`` is given on rank 0. Waits until this rank's last save is done.
+        ``document`` is given on rank 0. Waits until this rank's last save is done; meanwhile there are two copies.
 
         Raises:
-            DeadlineExceeded: it is not done in time.
+            DeadlineExceeded: that save does not get on.
         """
         self.join()
         self._error = None
-        self.last_step = step
+        self._step, self._moved = step, time.monotonic()
         self._thread = threading.Thread(target=self._write, args=(step, states, document), name="saver", daemon=True)
         self._thread.start()
 
@@ -94,12 +98,14 @@ class Saver:
         """Wait until this rank's part (on rank 0: the whole checkpoint) is written or has failed."""
         if self._thread is None:
             return
-        self._thread.join(self._deadline_s)
-        if self._thread.is_alive():
-            raise DeadlineExceeded(
-                f"rank {self._rank} has waited {self._deadline_s:g} s for its checkpoint of step {self.last_step} to "
-                "be written; is the disk that slow? save less often (checkpoint.every_*) or raise runtime.deadline_s"
-            )
+        while self._thread.is_alive():
+            self._thread.join(1.0)
+            if self._thread.is_alive() and time.monotonic() - self._moved > self._deadline_s + GRACE_S:
+                raise DeadlineExceeded(
+                    f"rank {self._rank} has waited {self._deadline_s:g} s for a part of the checkpoint of step "
+                    f"{self._step}; is the disk that slow? save less often (checkpoint.every_*) or raise "
+                    "runtime.deadline_s"
+                )
         self._thread = None
 
     def error(self) -> str | None:
@@ -118,6 +124,7 @@ class Saver:
             files: Files = {}
             for index, state in states.items():
                 files |= checkpoint.write_module(checkpoint.partial_folder(self._checkpoints, step), index, state)
+                self._moved = time.monotonic()
             outcome = {"files": files}
         except BaseException as error:  # torch's CheckpointException is no Exception
             outcome = {"error": f"rank {self._rank}: {_cause(error)}"}
@@ -142,7 +149,7 @@ class Saver:
         files = {name: entry for part in outcomes for name, entry in part["files"].items()}
         manifest, history = document.contents()
         checkpoint.publish(self._checkpoints, step, files, manifest, document.config_toml, history)
-        checkpoint.remove_old(self._checkpoints, self._settings.keep, self._settings.keep_best)
+        checkpoint.remove_old(self._checkpoints, step, self._settings.keep, self._settings.keep_best)
 
     def _collect(self, step: int) -> list[dict[str, Any]]:
         """The outcomes of the other ranks."""
@@ -150,12 +157,17 @@ class Saver:
         if not keys:
             return []
         assert self._store is not None
-        end = time.monotonic() + self._deadline_s
-        while not self._store.check(keys):  # store.wait would block in C++, and print warnings when it times out
-            if time.monotonic() > end:
-                late = [key.rpartition("/")[2] for key in keys if not self._store.check([key])]
+        missing = keys
+        while missing:  # store.wait would block in C++, and print warnings when it times out
+            there = [key for key in missing if self._store.check([key])]
+            if there:
+                self._moved = time.monotonic()
+                missing = [key for key in missing if key not in there]
+            elif time.monotonic() - self._moved > self._deadline_s:
+                late = [key.rpartition("/")[2] for key in missing]
                 raise SaveFailed(f"rank {', '.join(late)} did not save its part within {self._deadline_s:g} s")
-            time.sleep(POLL_S)
+            else:
+                time.sleep(POLL_S)
         texts = [json.loads(text) for text in self._store.multi_get(keys)]
         for key in keys:
             self._store.delete_key(key)

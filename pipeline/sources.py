@@ -5,7 +5,6 @@ Only the process that owns the first local module reads images; the others learn
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pipeline.config import Config
 from pipeline.data import ImageStream, open_data
 from pipeline.errors import ConfigError
 from pipeline.numerics import Numerics, stable_hash
-from pipeline.stage import Batch
+from pipeline.stage import Batch, Progress
 
 CIFAR_MEAN = (0.4914, 0.4824, 0.4467)
 CIFAR_STD = (0.2471, 0.2435, 0.2616)
@@ -144,14 +143,17 @@ class LoaderData:
 
 
 class LoaderSource:
-    """Feeds the first stage from :class:`LoaderData`.
+    """Feeds the first stage from :class:`LoaderData`; ``progress`` is told of batches that are only read past.
 
     Raises:
         ConfigError: a loader without a length, or an empty one.
     """
 
-    def __init__(self, data: LoaderData, config: Config, numerics: Numerics) -> None:
+    def __init__(
+        self, data: LoaderData, config: Config, numerics: Numerics, progress: Progress | None = None
+    ) -> None:
         self._data = data
+        self._progress = progress
         self._seed = config.train.seed
         self._limit = config.data.batch_size
         self._parts = config.schedule.micro_batches
@@ -179,11 +181,11 @@ class LoaderSource:
         set_epoch = getattr(getattr(self._data.train, "sampler", None), "set_epoch", None)
         if callable(set_epoch):
             set_epoch(epoch)
-        seed = stable_hash(self._seed, "loader", epoch)
-        torch.manual_seed(seed)
-        numpy.random.seed(seed % 2**32)
-        random.seed(seed)
-        for image, labels in itertools.islice(self._data.train, start, None):
+        for number, (image, labels) in enumerate(self._drawn(epoch)):
+            if number < start:
+                if self._progress is not None:
+                    self._progress(epoch, number, "reading past batches that are trained already")
+                continue
             if len(labels) > self._limit:
                 raise ConfigError(
                     f"the train loader gave {len(labels)} images, data.batch_size is {self._limit}; make them equal"
@@ -194,6 +196,24 @@ class LoaderSource:
                     "need two each; drop the short batch (drop_last=True)"
                 )
             yield self._batch(image, labels)
+
+    def _drawn(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The training loader with random numbers of its own: modules of this process seed torch's in every step."""
+        seed = stable_hash(self._seed, "loader", epoch)
+        numpy.random.seed(seed % 2**32)
+        random.seed(seed)
+        state = torch.Generator().manual_seed(seed).get_state()
+        batches: Iterator[tuple[Tensor, Tensor]] | None = None
+        while True:
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(state)
+                if batches is None:
+                    batches = iter(self._data.train)
+                batch = next(batches, None)
+                state = torch.get_rng_state()
+            if batch is None:
+                return
+            yield batch
 
     def test(self) -> Iterator[Batch]:
         """The test loader, cut into micro-batches."""

@@ -125,6 +125,11 @@ class Stage:
         self.current: Action | None = None
         self.counters = Counters()
 
+    @property
+    def late_since(self) -> int:
+        """The first step whose late work may be open."""
+        return self._first_step
+
     # --- training -----------------------------------------------------------------------------------------------------
 
     def begin_epoch(self, first_step: int, resumed_at: int | None = None) -> None:

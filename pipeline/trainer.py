@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import Tensor, nn
 
@@ -23,7 +23,8 @@ from pipeline.config import Config, to_toml, validate
 from pipeline.connect import agree, agree_on_config
 from pipeline.errors import LocalpipeError
 from pipeline.free_stage import FreeStage
-from pipeline.loop import BUSY, Loop, Run
+from pipeline.local_module import LocalModule
+from pipeline.loop import BUSY, Loop, Run, total_steps
 from pipeline.memory_error import explain_out_of_memory
 from pipeline.module_state import restore_module
 from pipeline.placement import placed_plan, write_plan
@@ -40,7 +41,7 @@ from pipeline.resume import Position, Start
 from pipeline.runtime import Runtime
 from pipeline.saver import SaveFailed, Saver
 from pipeline.schedule import Action
-from pipeline.sources import Facts, LoaderData
+from pipeline.sources import Facts, LoaderData, Source
 from pipeline.stage import Stage
 from pipeline.telemetry import Telemetry
 from pipeline.version import code_version
@@ -86,7 +87,7 @@ def train(
     SIGTERM or SIGINT on any rank stops all ranks after the same step, with a checkpoint; a second SIGINT at once.
     """
     settings = config.runtime
-    with Runtime(settings.device, settings.threads, settings.deadline_s) as runtime:
+    with Runtime(settings.device, settings.threads, settings.deadline_s, graceful=True) as runtime:
         trainer = _Trainer(config, runtime, network, data, quiet, before_action, trace, draw)
         return trainer.run(Path(run_dir) if run_dir is not None else None, resume)
 
@@ -114,11 +115,13 @@ class _Trainer:
         self.trace = trace
         self.draw = draw
         self.leader = runtime.rank == 0
+        self._lock: IO[str] | None = None
+        self.modules: list[LocalModule] = []
+        self.stage: Stage | None = None
 
     def run(self, run_dir: Path | None, resume_from: str) -> dict[str, Any]:
         """Everything, in order; the cheap refusals first."""
         runtime, config = self.runtime, self.config
-        runtime.desk.stop_gracefully()
         self.numerics = refuse_early(config, self.network, runtime)
         self._agree()
         start = self._begin(run_dir, resume_from)
@@ -131,20 +134,20 @@ class _Trainer:
             write_plan(self.plan, self.directory.path / "plan.json")
         runtime.desk.describe(self.plan.stage_label(runtime.rank))
         runtime.desk.progress(-1, -1, "building the local modules")
-        self.modules = build_modules(
-            self.plan, runtime.rank, blocks, self.numerics, fresh=self.network is None
-        )
-        del blocks  # the other stages' blocks
-        saved = self._open(start, facts)
-        self.stage = self._make_stage()
-        position, records = self._restore(saved)
         self.view = open_view(quiet=self.quiet) if self.leader else None
         if self.view is not None:
             runtime.desk.before_exit = self.view.close  # a live view hides the cursor
         try:
+            self.modules = build_modules(
+                self.plan, runtime.rank, blocks, self.numerics, fresh=self.network is None
+            )
+            del blocks  # the other stages' blocks
+            saved = self._open(start, facts)
+            self.stage = self._make_stage()
+            position, records = self._restore(saved)
             self._start_view(start, position, facts)
-            self.loop = self._make_loop(source, facts, position, records)
-            return self._train(position, facts)
+            self.loop = self._make_loop(start, source, facts, position, records)
+            return self._train(start, facts)
         except (LocalpipeError, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -153,13 +156,15 @@ class _Trainer:
         finally:
             if self.view is not None:
                 self.view.close()
+            if self._lock is not None:
+                self._lock.close()
 
-    def _train(self, position: Position, facts: Facts) -> dict[str, Any]:
+    def _train(self, start: Start, facts: Facts) -> dict[str, Any]:
         runtime = self.runtime
         asked = self._asked_to_stop()
         if asked is not None:
             self.stage.edges.close()
-            return self._stopped(asked, None)
+            return self._stopped(asked, start.checkpoint)
         outcome = self.loop.run()
         problem = self.loop.finish()
         self.stage.edges.close()
@@ -196,9 +201,10 @@ class _Trainer:
             name = f"{config.model.name}-{config.data.name}"
             going_on = known is not None or resume_from == "auto"
             directory = RunDirectory.create(run_dir, name, going_on)
+            self._lock = directory.lock()
             path = str(directory.path.absolute())
             _remember(runtime.job_store, path)
-            start = resume.choose_start(resume_from, directory.path, known is not None, config)
+            start = resume.choose_start(resume_from, directory.path.absolute(), known is not None, config)
             directory.write_config(to_toml(config))
         start, path = runtime.broadcast((start, path))
         runtime.desk.run_dir = Path(path)
@@ -212,7 +218,8 @@ class _Trainer:
             return None
         saved = checkpoint.opened(start.checkpoint)
         names = [list(names) for names in self.plan.partition.modules]
-        resume.check_fits(saved, names, self.plan.task.classes, self.plan.task.image_shape, facts.train_batches)
+        task, total = self.plan.task, total_steps(self.config, facts)
+        resume.check_fits(saved, names, task.classes, task.image_shape, facts.train_batches, total)
         return saved
 
     def _make_stage(self) -> Stage:
@@ -237,8 +244,6 @@ class _Trainer:
 
     def _restore(self, saved: Checkpoint | None) -> tuple[Position, list[EpochRecord]]:
         if saved is None:
-            if self.leader:
-                self.directory.begin_metrics([])
             return Position(), []
         for module in self.modules:
             state = saved.module_state(module.plan.index)
@@ -246,11 +251,7 @@ class _Trainer:
             if BUSY in state:
                 self.stage.counters.busy_s[module.plan.index] = float(state[BUSY])
         self.stage.restored()
-        position = Position.of(saved)
-        records = resume.records_of(saved)
-        if self.leader:
-            self.directory.begin_metrics(records)
-        return position, records
+        return Position.of(saved), resume.records_of(saved)
 
     def _start_view(self, start: Start, position: Position, facts: Facts) -> None:
         devices = self.runtime.gather(str(self.runtime.device))
@@ -277,7 +278,7 @@ class _Trainer:
         )
 
     def _make_loop(
-        self, source: Any, facts: Facts, position: Position, records: list[EpochRecord]
+        self, start: Start, source: Source | None, facts: Facts, position: Position, records: list[EpochRecord]
     ) -> Loop:
         runtime, config = self.runtime, self.config
         folder = self.directory.path / checkpoint.FOLDER
@@ -299,7 +300,10 @@ class _Trainer:
             view=self.view,
             custom_network=self.network is not None,
         )
-        return Loop(run, position, records)
+        loop = Loop(run, position, records, saved=start.checkpoint is not None and start.checkpoint.parent == folder)
+        if self.leader:
+            self.directory.begin_metrics(loop.records)
+        return loop
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -315,8 +319,8 @@ class _Trainer:
             self.view.close()
             what = "nothing was trained" if folder is None else f"saved in {folder}"
             print(
-                f"localpipe: stopped by {reason} after step {step}; {what}; the same command with --run-dir "
-                f"{self.directory.path} goes on from there",
+                f"localpipe: stopped by {reason} after step {step}; {what}; goes on with --resume auto --run-dir "
+                f"{self.directory.path}",
                 flush=True,
             )
         return {
@@ -361,7 +365,7 @@ class _Trainer:
         }
 
     def _module_at_work(self) -> str | None:
-        action = self.stage.current
+        action = self.stage.current if self.stage is not None else None
         if action is None:
             return None
         return f"module {action.module} ({self.plan.partition.label(action.module)})"

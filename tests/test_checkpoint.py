@@ -18,6 +18,7 @@ from pipeline.checkpoint import (
     publish,
     remove_old,
     remove_partial,
+    set_aside,
     step_folder,
     step_folders,
     write_module,
@@ -140,7 +141,28 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     for step, error in ((1, 9.0), (2, 3.0), (3, 3.0), (4, None), (5, 8.0)):
         saved(tmp_path, step, error)
     (tmp_path / "step-00000000").mkdir()  # of somebody else: no manifest
-    remove_old(tmp_path, keep=2, keep_best=True)
+    remove_old(tmp_path, 5, keep=2, keep_best=True)
     assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [5, 4, 2, 0]
-    remove_old(tmp_path, keep=1, keep_best=False)
+    remove_old(tmp_path, 5, keep=1, keep_best=False)
     assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [5, 0]
+
+
+def test_what_was_just_saved_stays_whatever_else_is_there(tmp_path: Path) -> None:
+    for step in (10, 20, 15):
+        saved(tmp_path, step)
+    remove_old(tmp_path, 15, keep=1, keep_best=False)
+    assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [15]
+
+
+def test_a_checkpoint_that_was_about_to_be_replaced_comes_back(tmp_path: Path) -> None:
+    """Killed between the two renames."""
+    path = saved(tmp_path, 5)
+    path.rename(tmp_path / ".step-00000005.replaced")
+    write_module(partial_folder(tmp_path, 5), 0, STATES[0])
+    assert remove_partial(tmp_path) == [".step-00000005.partial"]
+    assert open_checkpoint(path).step == 5
+
+
+def test_one_that_is_not_valid_can_be_set_aside(tmp_path: Path) -> None:
+    set_aside(saved(tmp_path, 9))
+    assert step_folders(tmp_path) == [] and (tmp_path / "step-00000009.invalid").is_dir()

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from helpers_spawn import run_ranks
 from test_placement import Batches, network
-from tiny import tiny_config
+from tiny import tiny_blocks, tiny_config
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
-from pipeline import LoaderData, train
+from pipeline import LoaderData, read_metrics, train
 from pipeline.checkpoint import FOLDER, open_checkpoint, step_folders
 from pipeline.config import Config, from_dict, load_config, validate
 from pipeline.errors import ConfigError
@@ -99,6 +102,73 @@ def test_a_finished_run_goes_on_when_it_may_train_longer(tmp_path: Path) -> None
     assert open_checkpoint(tmp_path / "run").step == 10
 
 
+def test_a_run_that_max_steps_has_ended_goes_on_within_its_epoch(tmp_path: Path) -> None:
+    """Its late work was done at its end, so none is open; the epoch's line in metrics.jsonl is replaced."""
+    late = {"kind": "async", "delay": 2}
+    data = LoaderData(Batches(), Batches())
+    for steps in (7, 8, 10):  # an epoch has five; the second resume comes within the lag of the first
+        config = tiny_config("dgl", "hpff", 2, 4, schedule=late, train={"epochs": 2, "max_steps": steps})
+        summary = train(config, network=network(), data=data, run_dir=tmp_path, quiet=True)
+        assert summary["steps"] == steps
+        assert [line["epoch"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    shorter = tiny_config("dgl", "hpff", 2, 4, schedule=late, train={"epochs": 2, "max_steps": 6})
+    with pytest.raises(SystemExit):
+        train(shorter, network=network(), data=data, run_dir=tmp_path, quiet=True)
+
+
+def test_a_stop_in_the_last_step_leaves_no_late_work(tmp_path: Path) -> None:
+    """From a checkpoint within an epoch, with late work open, to a run that ends right there."""
+    late = {"kind": "async", "delay": 2}
+    data = LoaderData(Batches(), Batches())
+
+    def config(**more: Any) -> Config:
+        return tiny_config("dgl", "hpff", 2, 4, schedule=late, **more)
+
+    train(
+        config(train={"epochs": 1}, checkpoint={"every_steps": 3, "keep": 9}),
+        network=network(), data=data, run_dir=tmp_path / "long", quiet=True,
+    )  # fmt: skip
+    three = config(train={"epochs": 1, "max_steps": 3})
+    straight = train(three, network=network(), data=data, run_dir=tmp_path / "straight", quiet=True)
+    resumed = train(
+        three, network=network(), data=data, run_dir=tmp_path / "resumed", quiet=True,
+        resume=str(tmp_path / "long" / FOLDER / "step-00000003"),
+    )  # fmt: skip
+    assert resumed["weights_sha256"] == straight["weights_sha256"]
+    assert open_checkpoint(tmp_path / "resumed").step == 3  # it has one of its own
+
+
+class Dropped(Dataset):
+    """Images with random noise of the moment."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return torch.randn(3, 8, 8), index % 4
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_random_transforms_of_a_loader_are_those_of_the_undisturbed_run(tmp_path: Path, workers: int) -> None:
+    """A module with Dropout draws from the same random numbers, in the same process."""
+
+    def run(folder: str, resume: str, **more: Any) -> dict[str, Any]:
+        loader = DataLoader(Dropped(), batch_size=8, shuffle=True, num_workers=workers)
+        blocks = tiny_blocks()
+        blocks["a"] = nn.Sequential(blocks["a"], nn.Dropout(0.3))
+        torch.manual_seed(7)
+        config = tiny_config("dgl", "hpff", 2, 4, train={"epochs": 2}, checkpoint={"every_steps": 4, "keep": 9})
+        data = LoaderData(loader, loader)
+        return train(config, network=nn.Sequential(blocks), data=data, run_dir=tmp_path / folder, resume=resume,
+                     quiet=True)
+
+    torch.manual_seed(7)
+    first = run("first", "auto")
+    torch.manual_seed(99)
+    again = run("again", str(tmp_path / "first" / FOLDER / "step-00000004"))
+    assert again["weights_sha256"] == first["weights_sha256"]
+
+
 def changed(config: Config, section: str, **entries: Any) -> Config:
     import dataclasses
 
@@ -134,7 +204,11 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
     (tmp_path / "summary.json").touch()
     with pytest.raises(ConfigError, match="without checkpoints"):
         choose_start("auto", tmp_path, False, config)
+    assert choose_start("auto", tmp_path, True, config).checkpoint is None  # a restart begins anew
     (tmp_path / FOLDER / "step-00000003").mkdir(parents=True)
     with pytest.raises(ConfigError, match="no checkpoint of this run is valid.*manifest"):
         choose_start("auto", tmp_path, False, config)
+    for resume in ("none", str(tmp_path)):
+        with pytest.raises(ConfigError, match="already holds checkpoints.*--resume auto"):
+            choose_start(resume, tmp_path, False, config)
     assert validate(from_dict({})).checkpoint.keep == 2

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers_spawn import RankResult, free_port, run_ranks
+from helpers_spawn import RankResult, run_ranks
 
 from pipeline import runtime as runtime_module
 from pipeline.connect import EdgeSpecs, connect
@@ -75,7 +75,6 @@ def job(mode: str, run_dir: str) -> None:
                 )
                 edges.gradient_in.take(MessageKind.GRADIENT, 0, step, 0).release()
         edges.close()
-        print(f"rank {rank} has finished", flush=True)
 
 
 def happen(mode: str, runtime: Runtime) -> None:
@@ -87,8 +86,6 @@ def happen(mode: str, runtime: Runtime) -> None:
             runtime.store.wait(["never"])
         time.sleep(0.5)
     if runtime.rank not in VICTIMS.get(mode, (2,)):
-        return
-    if mode == "restart" and runtime.job_store.add("attempts", 1) > 1:
         return
     if mode in DEADLINES_S:
         time.sleep(DEADLINES_S[mode] / 2)  # the others have heard who this is
@@ -122,49 +119,36 @@ def alive(pid: int) -> bool:
 # -- under torchrun ------------------------------------------------------------------------------------------
 
 
-def agent(mode: str, run_dir: Path, *options: str) -> subprocess.Popen[str]:
-    """A running torchrun."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--monitor-interval=0.1", *options, __file__, mode, str(run_dir)
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
-    )
-
-
 @dataclass
 class Ended:
-    """How one torchrun or several ended. ``lines``: ours on stderr; ``seconds`` from the trouble to the end."""
+    """How torchrun ended. ``lines``: ours on stderr; ``seconds`` from the trouble to the end."""
 
-    codes: list[int]
+    code: int
     lines: list[str]
-    output: str
     seconds: float
 
 
-def outcome(*agents: subprocess.Popen[str], attempts: int = 1) -> Ended:
-    """Wait for the end of a job; every rank has started ``attempts`` times, and none may survive."""
+def torchrun(mode: str, run_dir: Path) -> Ended:
+    """A job under torchrun; waits for its end, which none of its processes may survive."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--monitor-interval=0.1", "--standalone",
+        f"--nproc_per_node={WORLD}", __file__, mode, str(run_dir),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
+    agent = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
     try:
-        texts = [agent.communicate(timeout=90) for agent in agents]
+        output, errors = agent.communicate(timeout=90)
     finally:
-        for agent in agents:
-            agent.kill()
+        agent.kill()
     ended = time.time()
-    output, errors = "".join(text[0] for text in texts), "".join(text[1] for text in texts)
     pids = [int(pid) for pid in re.findall(r"pid (\d+) rank", output)]
-    assert len(pids) == WORLD * attempts, errors
+    assert len(pids) == WORLD, errors
     assert not [pid for pid in pids if alive(pid)]
     trouble = re.search(r"trouble ([\d.]+)", output)
     lines = [line for line in errors.splitlines() if "localpipe:" in line]
-    return Ended([agent.returncode for agent in agents], lines, output, ended - float(trouble[1]))
-
-
-def torchrun(mode: str, run_dir: Path, *options: str, attempts: int = 1) -> Ended:
-    """A job under one torchrun."""
-    return outcome(
-        agent(mode, run_dir, "--standalone", f"--nproc_per_node={WORLD}", *options), attempts=attempts
-    )
+    return Ended(agent.returncode, lines, ended - float(trouble[1]))
 
 
 def test_torchrun_a_rank_raises(tmp_path: Path) -> None:
@@ -173,7 +157,7 @@ def test_torchrun_a_rank_raises(tmp_path: Path) -> None:
     expected = "localpipe: rank 2, module 2 (layer3.0-layer3.4), epoch 0 step 5: ValueError: boom second line"
     assert ended.lines == [f"{expected} (traceback: {path})"]
     assert 'raise ValueError("boom' in path.read_text()
-    assert ended.codes != [0] and ended.seconds < DEADLINE_S
+    assert ended.code != 0 and ended.seconds < DEADLINE_S
 
 
 @pytest.mark.parametrize("mode", ["kill", "collective"])
@@ -184,32 +168,8 @@ def test_torchrun_a_rank_is_killed(tmp_path: Path, mode: str) -> None:
     assert ended.lines[0].startswith(
         "localpipe: rank 2 (modules 2-2 (block2)) died without a message (killed? out of memory?); rank "
     )
-    assert ended.codes != [0] and ended.seconds < DEADLINE_S
+    assert ended.code != 0 and ended.seconds < DEADLINE_S
     assert "in a C++ wait (epoch 0 step 5)" in ended.lines[0] or mode == "kill"
-
-
-@pytest.mark.slow
-def test_torchrun_restarts_the_workers(tmp_path: Path) -> None:
-    """The store of the launcher still holds what the dead have left; gloo must not find it."""
-    ended = torchrun("restart", tmp_path, "--max-restarts=2", attempts=2)
-    assert ended.codes == [0]
-    assert len(ended.lines) == 1 and "rank 2 (modules 2-2 (block2)) died without a message" in ended.lines[0]
-    assert sorted(re.findall(r"rank (\d) has finished", ended.output)) == ["0", "1", "2"]
-
-
-@pytest.mark.slow
-def test_torchrun_restarts_the_workers_of_two_nodes(tmp_path: Path) -> None:
-    """Two launchers, one with two ranks. Rank 2 is on the second node, whichever of them that is."""
-    meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--max-restarts=2"]
-    host = [[*meet, f"--rdzv-conf=is_host={int(first)}", "--local-addr=127.0.0.1"] for first in (True, False)]
-    agents = [
-        agent("restart", tmp_path, *options, f"--nproc-per-node={ranks}")
-        for ranks, options in zip((1, 2), host, strict=True)
-    ]
-    ended = outcome(*agents, attempts=2)
-    assert ended.codes == [0, 0]
-    assert len(ended.lines) == 1 and "rank 2 (modules 2-2 (block2)) died without a message" in ended.lines[0]
-    assert sorted(re.findall(r"rank (\d) has finished", ended.output)) == ["0", "1", "2"]
 
 
 # -- without a launcher --------------------------------------------------------------------------------------

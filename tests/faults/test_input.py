@@ -98,6 +98,8 @@ def test_a_short_last_batch_is_trained_on(tmp_path: Path, data: Path) -> None:
         (3, "train.epochs=1", ["3 processes for 2 local modules"]),
         (2, "runtime.device=cuda", ["runtime.device = 'cuda'", "GPUs"]),
         (2, "model.modules=40", ["model.modules = 40"]),
+        (2, "method.name=infopro patches.grid=99", ["patches.grid = 99", "use at most"]),
+        (2, "data.name=cifar10", ["data.root", "cifar10"]),
     ],
 )
 def test_a_job_that_cannot_be_placed_is_refused(
@@ -105,6 +107,6 @@ def test_a_job_that_cannot_be_placed_is_refused(
 ) -> None:
     if assignment == "runtime.device=cuda" and torch.cuda.device_count() >= ranks:
         pytest.skip("there are enough GPUs")
-    results = run(tmp_path, ranks, assignment)
+    results = run(tmp_path, ranks, *assignment.split())
     assert all(result.exit_code != 0 for result in results)
     assert all(word in line_of(results) for word in words)

@@ -30,12 +30,11 @@ def test_ten_random_kills_change_nothing(tmp_path: Path, undisturbed: dict[str, 
 
 @pytest.mark.slow
 def test_kills_on_two_nodes(tmp_path: Path, undisturbed: dict[str, str]) -> None:
-    """Two torchrun agents that meet at a port of the loopback device; a rank of the second one dies, then one of the
-    first. The restart counts of the agents differ then."""
+    """Two torchrun agents that meet at a port of the loopback device; a rank of one of them dies. The restart counts of
+    the agents differ then."""
     from helpers_spawn import free_port
 
-    faults = [{"rank": 2, "step": 9, "do": "kill"}, {"rank": 0, "step": 23, "do": "kill"}]
-    write_job(tmp_path, faults)
+    write_job(tmp_path, [{"rank": 2, "step": 9, "do": "kill"}])
     common = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-id=job"]
     common += ["--max-restarts=4", "--monitor-interval=0.1", "--local-addr=127.0.0.1"]
     nodes = []
@@ -44,7 +43,7 @@ def test_kills_on_two_nodes(tmp_path: Path, undisturbed: dict[str, str]) -> None
         nodes.append(start([*command, *common, f"--rdzv-conf=is_host={int(node == 0)}", str(JOB), str(tmp_path)]))
     ended = [finish(node, tmp_path) for node in nodes]
     assert [end.code for end in ended] == [0, 0], [end.output for end in ended]
-    assert ended[0].attempts() == 3
+    assert ended[0].attempts() == 2
     assert ended[0].result["weights_sha256"] == undisturbed["exact"]
     assert ended[0].alive() == []
 

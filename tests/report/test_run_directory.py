@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -48,6 +49,21 @@ def test_an_unwritable_place_is_one_line(tmp_path, monkeypatch):
         with pytest.raises(ConfigError, match="'runs.*cannot be written .*--run-dir") as caught:
             RunDirectory.create(path, "name")
         assert "\n" not in str(caught.value)
+
+
+def test_a_directory_in_use_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.report.run_directory.LOCK_S", 0.2)
+    code = "import sys; from pathlib import Path; from pipeline.report import RunDirectory;"
+    code += "held = RunDirectory(Path(sys.argv[1])).lock(); print('held', flush=True); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match="in use by another job"):
+            RunDirectory(tmp_path).lock()
+        other.communicate("\n")
+    RunDirectory(tmp_path).lock().close()
 
 
 def test_metrics_round_trip_with_nan_as_null(tmp_path, sample_run):

@@ -1,0 +1,50 @@
+"""A rank that dies, raises or hangs in the middle of a step: everything ends, with one line that names it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from harness import line_of, run_forked
+
+ENDS_WITHIN_S = 15.0
+"""Of a failure, wherever tests run; a job that waits for a deadline takes longer."""
+
+
+@pytest.mark.parametrize(
+    ("do", "rank", "words"),
+    [
+        ("raises", 1, ["rank 1", "module 1", "step 3", "ValueError: boom in the middle of a step"]),
+        ("raises", 0, ["rank 0", "module 0", "step 3", "ValueError"]),
+        ("kill", 1, ["rank 1", "module 1", "died without a message"]),
+        ("kill", 2, ["rank 2", "modules 2-3", "died without a message"]),
+    ],
+)
+def test_all_processes_end_with_one_message(tmp_path: Path, do: str, rank: int, words: list[str]) -> None:
+    results = run_forked(tmp_path, [{"rank": rank, "step": 3, "do": do}], settings={"runtime": {"deadline_s": 60.0}})
+    assert all(result.exit_code != 0 for result in results)
+    line = line_of(results)
+    for word in words:
+        assert word in line
+    assert time.time() - float((tmp_path / "fault-0").read_text()) < ENDS_WITHIN_S
+    if do == "raises":
+        traceback = (tmp_path / "run" / f"failure-rank{rank}.txt").read_text()
+        assert "before_action" not in line and "boom" in traceback
+
+
+def test_a_hung_rank_is_named_with_who_waits_for_it(tmp_path: Path) -> None:
+    fault = {"rank": 1, "step": 8, "do": "stop"}  # about a second after the start: it has been heard of
+    results = run_forked(tmp_path, [fault], settings={"runtime": {"deadline_s": 3.0}}, pause_s=0.03)
+    assert all(result.exit_code != 0 for result in results)
+    line = line_of(results)
+    assert "rank 1" in line and "module 1" in line and "not been heard of for" in line
+    assert "waits for" in line and "since" in line
+
+
+def test_a_slow_rank_is_no_error(tmp_path: Path, undisturbed: dict[str, str]) -> None:
+    """Its steps are shorter than the deadline, the wait of a rank before it in all is not."""
+    faults = [{"rank": 2, "step": step, "do": "doze"} for step in (3, 4, 5)]
+    results = run_forked(tmp_path, faults, settings={"runtime": {"deadline_s": 3.0, "queue_depth": 1}})
+    assert [result.exit_code for result in results] == [0, 0, 0], [result.stderr for result in results]
+    assert results[0].value["weights_sha256"] == undisturbed["exact"]
