@@ -81,7 +81,7 @@ def long_runs(rank: int, folder: str, steps: int) -> dict[str, tuple[int, int, i
 
         span = 1 if name == "free" else 2
         train(
-            tiny_config("greedy", "plain", span, 5, schedule=schedule, train={"epochs": 1}),
+            tiny_config("greedy", "plain", span, 5, schedule=schedule, train={"epochs": 1}, optim={"lr": 1e-3}),
             network=network(),
             data=LoaderData(Noise(steps), Noise(1)),
             run_dir=Path(folder) / name,

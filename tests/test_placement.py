@@ -78,7 +78,9 @@ def config_of(case: Case) -> Any:
     method, variant, span, micro_batches, name = case
     kind, _, delay = name.partition("-")
     schedule = {"micro_batches": micro_batches, "kind": kind, "delay": int(delay or 1)}
-    return tiny_config(method, variant, span, MODULES, schedule=schedule, train={"epochs": 2 if case in LATE else 1})
+    train = {"epochs": 2 if case in LATE else 1}
+    checkpoint = {"every_epochs": 0}
+    return tiny_config(method, variant, span, MODULES, schedule=schedule, train=train, checkpoint=checkpoint)
 
 
 def train_all(rank: int, cases: list[Case], folder: str) -> list[str]:

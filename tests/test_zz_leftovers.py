@@ -23,8 +23,9 @@ from leftovers import (
     shared_memory,
 )
 
-NOT_OURS = ("torchelastic_", "pymp-")
-"""Of torchrun, which leaves it when a signal has ended it, and of multiprocessing, until this process ends."""
+NOT_OURS = ("torchelastic_", "torchinductor_", "pymp-")
+"""Of torchrun, which leaves it when a signal has ended it; torch.compile's cache; multiprocessing's own, until this
+process ends."""
 
 
 def within(seconds: float, nothing: Callable[[], list[str]]) -> list[str]:
