@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -151,6 +152,12 @@ class Faults:
 
     def free_disk(self) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    def make_read_only(self) -> None:
+        """Let the directory of the checkpoints be one that may only be read, even by root."""
+        folder = str(self._folder / "run" / "checkpoints")
+        subprocess.run(["mount", "--bind", folder, folder], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
 
     def poison(self) -> None:
         """A weight becomes NaN, so the next loss does."""

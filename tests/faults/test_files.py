@@ -61,6 +61,21 @@ def test_a_file_system_without_space_keeps_what_it_has(small_disk: Path) -> None
         open_checkpoint(path)
 
 
+@pytest.mark.usefixtures("small_disk")  # without root it skips
+def test_a_directory_that_becomes_read_only_keeps_what_it_has(tmp_path: Path) -> None:
+    """Training goes on to its end without saving; that its last checkpoint is missing fails the job."""
+    try:
+        results = run_forked(tmp_path, [{"rank": 1, "step": 12, "do": "make_read_only"}])
+        assert all(result.exit_code != 0 for result in results)
+        assert "the run is complete" in line_of(results) and "Read-only file system" in line_of(results)
+        assert "localpipe warning: the checkpoint of step 20 was not saved" in results[0].stderr
+        assert steps_of(tmp_path)
+        for path in step_folders(tmp_path / "run" / "checkpoints"):
+            open_checkpoint(path)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path / "run" / "checkpoints")], check=True)
+
+
 def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     results = run_forked(tmp_path, [], ranks=2)
