@@ -252,12 +252,12 @@ def main() -> None:
     parser.add_argument("--steps", type=at_least(1), default=1, help="measured steps of one round")
     parser.add_argument("--batch", type=at_least(2), default=128, help="images of a step")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of BP and of the methods")
-    parser.add_argument("--quick", action="store_true", help="one round at batch 16: less than a minute")
+    parser.add_argument("--quick", action="store_true", help="one round at batch 4: less than a minute")
     parser.add_argument("--recipes", action="store_true", help="measure every recipe instead")
     output_options(parser)
     options = parser.parse_args()
     check_targets(json=options.json, output=options.output)
-    rounds, batch = (1, 16) if options.quick else (options.rounds, options.batch)
+    rounds, batch = (1, 4) if options.quick else (options.rounds, options.batch)
     settings = {"rounds": rounds, "steps": options.steps, "batch": batch, "precision": options.precision}
     with tempfile.TemporaryDirectory() as pictures:
         if options.recipes:

@@ -65,11 +65,11 @@ def network() -> nn.Sequential:
 
 
 def dawdle(rank: int) -> Any:
-    """Sleep a random 0 to 4 ms before every action: another interleaving in every run."""
+    """Sleep a random 0 to 2 ms before every action: another interleaving in every run."""
     generator = random.Random(time.time_ns() + rank)
 
     def before_action(step: int, action: Action) -> None:
-        time.sleep(generator.random() * 0.004)
+        time.sleep(generator.random() * 0.002)
 
     return before_action
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,11 +100,19 @@ def damage(folder: Path, how: str) -> None:
         manifest.write_text('{"format": 99, "files": {}}' if how == "newer format" else '{"some": "thing"}')
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A job that was killed shortly before its end."""
+    folder = tmp_path_factory.mktemp("killed")
+    run_forked(folder, [{"rank": 1, "step": 33, "do": "kill"}], ranks=2, settings={"checkpoint": {"keep": 99}})
+    return folder
+
+
 @pytest.mark.parametrize("how", ["missing shard", "truncated", "flipped bit", "newer format", "foreign"])
 def test_a_damaged_checkpoint_is_passed_over_or_refused_by_name(
-    tmp_path: Path, undisturbed: dict[str, str], how: str
+    tmp_path: Path, killed: Path, undisturbed: dict[str, str], how: str
 ) -> None:
-    run_forked(tmp_path, [{"rank": 1, "step": 33, "do": "kill"}], ranks=2, settings={"checkpoint": {"keep": 99}})
+    shutil.copytree(killed / "run", tmp_path / "run")
     newest = step_folders(tmp_path / "run" / "checkpoints")[0]
     damage(tmp_path, how)
 
@@ -120,8 +129,8 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused_by_name(
     assert results[0].value["weights_sha256"] == undisturbed["exact"]
 
 
-def test_a_changed_configuration_is_refused_or_said(tmp_path: Path) -> None:
-    run_forked(tmp_path, [{"rank": 1, "step": 13, "do": "kill"}], ranks=2)
+def test_a_changed_configuration_is_refused_or_said(tmp_path: Path, killed: Path) -> None:
+    shutil.copytree(killed / "run", tmp_path / "run")
     refused = run_forked(tmp_path, [], ranks=2, settings={"data": {"batch_size": 4}, "train": {"seed": 5}})
     assert "train.seed (0 there, 5 now)" in line_of(refused)
     results = run_forked(tmp_path, [], ranks=2, settings={"optim": {"lr": 0.01}})

@@ -70,7 +70,7 @@ def test_two_jobs_at_once_do_not_mix(tmp_path: Path, undisturbed: dict[str, str]
     jobs = []
     for kind in ("exact", "async"):
         folder = write_job(tmp_path / kind, [], settings={"schedule": {"kind": kind}})
-        jobs.append((kind, folder, start(torchrun_command(3, str(JOB), str(folder)))))
+        jobs.append((kind, folder, start(torchrun_command(2, str(JOB), str(folder)))))
     for kind, folder, process in jobs:
         ended: Ended = finish(process, folder)
         assert ended.code == 0, ended.output

@@ -77,10 +77,10 @@ def test_a_second_ctrl_c_ends_the_job_at_once(tmp_path: Path) -> None:
 def test_a_signal_to_torchrun_stops_the_job_in_order(
     tmp_path: Path, undisturbed: dict[str, str], do: str
 ) -> None:
-    ended = run(tmp_path, [{"rank": 0, "step": 5, "do": do}], **SLOW)
+    ended = run(tmp_path, [{"rank": 0, "step": 5, "do": do}], ranks=2, **SLOW)
     assert "localpipe: stopped by SIG" in ended.output and "saved in" in ended.output
     assert ended.result["step"] > 5 and ended.alive() == []
-    again = run_forked(tmp_path, [])
+    again = run_forked(tmp_path, [], ranks=2)
     assert again[0].value["weights_sha256"] == undisturbed["exact"]
 
 
