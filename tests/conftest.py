@@ -8,6 +8,10 @@ import pytest
 import torch
 from leftovers import MARK, Before
 
+# torch asks for the name of every address it connects to. Where no name server answers, that takes five seconds of each
+# connection, unless it is told not to wait so long.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> None:
