@@ -45,7 +45,7 @@ def check_rows(result: dict[str, Any]) -> None:
         assert (row["bytes_per_step"] > 0) == (row["ranks"] > 1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_throughput_runs_and_names_what_is_faster(tmp_path: Path) -> None:
     result, page = quick("throughput", tmp_path)
     check_rows(result)
@@ -55,7 +55,7 @@ def test_throughput_runs_and_names_what_is_faster(tmp_path: Path) -> None:
     assert "The fastest system is" in page and "DDP (" in page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_scaling_runs_and_agrees_with_the_simulator(tmp_path: Path) -> None:
     result, page = quick("scaling", tmp_path)
     check_rows(result)
@@ -68,7 +68,7 @@ def test_scaling_runs_and_agrees_with_the_simulator(tmp_path: Path) -> None:
     assert "Expected:" in page and "Measured:" in page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_slow_stage_holds_up_exact_and_async_but_not_free(tmp_path: Path) -> None:
     result, page = quick("slow_stage", tmp_path)
     rates = {(row["schedule"], row["slowed"]): row["images_per_s"] for row in result["rows"]}
@@ -77,7 +77,7 @@ def test_one_slow_stage_holds_up_exact_and_async_but_not_free(tmp_path: Path) ->
     assert "free keeps" in page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["precision", "step_cost"])
 def test_benchmarks_of_one_process_run(name: str, tmp_path: Path) -> None:
     result, page = quick(name, tmp_path)

@@ -107,10 +107,6 @@ class Faults:
     def stop(self) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 
-    def doze(self) -> None:
-        """Take two thirds of the deadline of the test that asks for it."""
-        time.sleep(2.0)
-
     def term(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 

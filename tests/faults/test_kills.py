@@ -5,30 +5,51 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness import JOB, Ended, finish, line_of, run, run_forked, start, torchrun_command, write_job
 
-KILLS = 10
+KILLS, RESTARTS = 10, 3
 
 
-@pytest.mark.slow
-def test_ten_random_kills_change_nothing(tmp_path: Path, undisturbed: dict[str, str]) -> None:
+def kills(count: int, ranks: int) -> list[dict[str, Any]]:
+    """A kill of every rank and of others by chance, at steps by chance, but each in an attempt of its own."""
     generator = random.Random()
-    ranks = [0, 1, *(generator.randrange(2) for _ in range(KILLS - 2))]
-    generator.shuffle(ranks)
-    steps = [4 * kill + 1 + generator.randrange(2) for kill in range(KILLS)]  # each in an attempt of its own
-    faults = [{"rank": rank, "step": step, "do": "kill"} for rank, step in zip(ranks, steps, strict=True)]
-    kind = {"schedule": {"kind": "async"}, "checkpoint": {"every_steps": 2}}
-    ended = run(tmp_path, faults, ranks=2, restarts=KILLS, settings=kind)
+    victims = [*range(ranks), *(generator.randrange(ranks) for _ in range(count - ranks))]
+    generator.shuffle(victims)
+    stride = 40 // count
+    return [
+        {"rank": rank, "step": stride * number + 1 + generator.randrange(2), "do": "kill"}
+        for number, rank in enumerate(victims)
+    ]
+
+
+def test_ten_random_kills_change_nothing(tmp_path: Path, undisturbed: dict[str, str]) -> None:
+    """The same command again after each of them, as a batch system does it."""
+    faults = kills(KILLS, ranks=3)
+    settings = {"schedule": {"kind": "async"}, "checkpoint": {"every_steps": 2}}
+    for fault in faults:
+        results = run_forked(tmp_path, faults, settings=settings)
+        assert results[fault["rank"]].exit_code == -9, (faults, [result.stderr for result in results])
+        assert "died without a message" in line_of(results)
+    results = run_forked(tmp_path, faults, settings=settings)
+    assert [result.exit_code for result in results] == [0, 0, 0], (faults, [result.stderr for result in results])
+    assert results[0].value["weights_sha256"] == undisturbed["async"], faults
+
+
+@pytest.mark.long
+def test_torchrun_restarts_what_was_killed(tmp_path: Path, undisturbed: dict[str, str]) -> None:
+    faults = kills(RESTARTS, ranks=2)
+    ended = run(tmp_path, faults, ranks=2, restarts=RESTARTS)
     assert ended.code == 0, (faults, ended.output)
-    assert ended.attempts() == KILLS + 1, faults
-    assert ended.result["weights_sha256"] == undisturbed["async"], faults
-    assert len(ended.lines) == KILLS and all("died without a message" in line for line in ended.lines)
+    assert ended.attempts() == RESTARTS + 1, faults
+    assert ended.result["weights_sha256"] == undisturbed["exact"], faults
+    assert len(ended.lines) == RESTARTS and all("died without a message" in line for line in ended.lines)
     assert ended.alive() == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_kills_on_two_nodes(tmp_path: Path, undisturbed: dict[str, str]) -> None:
     """Two torchrun agents that meet at a port of the loopback device; a rank of one of them dies. The restart counts of
     the agents differ then."""
@@ -65,7 +86,7 @@ def test_a_kill_during_a_save_leaves_the_older_checkpoint(
     assert results[0].value["weights_sha256"] == undisturbed["exact"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_jobs_at_once_do_not_mix(tmp_path: Path, undisturbed: dict[str, str]) -> None:
     jobs = []
     for kind in ("exact", "async"):

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from harness import JOB, finish, run, run_forked, start, torchrun_command, write_job
+from harness import run, run_forked
 
 SLOW = {"pause_s": 0.01}  # a step takes a tenth of a second, a stop half a second
 
@@ -72,7 +72,7 @@ def test_a_second_ctrl_c_ends_the_job_at_once(tmp_path: Path) -> None:
     assert "stopped by ctrl-C" in "".join(result.stderr for result in results)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("do", ["term_launcher", "interrupt_launcher"])
 def test_a_signal_to_torchrun_stops_the_job_in_order(
     tmp_path: Path, undisturbed: dict[str, str], do: str
@@ -96,7 +96,6 @@ def test_free_stages_stop_as_well(tmp_path: Path) -> None:
 
 
 def test_one_process_stops_in_order_too(tmp_path: Path) -> None:
-    write_job(tmp_path, [{"rank": 0, "step": 5, "do": "interrupt"}], **SLOW)
-    ended = finish(start(torchrun_command(1, str(JOB), str(tmp_path))), tmp_path)
-    assert ended.code == 0, ended.output
-    assert ended.result["stopped"] == "SIGINT on rank 0"
+    (result,) = run_forked(tmp_path, [{"rank": 0, "step": 5, "do": "interrupt"}], ranks=1, **SLOW)
+    assert result.exit_code == 0, result.stderr
+    assert result.value["stopped"] == "SIGINT on rank 0"
