@@ -101,6 +101,12 @@ class Faults:
                 getattr(self, fault["do"])()
             return  # the next one only after this one
 
+    def _await_checkpoint(self) -> None:
+        """Let one be complete first, however slow this machine is; it is written by threads."""
+        end = time.monotonic() + 15.0
+        while not list(self._folder.glob("run/checkpoints/step-*")) and time.monotonic() < end:
+            time.sleep(0.05)
+
     def kill(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -124,6 +130,7 @@ class Faults:
 
     def kill_in_save(self) -> None:
         """Die in the next save, when half of its files are written."""
+        self._await_checkpoint()
 
         def write_then_die(partial: Path, index: int, state: dict[str, Tensor]) -> Any:
             self._write_module(partial, index, state)
@@ -143,6 +150,7 @@ class Faults:
 
     def fill_disk(self) -> None:
         """From now on no file may grow beyond 16 KiB: writing more fails as on a full disk."""
+        self._await_checkpoint()
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (16384, resource.RLIM_INFINITY))
 
@@ -151,6 +159,7 @@ class Faults:
 
     def make_read_only(self) -> None:
         """Let the directory of the checkpoints be one that may only be read, even by root."""
+        self._await_checkpoint()
         folder = str(self._folder / "run" / "checkpoints")
         subprocess.run(["mount", "--bind", folder, folder], check=True)
         subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)

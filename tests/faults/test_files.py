@@ -104,7 +104,8 @@ def damage(folder: Path, how: str) -> None:
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A job that was killed shortly before its end."""
     folder = tmp_path_factory.mktemp("killed")
-    run_forked(folder, [{"rank": 1, "step": 33, "do": "kill"}], ranks=2, settings={"checkpoint": {"keep": 99}})
+    faults = [{"rank": 1, "step": 33, "do": "kill"}]
+    run_forked(folder, faults, ranks=2, settings={"checkpoint": {"keep": 99}}, pause_s=0.003)
     return folder
 
 
