@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,24 +23,15 @@ class Ended:
     code: int
     output: str
     folder: Path
-    at: float
 
     @property
     def lines(self) -> list[str]:
         return [line for line in self.output.splitlines() if line.startswith("localpipe:")]
 
     @property
-    def warnings(self) -> list[str]:
-        return [line for line in self.output.splitlines() if line.startswith("localpipe warning:")]
-
-    @property
     def result(self) -> dict[str, Any]:
         """What ``train`` returned on rank 0."""
         return json.loads((self.folder / "result.json").read_text())
-
-    def fault_at(self, number: int = 0) -> float:
-        """When a fault struck."""
-        return float((self.folder / f"fault-{number}").read_text())
 
     def alive(self) -> list[str]:
         """Processes of the job that still exist."""
@@ -88,7 +78,7 @@ def finish(process: subprocess.Popen[str], folder: Path, timeout_s: float = 300.
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
         raise
-    return Ended(process.returncode, output, folder, time.time())
+    return Ended(process.returncode, output, folder)
 
 
 def run_forked(folder: Path, faults: list[dict[str, Any]], ranks: int = 3, **job: Any) -> list[RankResult]:
