@@ -162,7 +162,10 @@ class Faults:
         self._await_checkpoint()
         folder = str(self._folder / "run" / "checkpoints")
         subprocess.run(["mount", "--bind", folder, folder], check=True)
-        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        end = time.monotonic() + 15.0
+        while subprocess.run(["mount", "-o", "remount,bind,ro", folder], capture_output=True).returncode:
+            assert time.monotonic() < end, "the directory stays busy"  # with a save that has a file open for writing
+            time.sleep(0.05)
 
     def poison(self) -> None:
         """A weight becomes NaN, so the next loss does."""
