@@ -159,7 +159,8 @@ class RuntimeConfig:
 
     device: str = "auto"  # auto: one GPU per rank where there are enough, else CPU; cpu | cuda | cuda-shared
     threads: int = 0  # CPU threads per process; 0 = cores / processes
-    deadline_s: float = 300.0  # longest wait for a peer, in seconds
+    deadline_s: float = 300.0  # longest wait for a peer that is stopped, hung or gone, in seconds
+    setup_deadline_s: float = 1800.0  # longest time at one thing before the first step: download, decode, verify
     queue_depth: int = 2  # messages posted ahead on every edge
 
 
@@ -305,7 +306,7 @@ def validate(config: Config) -> Config:
     for key in not_negative.split():
         if not _get(config, key) >= 0:  # NaN is no number at all
             raise ConfigError(f"{key} = {_get(config, key)} must not be negative")
-    for key in ("optim.lr", "runtime.deadline_s", "method.temperature"):
+    for key in ("optim.lr", "runtime.deadline_s", "runtime.setup_deadline_s", "method.temperature"):
         if _get(config, key) <= 0:
             raise ConfigError(f"{key} = {_get(config, key)} must be greater than 0")
     for key in ("method.reconstruction", "method.task"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 import tomllib
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config import Config, to_toml
-from pipeline.errors import ConfigError, DeadlineExceeded, PeerLost, WireError
+from pipeline.errors import ConfigError, PeerLost, WireError
+from pipeline.patience import NO_PATIENCE, Patience, wait_for_ranks
 from pipeline.replay import ReplayReceiver
 from pipeline.transport import Receiver, Sender
 from pipeline.wire import FOREVER, MessageSpec
@@ -71,16 +71,18 @@ def connect(
     backend: str,
     ring: int = 0,
     max_uses: int = 0,
+    patience: Patience = NO_PATIENCE,
 ) -> Edges:
     """Agree on all messages, then create one group per directed edge. Collective: every rank calls it.
 
     Before any group exists each edge's two descriptions are compared; WireError names both sides. Groups are
     made and warmed up in one order on all ranks: down 0->1, up 1->0, down 1->2, ... With ``ring`` > 0 activations are
-    received into a replay ring (see :class:`ReplayReceiver`). Raises DeadlineExceeded, PeerLost.
+    received into a replay ring (see :class:`ReplayReceiver`). ``patience`` is asked here and by all ends.
+    Raises DeadlineExceeded, PeerLost.
     """
     texts = {name: spec and f"{spec.describe()}, {slots} slots" for name, spec in vars(specs).items()}
     everyone = [
-        json.loads(t) for t in _collect(store, rank, world_size, "edges", json.dumps(texts), deadline_s)
+        json.loads(t) for t in _collect(store, rank, world_size, "edges", json.dumps(texts), deadline_s, patience)
     ]
     edges = Edges()
     for upper in range(world_size - 1):
@@ -111,6 +113,7 @@ def connect(
                 common = (group, source, spec, slots, deadline_s, device, label)
                 end = ReplayReceiver(*common, ring, max_uses) if ring else Receiver(*common)
                 setattr(edges, f"{label}_in", end)
+            end.patience = patience
     return edges
 
 
@@ -129,7 +132,13 @@ def _warm_up(group: dist.ProcessGroup, source: int, target: int, device: torch.d
 
 
 def agree(
-    store: dist.Store | None, rank: int, world_size: int, name: str, value: str, deadline_s: float
+    store: dist.Store | None,
+    rank: int,
+    world_size: int,
+    name: str,
+    value: str,
+    deadline_s: float,
+    patience: Patience = NO_PATIENCE,
 ) -> None:
     """Refuse to start unless every rank passes the same ``value``; use each ``name`` once per run.
 
@@ -137,14 +146,19 @@ def agree(
     """
     if store is None:
         return
-    values = _collect(store, rank, world_size, name, value, deadline_s)
+    values = _collect(store, rank, world_size, name, value, deadline_s, patience)
     if len(set(values)) > 1:
         quoted = [f"'{value}'" for value in values]
         raise ConfigError(f"ranks disagree about {name}: {_holders(quoted)}")
 
 
 def agree_on_config(
-    store: dist.Store | None, rank: int, world_size: int, config: Config, deadline_s: float
+    store: dist.Store | None,
+    rank: int,
+    world_size: int,
+    config: Config,
+    deadline_s: float,
+    patience: Patience = NO_PATIENCE,
 ) -> None:
     """Refuse to start unless the configuration of every rank has the same values, but for OWN_KEYS; once per run.
 
@@ -152,7 +166,7 @@ def agree_on_config(
     """
     if store is None:
         return
-    texts = _collect(store, rank, world_size, "the configuration", to_toml(config), deadline_s)
+    texts = _collect(store, rank, world_size, "the configuration", to_toml(config), deadline_s, patience)
     everyone = [
         {
             f"{section}.{name}": json.dumps(value)
@@ -182,18 +196,13 @@ def _holders(values: list[str]) -> str:
 
 
 def _collect(
-    store: dist.Store, rank: int, world_size: int, name: str, value: str, deadline_s: float
+    store: dist.Store, rank: int, world_size: int, name: str, value: str, deadline_s: float, patience: Patience
 ) -> list[str]:
     """Publish ``value`` and return everyone's, by rank."""
-    keys = [f"agree/{name}/{r}" for r in range(world_size)]
+    keys = {r: f"agree/{name}/{r}" for r in range(world_size)}
     store.set(keys[rank], value)
-    end = time.monotonic() + deadline_s
-    while not store.check(keys):  # store.wait would block in C++, and print warnings when it times out
-        if time.monotonic() > end:
-            missing = _ranks([r for r, key in enumerate(keys) if not store.check([key])])
-            raise DeadlineExceeded(f"rank {rank} has waited {deadline_s:g} s for {missing} to publish {name}")
-        time.sleep(0.02)
-    return [text.decode() for text in store.multi_get(keys)]
+    wait_for_ranks(store, keys, f"publish {name}", deadline_s, patience, f"rank {rank}")
+    return [text.decode() for text in store.multi_get(list(keys.values()))]
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -68,6 +68,7 @@ class FailureDesk:
         run_dir: where ``failure-rank<r>.txt`` (the traceback) goes; None: the line names file and line.
         store_host: the rank whose process serves the store, None if the launcher does. It leaves last.
         deadline_s: a rank of which nothing is heard for so long has failed.
+        setup_deadline_s: so does one that has been at one thing for so long before its first step.
 
     Attributes:
         heart: what this rank tells of itself, and what it knows of the others.
@@ -82,9 +83,10 @@ class FailureDesk:
         run_dir: Path | None = None,
         store_host: int | None = None,
         deadline_s: float = 60.0,
+        setup_deadline_s: float = 0.0,
     ) -> None:
         self.rank = rank
-        self.heart = Heartbeat(rank, world_size, deadline_s)
+        self.heart = Heartbeat(rank, world_size, deadline_s, setup_deadline_s)
         self.run_dir = run_dir
         self.before_exit: Callable[[], None] | None = None  # e.g. restores the terminal; os._exit runs nothing else
         self._world_size = world_size

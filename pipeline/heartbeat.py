@@ -11,7 +11,8 @@
     a main thread whose wait has outlasted the deadline follows the beats:
 
         0 waits for 1 waits for 2 at work, since less than the deadline    slow, no error: go on waiting
-                                           since longer                    hung: DeadlineExceeded
+                                           since longer                    hung: DeadlineExceeded (before the first
+                                                                           step something may take longer)
                                   2 silent                                 stopped, or its machine is gone
         0 waits for 1 waits for 0, all since longer than the deadline      they wait for each other
 
@@ -32,14 +33,12 @@ PERIOD_S = 2.0
 """Longest time between two beats."""
 START_S = 10.0
 """How much later the first beat may come: a process that starts may wait for a name server at every connection."""
-EVERYBODY = -1
-"""Waited for in a collective, which has a deadline of its own."""
 
 
 @dataclass(frozen=True)
 class Beat:
     """What a rank says of itself. ``activity`` of its main thread, begun ``age_s`` seconds ago; it is a wait where
-    there is a ``peer`` that it waits for."""
+    there is a ``peer`` that it waits for. What takes longer than ``limit_s`` has hung."""
 
     count: int
     modules: str
@@ -47,6 +46,7 @@ class Beat:
     step: int
     activity: str
     age_s: float
+    limit_s: float
     peer: int | None
 
 
@@ -57,11 +57,12 @@ class Heartbeat:
     the sentinel thread calls ``tick`` at least twice per ``period_s``, and ``idle`` when it is done with the store.
     """
 
-    def __init__(self, rank: int, world_size: int, deadline_s: float) -> None:
+    def __init__(self, rank: int, world_size: int, deadline_s: float, setup_deadline_s: float) -> None:
         self.period_s = min(PERIOD_S, deadline_s / 5)
         self._rank = rank
         self._ring = [(rank + n) % world_size for n in range(1, world_size)]
         self._deadline_s = deadline_s
+        self._setup_deadline_s = max(setup_deadline_s, deadline_s)
         self._limit_s = deadline_s - self.period_s
         self._counted = (0.0, time.monotonic())
         self._modules = "starting"
@@ -90,12 +91,16 @@ class Heartbeat:
         return self._now[:3]
 
     def begin(self, peer: int, what: str) -> None:
-        """Note that this rank waits for ``peer`` (or EVERYBODY); ``what``: as ``"for the gradient of ..."``."""
+        """Note that this rank waits for ``peer``; ``what``: as ``"for the gradient of ..."``."""
         self._wait = (peer, what, self._clock())
 
     def end(self) -> None:
         """The wait is over; the activity goes on."""
         self._wait = None
+        self.moves()
+
+    def moves(self) -> None:
+        """Note that what this rank does gets on."""
         self.progress(*self.place())
 
     def verdict(self, peer: int) -> str | None:
@@ -109,12 +114,13 @@ class Heartbeat:
                 return self.obituary()
             chain.append(rank)
             beat = self._beats.get(rank)
-            if beat is None or beat.peer == EVERYBODY:
+            if beat is None:
                 return None
             if beat.peer is None:
-                if beat.age_s < self._deadline_s:
+                if beat.age_s < beat.limit_s:
                     return None
-                return f"{self._story(chain[1:])} - raise runtime.deadline_s if this really takes so long"
+                key = "setup_deadline_s" if beat.step < 0 else "deadline_s"
+                return f"{self._story(chain[1:])} - raise runtime.{key} if this really takes so long"
             rank = beat.peer
         ring = chain[chain.index(rank) :]
         if min(self._beat(member).age_s for member in ring) < self._deadline_s:
@@ -195,7 +201,8 @@ class Heartbeat:
         (epoch, step, activity, since), peer = self._now, None
         if (wait := self._wait) is not None:
             peer, activity, since = wait
-        return Beat(self._count, self._modules, epoch, step, activity, self._clock() - since, peer)
+        limit_s = self._setup_deadline_s if step < 0 else self._deadline_s
+        return Beat(self._count, self._modules, epoch, step, activity, self._clock() - since, limit_s, peer)
 
     def _silence(self, rank: int) -> float:
         return self._clock() - self._heard[rank]

@@ -117,6 +117,7 @@ class Loop:
 
     def finish(self) -> str | None:
         """Wait for the last save; why it failed, None if it did not. Collective."""
+        self._run.runtime.desk.progress(self.epochs, self.step, "waiting for its last checkpoint")
         self._run.saver.join()
         self._warn()
         return self._run.runtime.broadcast(self._run.saver.error())

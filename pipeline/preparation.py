@@ -96,6 +96,7 @@ def connect_stage(config: Config, plan: Plan, numerics: Numerics, runtime: Runti
         backend=runtime.backend,
         ring=config.schedule.ring if config.schedule.kind == "free" else 0,
         max_uses=config.schedule.max_uses,
+        patience=runtime.patience,
     )
 
 

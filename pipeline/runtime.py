@@ -6,8 +6,8 @@
           |                                                                           |
     with Runtime() as runtime: ...                                                    the same code, no group
 
-Waits for peers have one deadline. A wait on an edge that outlasts it goes on while the rank at the root of it moves
-(see heartbeat); one in a collective, or for all ranks to finish, ends with an error that names the absent ranks.
+Waits for peers have one deadline. One that outlasts it goes on while the rank at the root of it moves (see heartbeat);
+else it ends with an error that names the absent ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import ctypes
 import ctypes.util
 import functools
 import os
-import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -28,9 +27,10 @@ import torch
 import torch.distributed as dist
 
 from pipeline.attempt import Job, launcher_serves
-from pipeline.errors import ConfigError, DeadlineExceeded, PeerLost
+from pipeline.errors import ConfigError, PeerLost
 from pipeline.failure import FailureDesk
-from pipeline.heartbeat import EVERYBODY, Heartbeat
+from pipeline.heartbeat import Heartbeat
+from pipeline.patience import NO_PATIENCE, Patience, wait_for_ranks
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 DEVICES = ("auto", "cpu", "cuda", "cuda-shared")
@@ -118,7 +118,9 @@ class Runtime:
         control: gloo group of all ranks for metrics and objects (timeout = deadline), None for one process.
         desk: the FailureDesk. An exception that leaves the ``with`` block goes there and ends all ranks.
 
-    With ``graceful`` a signal only asks for a stop (see :meth:`FailureDesk.stop_gracefully`).
+    Nothing before the first step takes longer than ``setup_deadline_s`` (or ``deadline_s``, if that is more), nothing
+    after it longer than ``deadline_s``. With ``graceful`` a signal only asks for a stop (see
+    :meth:`FailureDesk.stop_gracefully`).
     """
 
     def __init__(
@@ -126,6 +128,7 @@ class Runtime:
         device: str = "auto",
         threads: int = 0,
         deadline_s: float = 60.0,
+        setup_deadline_s: float = 0.0,
         run_dir: Path | None = None,
         graceful: bool = False,
     ) -> None:
@@ -134,6 +137,7 @@ class Runtime:
         self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         self.deadline_s = deadline_s
+        self._setup_deadline_s = setup_deadline_s
         self.run_dir = run_dir
         self._graceful = graceful
         self.store: dist.Store | None = None
@@ -141,7 +145,7 @@ class Runtime:
         self.control: dist.ProcessGroup | None = None
         self._device_request = device
         self._threads_request = threads
-        self._controls = 0
+        self._collectives = 0
 
     def __enter__(self) -> Runtime:
         """Raises nothing: what fails here is reported by the desk, once for the whole job."""
@@ -157,6 +161,7 @@ class Runtime:
                     run_dir=self.run_dir,
                     store_host=self._store_host(),
                     deadline_s=self.deadline_s,
+                    setup_deadline_s=self._setup_deadline_s,
                 )
             if self._graceful:
                 self.desk.stop_gracefully()
@@ -185,7 +190,7 @@ class Runtime:
 
     @property
     def patience(self) -> Heartbeat:
-        """What the ends of the edges tell of their waits, and ask whether to go on waiting."""
+        """Told of this rank's waits, and asked whether to go on waiting."""
         return self.desk.heart
 
     def gather(self, value: Any) -> list[Any] | None:
@@ -219,13 +224,13 @@ class Runtime:
     def close(self) -> None:
         """Leave together: a rank that goes while a peer still waits for it would look like a failure."""
         if self.store is not None:
-            self._meet(self.store, "closing")
+            self._meet("closing", "finish")
             dist.destroy_process_group()
             self.control = None
         self.desk.close()
         if self.store is not None and self._store_host() == self.rank:
             # The server of the store ends with this process: the others must be done with it.
-            self._wait_keys(self.store, [f"left/{rank}" for rank in range(self.world_size)], "leave")
+            self._await("left", "leave", NO_PATIENCE)  # our own has ended with the desk
         self.store = None
 
     def _store_host(self) -> int | None:
@@ -246,44 +251,19 @@ class Runtime:
 
     @contextlib.contextmanager
     def _collective(self, name: str) -> Iterator[None]:
-        """Turn gloo's errors into ours; a counter per rank in the store tells afterwards who did not come."""
-        self._controls += 1
-        self.store.set(f"control/{self.rank}", str(self._controls))
-        self.patience.begin(EVERYBODY, f"for all ranks in a {name}")
+        """Wait for all ranks in the store first: gloo's own deadline knows neither who is missing nor who is slow."""
+        self._collectives += 1
+        self._meet(f"{name} {self._collectives}", f"come to a {name}")
         try:
             yield
         except RuntimeError as exc:
-            counts = [self._count(rank) for rank in range(self.world_size)]
-            absent = [rank for rank, count in enumerate(counts) if count < self._controls]
-            who = f"rank {', '.join(map(str, absent))}" if absent else "a peer"
-            if "timed out" in str(exc).lower():
-                raise DeadlineExceeded(
-                    f"rank {self.rank} has waited {self.deadline_s:g} s in a {name} for {who}; slow, hung or "
-                    "stopped - raise runtime.deadline_s if the step really takes that long"
-                    + "".join(f"; {self.patience.saying(rank)}" for rank in absent)
-                ) from exc
-            peer = absent[0] if absent else -1
-            raise PeerLost(peer, f"rank {self.rank} was in a {name} when it lost {who}") from exc
-        finally:
-            self.patience.end()
+            raise PeerLost(-1, f"rank {self.rank} was in a {name} when it lost a peer") from exc
 
-    def _count(self, rank: int) -> int:
-        key = f"control/{rank}"
-        return int(self.store.get(key)) if self.store.check([key]) else 0
+    def _meet(self, name: str, verb: str) -> None:
+        """Wait until all ranks are here. Collective."""
+        self.store.set(f"{name}/{self.rank}", "1")
+        self._await(name, verb, self.patience)
 
-    def _meet(self, store: dist.Store, name: str) -> None:
-        keys = [f"{name}/{rank}" for rank in range(self.world_size)]
-        store.set(keys[self.rank], "1")
-        self._wait_keys(store, keys, "finish")
-
-    def _wait_keys(self, store: dist.Store, keys: list[str], verb: str) -> None:
-        end = time.monotonic() + self.deadline_s
-        self.patience.begin(EVERYBODY, f"for all ranks to {verb}")
-        while not store.check(keys):  # store.wait would block in C++, and print warnings when it times out
-            if time.monotonic() > end:
-                absent = ", ".join(key.rpartition("/")[2] for key in keys if not store.check([key]))
-                raise DeadlineExceeded(
-                    f"rank {self.rank} has waited {self.deadline_s:g} s for rank {absent} to {verb}"
-                )
-            time.sleep(0.02)
-        self.patience.end()
+    def _await(self, name: str, verb: str, patience: Patience) -> None:
+        keys = {rank: f"{name}/{rank}" for rank in range(self.world_size)}
+        wait_for_ranks(self.store, keys, verb, self.deadline_s, patience, f"rank {self.rank}")

@@ -57,6 +57,7 @@ class Saver:
         checkpoints: the directory of all checkpoints of the run, on a file system that all ranks share.
         settings: how many stay.
         deadline_s: longest wait in which no file of a save is finished.
+        moves: called in a wait when another one is.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Saver:
         checkpoints: Path,
         settings: CheckpointConfig,
         deadline_s: float,
+        moves: Callable[[], None],
     ) -> None:
         self._store = store.clone() if store is not None else None  # a connection of its own: threads must not queue up
         self._rank = rank
@@ -74,6 +76,7 @@ class Saver:
         self._checkpoints = checkpoints
         self._settings = settings
         self._deadline_s = deadline_s
+        self._moves = moves
         self._thread: threading.Thread | None = None
         self._notes: list[str] = []
         self._error: Exception | None = None
@@ -98,8 +101,12 @@ class Saver:
         """Wait until this rank's part (on rank 0: the whole checkpoint) is written or has failed."""
         if self._thread is None:
             return
+        seen = self._moved
         while self._thread.is_alive():
             self._thread.join(1.0)
+            if self._moved != seen:
+                seen = self._moved
+                self._moves()
             if self._thread.is_alive() and time.monotonic() - self._moved > self._deadline_s + GRACE_S:
                 raise DeadlineExceeded(
                     f"rank {self._rank} has waited {self._deadline_s:g} s for a part of the checkpoint of step "

@@ -10,14 +10,13 @@ import dataclasses
 import json
 import resource
 import time
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pipeline.assembly import Plan
-from pipeline.errors import DeadlineExceeded
+from pipeline.patience import Patience, wait_for_ranks
 from pipeline.report import EpochRecord, LiveModule, ModuleRecord, StageRecord
 from pipeline.stage import Counters, Stage
 
@@ -49,10 +48,18 @@ class Telemetry:
     Args:
         store: shared by all ranks, None for one process.
         live: whether anybody watches between epochs.
+        deadline_s, patience: of :meth:`collect`.
     """
 
     def __init__(
-        self, store: dist.Store | None, rank: int, plan: Plan, device: torch.device, live: bool, deadline_s: float
+        self,
+        store: dist.Store | None,
+        rank: int,
+        plan: Plan,
+        device: torch.device,
+        live: bool,
+        deadline_s: float,
+        patience: Patience,
     ) -> None:
         self._store = store
         self._rank = rank
@@ -60,6 +67,7 @@ class Telemetry:
         self._device = device
         self._live = live
         self._deadline_s = deadline_s
+        self._patience = patience
         self._ranks = len(plan.stages)
         self._pulses: dict[int, str] = {}
         self._reports: dict[tuple[int, int], str] = {}
@@ -157,22 +165,16 @@ class Telemetry:
         """All ranks' reports of ``epoch`` (rank 0), or None if some are missing and ``wait`` is false.
 
         Raises:
-            DeadlineExceeded: with ``wait``, a rank has not reported in time.
+            DeadlineExceeded: with ``wait``, a rank does not report, and is not just slow.
         """
         missing = [rank for rank in range(self._ranks) if (epoch, rank) not in self._reports]
-        keys = [f"epoch/{epoch}/{rank}" for rank in missing]
+        keys = {rank: f"epoch/{epoch}/{rank}" for rank in missing}
         if keys:
             assert self._store is not None
-            if not wait and not self._store.check(keys):
+            if not wait and not self._store.check(list(keys.values())):
                 return None
-            try:
-                self._store.wait(keys, timedelta(seconds=self._deadline_s))
-            except RuntimeError as error:
-                late = [rank for rank, key in zip(missing, keys, strict=True) if not self._store.check([key])]
-                raise DeadlineExceeded(
-                    f"rank 0 has waited {self._deadline_s:g} s for rank {late} to report epoch {epoch}"
-                ) from error
-            for rank, key in zip(missing, keys, strict=True):
+            wait_for_ranks(self._store, keys, f"report epoch {epoch}", self._deadline_s, self._patience, "rank 0")
+            for rank, key in keys.items():
                 self._reports[epoch, rank] = self._store.get(key).decode()
                 self._store.delete_key(key)
         return [StageReport(**json.loads(self._reports.pop((epoch, rank)))) for rank in range(self._ranks)]

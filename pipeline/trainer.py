@@ -87,7 +87,8 @@ def train(
     SIGTERM or SIGINT on any rank stops all ranks after the same step, with a checkpoint; a second SIGINT at once.
     """
     settings = config.runtime
-    with Runtime(settings.device, settings.threads, settings.deadline_s, graceful=True) as runtime:
+    limits = (settings.deadline_s, settings.setup_deadline_s)
+    with Runtime(settings.device, settings.threads, *limits, graceful=True) as runtime:
         trainer = _Trainer(config, runtime, network, data, quiet, before_action, trace, draw)
         return trainer.run(Path(run_dir) if run_dir is not None else None, resume)
 
@@ -122,6 +123,7 @@ class _Trainer:
     def run(self, run_dir: Path | None, resume_from: str) -> dict[str, Any]:
         """Everything, in order; the cheap refusals first."""
         runtime, config = self.runtime, self.config
+        runtime.desk.progress(-1, -1, "choosing where to start")
         self.numerics = refuse_early(config, self.network, runtime)
         self._agree()
         start = self._begin(run_dir, resume_from)
@@ -187,8 +189,8 @@ class _Trainer:
     def _agree(self) -> None:
         runtime, deadline_s = self.runtime, self.config.runtime.deadline_s
         ranks = (runtime.store, runtime.rank, runtime.world_size)
-        agree(*ranks, "the version of the code", code_version(), deadline_s)
-        agree_on_config(*ranks, self.config, deadline_s)
+        agree(*ranks, "the version of the code", code_version(), deadline_s, runtime.patience)
+        agree_on_config(*ranks, self.config, deadline_s, runtime.patience)
 
     def _begin(self, run_dir: Path | None, resume_from: str) -> Start:
         """Choose run directory and checkpoint on rank 0 and tell all ranks. Collective."""
@@ -227,7 +229,7 @@ class _Trainer:
         edges = connect_stage(config, plan, self.numerics, runtime)
         self.recorder = tracing.attach(runtime, plan, edges) if self.trace else None
         make_stage = FreeStage if config.schedule.kind == "free" else Stage
-        stage = make_stage(
+        return make_stage(
             self.modules,
             plan.schedules[runtime.rank],
             plan.gradient_order(runtime.rank + 1) if runtime.rank + 1 < runtime.world_size else (),
@@ -238,9 +240,6 @@ class _Trainer:
             self.before_action,
             self.recorder,
         )
-        for end in (*stage.receivers(), *stage.senders()):
-            end.patience = runtime.patience
-        return stage
 
     def _restore(self, saved: Checkpoint | None) -> tuple[Position, list[EpochRecord]]:
         if saved is None:
@@ -275,6 +274,7 @@ class _Trainer:
             self.runtime.device,
             self.runtime.broadcast(live),
             self.config.runtime.deadline_s,
+            self.runtime.patience,
         )
 
     def _make_loop(
@@ -282,9 +282,9 @@ class _Trainer:
     ) -> Loop:
         runtime, config = self.runtime, self.config
         folder = self.directory.path / checkpoint.FOLDER
-        saver = Saver(
-            runtime.store, runtime.rank, runtime.world_size, folder, config.checkpoint, config.runtime.deadline_s
-        )
+        ranks = (runtime.store, runtime.rank, runtime.world_size)
+        deadline_s = config.runtime.deadline_s
+        saver = Saver(*ranks, folder, config.checkpoint, deadline_s, runtime.desk.heart.moves)
         self.conductor = Conductor(config.checkpoint, runtime.desk.stop_request)
         run = Run(
             config=config,

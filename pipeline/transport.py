@@ -24,43 +24,16 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from pipeline.errors import DeadlineExceeded, PeerLost, WireError
+from pipeline.patience import ASK_AGAIN, NO_PATIENCE, Patience
 from pipeline.wire import MAGIC, Directive, Header, MessageKind, MessageSpec, Slot
 
 T = TypeVar("T")
-ASK_AGAIN = 4
-"""A wait that outlasts the deadline and goes on is looked at again so many times per deadline."""
-
-
-class Patience(Protocol):
-    """Told of the waits of this rank's ends, and asked about those that outlast the deadline."""
-
-    def begin(self, peer: int, what: str) -> None:
-        """This rank waits for rank ``peer``; ``what``: ``"for the activation of ... from rank 1"``."""
-
-    def end(self) -> None:
-        """It does not wait any longer."""
-
-    def verdict(self, peer: int) -> str | None:
-        """Why to give up; None: go on waiting."""
-
-
-class _NoPatience:
-    """Knows nothing of the peer."""
-
-    def begin(self, peer: int, what: str) -> None: ...
-
-    def end(self) -> None: ...
-
-    def verdict(self, peer: int) -> str | None:
-        return (
-            f"rank {peer} is slow, hung or stopped - raise runtime.deadline_s if the step really takes that long"
-        )
 
 
 class _End:
@@ -77,7 +50,7 @@ class _End:
         label: str,
     ) -> None:
         self.wait_s = 0.0
-        self.patience: Patience = _NoPatience()
+        self.patience: Patience = NO_PATIENCE
         self.spec = spec
         self._group = group
         self._peer = peer_rank

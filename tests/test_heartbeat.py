@@ -11,9 +11,10 @@ import pytest
 import torch.distributed as dist
 
 from pipeline import heartbeat
-from pipeline.heartbeat import EVERYBODY, Heartbeat
+from pipeline.heartbeat import Heartbeat
 
 DEADLINE_S = 10.0  # a beat every 2 s, silent after 8 s
+SETUP_S = 60.0
 TICK_S = 0.5
 
 
@@ -25,7 +26,7 @@ class Ranks:
         self.store = dist.HashStore()
         self.stopped: set[int] = set()
         monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: self.now))
-        self.hearts = [Heartbeat(rank, world_size, DEADLINE_S) for rank in range(world_size)]
+        self.hearts = [Heartbeat(rank, world_size, DEADLINE_S, SETUP_S) for rank in range(world_size)]
         for rank, heart in enumerate(self.hearts):
             heart.describe(f"module {rank}")
             heart.progress(0, 7, f"F{rank}.0")
@@ -160,12 +161,18 @@ def test_a_stopped_rank_ends_a_wait_through_others(four: Ranks) -> None:
     assert four.hearts[0].verdict(1).startswith("rank 2 (module 2) has not been heard of for")
 
 
-def test_a_collective_has_a_deadline_of_its_own(four: Ranks) -> None:
+def test_before_the_first_step_one_thing_may_take_longer(four: Ranks) -> None:
     four.wait(0, 1)
-    four.hearts[1].begin(EVERYBODY, "for all ranks in a gather")
-    four.run(10 * DEADLINE_S)
+    four.wait(1, 2)
+    four.hearts[2].progress(-1, -1, "opening the data")
+    four.run(SETUP_S - 1)
     assert four.hearts[0].verdict(1) is None
-    assert re.match("rank 1 waits for all ranks in a gather since 99.5 s", four.hearts[0].saying(1))
+    four.run(4)
+    assert re.fullmatch(
+        r"rank 1 waits for .* from rank 2 since 6\d\.\d s; rank 2 \(module 2\) has been at 'opening the data' for "
+        r"6\d\.\d s - raise runtime.setup_deadline_s if this .*",
+        four.hearts[0].verdict(1),
+    )
 
 
 def test_a_store_that_does_not_answer_ends_the_wait(four: Ranks) -> None:

@@ -372,7 +372,9 @@ def test_agreement_and_chain() -> None:
         ]
         assert (r.value["unread"], r.value["threads"]) == (0, 1)
     assert ranks[0].value["errors"][2] == (
-        "DeadlineExceeded", "rank 0 has waited 0.2 s for ranks 1, 2 to publish nobody else"
+        "DeadlineExceeded",
+        "rank 0 has waited 0.2 s for ranks 1, 2 to publish nobody else; rank 1 is slow, hung or stopped - raise "
+        "runtime.deadline_s if the step really takes that long",
     )  # fmt: skip
     assert [r.value["x"] for r in ranks] == [0.0, 16.0, 32.0]
 

@@ -1,7 +1,7 @@
 """A training job to break: ``job.py FOLDER``, with the settings and the faults in FOLDER/job.json.
 
-    {"settings": {...}, "span": 2, "epochs": 2, "steps": 20, "pause_s": 0.0, "test_pause_s": 0.0, "resume": "auto",
-     "faults": [fault, ...]}
+    {"settings": {...}, "span": 2, "epochs": 2, "steps": 20, "pause_s": 0.0, "test_pause_s": 0.0,
+     "open_pause_s": 0.0, "resume": "auto", "faults": [fault, ...]}
     fault: {"rank": 1, "step": 7, "do": "kill"}, each once in the life of the job, in this order. Step -1: before
     ``train`` has anything to do; step 100: when the first stage reads its third batch of a test
 
@@ -43,10 +43,12 @@ class Batches:
 
     batch_size = ROWS
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int, open_pause_s: float = 0.0) -> None:
         self._steps = steps
+        self._open_pause_s = open_pause_s
 
     def __len__(self) -> int:
+        time.sleep(self._open_pause_s)
         return self._steps
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -211,7 +213,7 @@ def main(rank: int, folder: str) -> dict[str, Any]:
     result = train(
         config,
         network=model,
-        data=LoaderData(Batches(job["steps"]), Tests(20, job["test_pause_s"], faults)),
+        data=LoaderData(Batches(job["steps"], job["open_pause_s"]), Tests(20, job["test_pause_s"], faults)),
         run_dir=here / "run",
         resume=job["resume"],
         quiet=True,

@@ -10,6 +10,7 @@ from harness import line_of, run_forked
 
 ENDS_WITHIN_S = 10.0
 DEADLINE_S = 3.0
+SLOW_DEADLINE_S = 2.0
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,10 @@ def test_a_hung_rank_is_named_with_who_waits_for_it(tmp_path: Path) -> None:
     line = line_of(results)
     assert "rank 1" in line and "module 1" in line and "not been heard of for" in line
     assert "waits for" in line and "since" in line
+
+
+def test_ranks_wait_for_one_that_is_slow_to_open_the_data(tmp_path: Path) -> None:
+    settings = {"runtime": {"deadline_s": SLOW_DEADLINE_S}}
+    results = run_forked(tmp_path, [], settings=settings, open_pause_s=2.5 * SLOW_DEADLINE_S, epochs=1, steps=5)
+    assert [result.exit_code for result in results] == [0, 0, 0], [result.stderr for result in results]
+    assert results[0].value["steps"] == 5
