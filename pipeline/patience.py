@@ -17,7 +17,8 @@ from pipeline.errors import DeadlineExceeded
 ASK_AGAIN = 4
 """A wait that outlasts the deadline and goes on is looked at again so many times per deadline."""
 POLL_S = 0.02
-"""Between two looks at the store. Its own ``wait`` would block in C++, and print warnings when it times out."""
+"""Between two looks at the store, less at the beginning of a wait. The store's own ``wait`` would block in C++, and
+print warnings when it times out."""
 
 
 class Patience(Protocol):
@@ -79,7 +80,7 @@ def wait_for_ranks(
                     raise DeadlineExceeded(f"{waiting} has waited {asked_s:g} s for {who} to {what}; {verdict}")
                 asked_s += deadline_s / ASK_AGAIN
             end = min(began + asked_s, time.monotonic() + 0.5)
-            while time.monotonic() <= end and not store.check(wanted):
-                time.sleep(POLL_S)
+            while (now := time.monotonic()) <= end and not store.check(wanted):
+                time.sleep(min(POLL_S, 0.001 + (now - began) / 4))
     finally:
         patience.end()

@@ -6,6 +6,7 @@ import itertools
 import random
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,16 @@ def train_all(rank: int, cases: list[Case], folder: str) -> list[str]:
 def digests() -> dict[int, list[str]]:
     """The digests of all cases by number of processes."""
     found = {}
-    for ranks in (1, 2, 3, 4):
-        with tempfile.TemporaryDirectory() as folder:
-            results = run_ranks(train_all, ranks, CASES, folder, timeout_s=300)
-        for result in results:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+        jobs = {
+            ranks: pool.submit(run_ranks, train_all, ranks, CASES, f"{folder}/{ranks}", timeout_s=300)
+            for ranks in (1, 2, 3, 4)
+        }
+    for ranks, job in jobs.items():
+        for result in job.result():
             assert result.exit_code == 0, result.stderr
-            assert result.value == results[0].value
-        found[ranks] = results[0].value
+            assert result.value == job.result()[0].value
+        found[ranks] = job.result()[0].value
     return found
 
 

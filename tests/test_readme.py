@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -85,14 +86,16 @@ def test_the_python_example_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_lists_and_prints(tmp_path: Path) -> None:
-    train = [sys.executable, str(ROOT / "launch" / "train.py")]
-    listed = subprocess.run([*train, "--list-recipes"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    asked = (["--list-recipes"], ["--print-config", "--set", "train.seed=5"], ["--recipe", "digit"])
+    with ThreadPoolExecutor() as pool:
+        listed, printed, wrong = pool.map(lambda arguments: launch_train(arguments, tmp_path), asked)
     assert listed.stdout.split() == recipe_names()
-    printed = subprocess.run(
-        [*train, "--print-config", "--set", "train.seed=5"], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
     (tmp_path / "again.toml").write_text(printed.stdout)
     assert load_config(file=tmp_path / "again.toml").train.seed == 5
-    wrong = subprocess.run([*train, "--recipe", "digit"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("localpipe: --recipe digit: no such recipe") and wrong.stderr.count("\n") == 1
+
+
+def launch_train(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)

@@ -4,6 +4,7 @@ numbers of ranks, from the middle of an epoch, in every deterministic schedule."
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,12 @@ def test_resuming_on_other_numbers_of_ranks_gives_the_same_weights(tmp_path: Pat
     expected = results[0].value
     assert all(alone == saving for alone, saving in expected.values())  # saving disturbs nothing
     assert len({alone for alone, _ in expected.values()}) == len(CASES)
-    for ranks in (1, 4):
-        results = run_ranks(resume_all, ranks, str(tmp_path), ranks, timeout_s=240)
+    with ThreadPoolExecutor() as pool:
+        jobs = {
+            ranks: pool.submit(run_ranks, resume_all, ranks, str(tmp_path), ranks, timeout_s=240) for ranks in (1, 4)
+        }
+    for ranks, job in jobs.items():
+        results = job.result()
         assert [result.exit_code for result in results] == [0] * ranks, [result.stderr for result in results]
         found = results[0].value
         assert sorted(found) == sorted((case, step) for case in CASES for step in SAVED)

@@ -1,7 +1,7 @@
 """Runtime and failure desk: one failure, one line, everybody gone within seconds.
 
-The jobs under the real ``torchrun`` have three ranks; the others come from the fork server (rank 0 hosts the
-store).
+Three ranks under the command ``torchrun``, under an agent of torchrun, and from the fork server without a launcher
+(rank 0 hosts the store).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers_spawn import RankResult, run_ranks
+from helpers_torchrun import run_agents
 
 from pipeline import runtime as runtime_module
 from pipeline.connect import EdgeSpecs, connect
@@ -116,60 +117,65 @@ def alive(pid: int) -> bool:
         return False
 
 
-# -- under torchrun ------------------------------------------------------------------------------------------
+# -- under a launcher ------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Ended:
-    """How torchrun ended. ``lines``: ours on stderr; ``seconds`` from the trouble to the end."""
+    """How a launcher ended. ``lines``: ours; ``seconds`` from the trouble to the end."""
 
     code: int
     lines: list[str]
     seconds: float
 
 
+def ended(code: int, output: str) -> Ended:
+    """Of a launcher that has just ended; none of its processes may have survived it."""
+    now = time.time()
+    pids = [int(pid) for pid in re.findall(r"pid (\d+) rank", output)]
+    assert len(pids) == WORLD, output
+    assert not [pid for pid in pids if alive(pid)]
+    trouble = re.search(r"trouble ([\d.]+)", output)
+    return Ended(code, [line for line in output.splitlines() if "localpipe:" in line], now - float(trouble[1]))
+
+
 def torchrun(mode: str, run_dir: Path) -> Ended:
-    """A job under torchrun; waits for its end, which none of its processes may survive."""
+    """A job under the command torchrun."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--monitor-interval=0.1", "--standalone",
         f"--nproc_per_node={WORLD}", __file__, mode, str(run_dir),
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}", "OMP_NUM_THREADS": "1"}
     agent = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )
     try:
-        output, errors = agent.communicate(timeout=90)
+        output, _ = agent.communicate(timeout=90)
     finally:
         agent.kill()
-    ended = time.time()
-    pids = [int(pid) for pid in re.findall(r"pid (\d+) rank", output)]
-    assert len(pids) == WORLD, errors
-    assert not [pid for pid in pids if alive(pid)]
-    trouble = re.search(r"trouble ([\d.]+)", output)
-    lines = [line for line in errors.splitlines() if "localpipe:" in line]
-    return Ended(agent.returncode, lines, ended - float(trouble[1]))
+    return ended(agent.returncode, output)
 
 
 def test_torchrun_a_rank_raises(tmp_path: Path) -> None:
-    ended = torchrun("raise", tmp_path)
+    end = torchrun("raise", tmp_path)
     path = tmp_path / "failure-rank2.txt"
     expected = "localpipe: rank 2, module 2 (layer3.0-layer3.4), epoch 0 step 5: ValueError: boom second line"
-    assert ended.lines == [f"{expected} (traceback: {path})"]
+    assert end.lines == [f"{expected} (traceback: {path})"]
     assert 'raise ValueError("boom' in path.read_text()
-    assert ended.code != 0 and ended.seconds < DEADLINE_S
+    assert end.code != 0 and end.seconds < DEADLINE_S
 
 
 @pytest.mark.parametrize("mode", ["kill", "collective"])
-def test_torchrun_a_rank_is_killed(tmp_path: Path, mode: str) -> None:
+def test_an_agents_rank_is_killed(tmp_path: Path, mode: str) -> None:
     """Although the survivors get SIGTERM at once, and are to stop in order on SIGTERM."""
-    ended = torchrun(mode, tmp_path)
-    assert len(ended.lines) == 1
-    assert ended.lines[0].startswith(
+    (agent,) = run_agents(job_of_rank, [WORLD], mode, str(tmp_path))
+    end = ended(agent.exit_code, agent.stderr)
+    assert len(end.lines) == 1
+    assert end.lines[0].startswith(
         "localpipe: rank 2 (modules 2-2 (block2)) died without a message (killed? out of memory?); rank "
     )
-    assert ended.code != 0 and ended.seconds < DEADLINE_S
-    assert "in a C++ wait (epoch 0 step 5)" in ended.lines[0] or mode == "kill"
+    assert end.code != 0 and end.seconds < DEADLINE_S
+    assert "in a C++ wait (epoch 0 step 5)" in end.lines[0] or mode == "kill"
 
 
 # -- without a launcher --------------------------------------------------------------------------------------

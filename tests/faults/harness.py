@@ -1,4 +1,9 @@
-"""Starts ``job.py`` under the real torchrun, lets it break, and says what is left."""
+"""Starts ``job.py`` in real processes, lets it break, and says what is left.
+
+    run_forked()        ranks from the fork server, no launcher
+    run_with_agents()   torchrun's agents from the fork server, one per node; their workers are forks of them
+    run_torchrun()      the command itself: seconds of imports in every process, in every attempt
+"""
 
 from __future__ import annotations
 
@@ -11,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers_spawn import RankResult, run_ranks
+from helpers_torchrun import run_agents
 from job import main
 
 JOB = Path(__file__).parent / "job.py"
@@ -58,29 +64,6 @@ def write_job(folder: Path, faults: list[dict[str, Any]], **job: Any) -> Path:
     return folder
 
 
-def torchrun_command(ranks: int, *arguments: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run"]
-    return [*launcher, "--standalone", f"--nproc_per_node={ranks}", *arguments]
-
-
-def start(command: list[str]) -> subprocess.Popen[str]:
-    """A command in the background, its output in one pipe."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
-    )
-
-
-def finish(process: subprocess.Popen[str], folder: Path, timeout_s: float = 300.0) -> Ended:
-    """Wait for it; a job that hangs is killed and fails the test."""
-    try:
-        output, _ = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        raise
-    return Ended(process.returncode, output, folder)
-
-
 def run_forked(folder: Path, faults: list[dict[str, Any]], ranks: int = 3, **job: Any) -> list[RankResult]:
     """The whole job in processes of the fork server, without a launcher: they start faster."""
     write_job(folder, faults, **job)
@@ -94,8 +77,38 @@ def line_of(results: list[RankResult]) -> str:
     return lines[0]
 
 
-def run(folder: Path, faults: list[dict[str, Any]], ranks: int = 3, restarts: int = 0, **job: Any) -> Ended:
-    """The whole job under torchrun, to its end."""
+def run_with_agents(
+    folder: Path, faults: list[dict[str, Any]], processes: list[int], restarts: int = 0, **job: Any
+) -> list[Ended]:
+    """The whole job under an agent of torchrun per node, each with some processes, to its end."""
     write_job(folder, faults, **job)
-    restart = [f"--max-restarts={restarts}", "--monitor-interval=0.1"]
-    return finish(start(torchrun_command(ranks, *restart, str(JOB), str(folder))), folder)
+    agents = run_agents(_rank_of_agent, processes, str(folder), restarts=restarts, timeout_s=300.0)
+    return [Ended(agent.exit_code, agent.stderr, folder) for agent in agents]
+
+
+def _rank_of_agent(rank: int, folder: str) -> None:
+    result = main(rank, folder)
+    if "stopped" in result:  # an agent that is shutting down reads no return values, and a fork would wait for that
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def run_torchrun(folder: Path, faults: list[dict[str, Any]], ranks: int, restarts: int, **job: Any) -> Ended:
+    """The whole job under the command torchrun, to its end; a job that hangs is killed and fails the test."""
+    write_job(folder, faults, **job)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command += [f"--max-restarts={restarts}", "--monitor-interval=0.1", str(JOB), str(folder)]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=300.0)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        raise
+    return Ended(process.returncode, output, folder)

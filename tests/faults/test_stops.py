@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from harness import run, run_forked
+from harness import run_forked, run_with_agents
 
 SLOW = {"pause_s": 0.01}  # a step takes a tenth of a second, a stop half a second
 
@@ -72,12 +72,11 @@ def test_a_second_ctrl_c_ends_the_job_at_once(tmp_path: Path) -> None:
     assert "stopped by ctrl-C" in "".join(result.stderr for result in results)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("do", ["term_launcher", "interrupt_launcher"])
 def test_a_signal_to_torchrun_stops_the_job_in_order(
     tmp_path: Path, undisturbed: dict[str, str], do: str
 ) -> None:
-    ended = run(tmp_path, [{"rank": 0, "step": 5, "do": do}], ranks=2, **SLOW)
+    (ended,) = run_with_agents(tmp_path, [{"rank": 0, "step": 5, "do": do}], [2], **SLOW)
     assert "localpipe: stopped by SIG" in ended.output and "saved in" in ended.output
     assert ended.result["step"] > 5 and ended.alive() == []
     again = run_forked(tmp_path, [], ranks=2)
