@@ -132,11 +132,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=at_least(1), metavar="N", default=5, help="interleaved rounds")
     parser.add_argument("--steps", type=at_least(1), metavar="N", default=4, help="training steps of one measurement")
-    parser.add_argument("--quick", action="store_true", help="one round of one step at batch 4: less than a minute")
+    parser.add_argument("--quick", action="store_true", help="one round of one step at batch 2: seconds")
     output_options(parser)
     given = parser.parse_args()
     check_targets(json=given.json, output=given.output)
-    settings = {"rounds": 1, "steps": 1, "batch": 4} if given.quick else {
+    settings = {"rounds": 1, "steps": 1, "batch": 2} if given.quick else {
         "rounds": given.rounds, "steps": given.steps, "batch": 32
     }
     rows = measure(**settings)

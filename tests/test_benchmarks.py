@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from pipeline import ConfigError
 
+Quick = dict[str, tuple[dict[str, Any], str]]
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
@@ -23,14 +25,21 @@ bursts, networks, ranks, tables, throughput, virtual = map(
 )
 
 
-def quick(name: str, folder: Path) -> tuple[dict[str, Any], str]:
+def quick(name: str, folder: Path, *more: str) -> tuple[dict[str, Any], str]:
     """The JSON and the page of a quick run."""
     files = {"--json": folder / "result.json", "--output": folder / "page.md"}
     options = [str(part) for item in files.items() for part in item]
-    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", *options]
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", *options, *more]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=150)
     assert done.returncode == 0, done.stderr
     return json.loads(files["--json"].read_text()), files["--output"].read_text()
+
+
+def side_by_side(folders: pytest.TempPathFactory, **wanted: list[str]) -> Quick:
+    """Quick runs, two at a time, by name; with more options for each."""
+    with ThreadPoolExecutor(2) as pool:
+        runs = {name: pool.submit(quick, name, folders.mktemp(name), *more) for name, more in wanted.items()}
+    return {name: run.result() for name, run in runs.items()}
 
 
 def check_rows(result: dict[str, Any]) -> None:
@@ -45,7 +54,7 @@ def check_rows(result: dict[str, Any]) -> None:
         assert (row["bytes_per_step"] > 0) == (row["ranks"] > 1)
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_throughput_runs_and_names_what_is_faster(tmp_path: Path) -> None:
     result, page = quick("throughput", tmp_path)
     check_rows(result)
@@ -55,9 +64,15 @@ def test_throughput_runs_and_names_what_is_faster(tmp_path: Path) -> None:
     assert "The fastest system is" in page and "DDP (" in page
 
 
-@pytest.mark.long
-def test_scaling_runs_and_agrees_with_the_simulator(tmp_path: Path) -> None:
-    result, page = quick("scaling", tmp_path)
+@pytest.fixture(scope="module")
+def of_virtual_devices(tmp_path_factory: pytest.TempPathFactory) -> Quick:
+    """Quick runs of the benchmarks that hardly need a core: their devices wait."""
+    return side_by_side(tmp_path_factory, scaling=[], slow_stage=[])
+
+
+@pytest.mark.slow
+def test_scaling_runs_and_agrees_with_the_simulator(of_virtual_devices: Quick) -> None:
+    result, page = of_virtual_devices["scaling"]
     check_rows(result)
     rows = {(row["method"], row["schedule"], row["micro_batches"]): row for row in result["rows"]}
     plain = rows["dgl", "exact", 1]
@@ -68,24 +83,48 @@ def test_scaling_runs_and_agrees_with_the_simulator(tmp_path: Path) -> None:
     assert "Expected:" in page and "Measured:" in page
 
 
-@pytest.mark.long
-def test_one_slow_stage_holds_up_exact_and_async_but_not_free(tmp_path: Path) -> None:
-    result, page = quick("slow_stage", tmp_path)
+@pytest.mark.slow
+def test_one_slow_stage_holds_up_exact_and_async_but_not_free(of_virtual_devices: Quick) -> None:
+    result, page = of_virtual_devices["slow_stage"]
     rates = {(row["schedule"], row["slowed"]): row["images_per_s"] for row in result["rows"]}
     assert rates["exact", 3] < 0.6 * rates["exact", 1] and rates["async", 3] < 0.6 * rates["async", 1]
     assert rates["free", 3] > 0.8 * rates["free", 1]
     assert "free keeps" in page
 
 
-@pytest.mark.long
+@pytest.mark.slow
+def test_a_plan_predicts_steps_of_a_plausible_length(tmp_path: Path) -> None:
+    result, page = quick("prediction", tmp_path)
+    assert {row["placement"] for row in result["rows"]} == {"count", "measured"}
+    for row in result["rows"]:
+        assert sum(row["sizes"]) == result["settings"]["modules"] and len(row["sizes"]) == row["ranks"] == 2
+        assert row["predicted_s"] > 0 and 0.3 < row["ratio"] < 3.0  # 1.01 to 1.09 on a machine with nothing else to do
+    assert page.count("|") > 8 * len(result["rows"])
+
+
+@pytest.fixture(scope="module")
+def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> Quick:
+    """Quick runs of the benchmarks that need one core."""
+    return side_by_side(tmp_path_factory, step_cost=[], precision=[], operations=["--method", "BP", "DGL + HPFF"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["precision", "step_cost"])
-def test_benchmarks_of_one_process_run(name: str, tmp_path: Path) -> None:
-    result, page = quick(name, tmp_path)
+def test_benchmarks_of_one_process_run(of_one_process: Quick, name: str) -> None:
+    result, page = of_one_process[name]
     assert page.count("|") > 8 * len(result["rows"])
     for row in result["rows"]:
         assert set(tables.Row.__annotations__) <= set(row)
         assert row["ranks"] == 1 and row["images_per_s"] > 0
         assert row["ratio_to_bp"] == pytest.approx(1.0) if row["method"] == "bp" else 0 < row["ratio_to_bp"] < 1.5
+
+
+def test_operations_are_those_of_the_method(of_one_process: Quick) -> None:
+    result, page = of_one_process["operations"]
+    calls = {(row["method"], row["name"]): row["calls"] for row in result["rows"]}
+    assert calls["BP", "aten::addmm"] == 1 < calls["DGL + HPFF", "aten::addmm"]  # the heads are linear layers
+    assert all(row["ms"] > 0 for row in result["rows"])
+    assert "### BP: " in page and "### DGL + HPFF: " in page
 
 
 def test_targets_are_refused_before_anything_is_measured(tmp_path: Path) -> None:

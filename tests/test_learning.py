@@ -72,7 +72,7 @@ def assert_uncut_model_agrees(run: Path, summary: dict[str, Any]) -> None:
     assert 100.0 * wrong / len(indices) == pytest.approx(summary["test_error_pct"])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.real
 def test_cifar10_trains_from_a_tar_of_jpeg_images(tmp_path: Path) -> None:
     archive = Path(os.environ.get("LOCALPIPE_SHARED", "")) / "data" / "cifar10-jpeg.tar.xz"
