@@ -120,19 +120,19 @@ def set_aside(path: Path) -> Path:
 
 def remove_old(checkpoints: Path, newest: int, keep: int, keep_best: bool) -> None:
     """Remove all but the ``keep`` last ones up to that of step ``newest``, which is on the disk, and, with
-    ``keep_best``, the one with the smallest test error."""
-    manifests = {}
+    ``keep_best``, the one with the smallest test error. Raises OSError."""
+    steps, errors = {}, {}
     for path in step_folders(checkpoints):
         try:
-            manifests[path] = json.loads((path / MANIFEST).read_text())
-        except (OSError, ValueError):
+            manifest = json.loads((path / MANIFEST).read_text())
+            steps[path], errors[path] = manifest["step"], manifest["test_error_pct"]
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # not ours to remove
-    stay = set([path for path, manifest in manifests.items() if manifest["step"] <= newest][:keep])
-    errors = {path: m.get("test_error_pct") for path, m in manifests.items()}
+    stay = set([path for path, step in steps.items() if step <= newest][:keep])
     tested = [path for path, error in errors.items() if error is not None]
     if keep_best and tested:
-        stay.add(min(tested, key=lambda path: (errors[path], manifests[path]["step"])))
-    for path in manifests.keys() - stay:
+        stay.add(min(tested, key=lambda path: (errors[path], steps[path])))
+    for path in steps.keys() - stay:
         removed = path.with_name(f".{path.name}.removed")  # no half of it is ever seen
         os.rename(path, removed)
         shutil.rmtree(removed, ignore_errors=True)
@@ -213,7 +213,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """A checkpoint whose files are all there and have the bytes that were written.
 
     Args:
-        path: the directory of a step, or a run directory, of which it takes the newest valid checkpoint.
+        path: the directory of a step, or a run directory, of which it takes the newest checkpoint.
 
     Raises:
         CheckpointError: names the file that is missing, cut short, changed, of a newer format or of another program.
@@ -224,13 +224,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     for folder in (path / FOLDER, path):
         if step_folders(folder):
             found, refused = newest_valid(folder)
-            if found is None:
-                raise CheckpointError(f"no checkpoint in '{folder}' is valid: {refused[0]}")
+            if refused:
+                older = f"the newest valid one is '{found.path}'" if found else "no other one is valid"
+                raise CheckpointError(f"{refused[0]}; {older}")
             return found
     return _open(path)
 
 
-def opened(path: Path) -> Checkpoint:
+def open_verified(path: Path) -> Checkpoint:
     """A checkpoint that somebody has verified already. Raises CheckpointError where it is not to be seen from here."""
     try:
         return Checkpoint(path, json.loads((path / MANIFEST).read_text(encoding="utf-8")))

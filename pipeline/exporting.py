@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from pipeline.checkpoint import Checkpoint, open_checkpoint
 from pipeline.errors import ConfigError
+from pipeline.report.run_directory import write_atomically
 from pipeline.torchvision_backbones import torchvision_name
 
 SUFFIXES = {".pt": "pt", ".pth": "pt", ".safetensors": "safetensors"}
@@ -80,7 +80,7 @@ def export(source: Path | str, output: Path | str, *, heads: bool = False, fmt: 
     state = _uncut_state(saved, config.model.name, heads)
     about = {"step": str(saved.step), "config_sha256": config.fingerprint(), "backbone": config.model.name}
     content = encode(state, about)
-    _write_atomically(output, content)
+    _write(output, content)
     parameters = sum(value.numel() for name, value in state.items() if name.rpartition(".")[2] not in _STATISTICS)
     return Exported(output, saved.path, saved.step, parameters, hashlib.sha256(content).hexdigest())
 
@@ -123,16 +123,9 @@ def _pt(state: State, about: dict[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def _write_atomically(output: Path, content: bytes) -> None:
-    """Fill a neighbouring file and give it its name once it is on the disk."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+def _write(output: Path, content: bytes) -> None:
+    """All of it or nothing."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, output)
+        write_atomically(output, lambda file: file.write(content))
     except OSError as error:
         raise ConfigError(f"'{output}' cannot be written ({error.strerror}); choose another place") from error
-    finally:
-        temporary.unlink(missing_ok=True)

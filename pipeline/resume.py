@@ -1,6 +1,6 @@
 """Where a run starts: which checkpoint it goes on from, and whether its configuration allows that.
 
-    --resume auto     the newest valid checkpoint of the run directory, else from the beginning
+    --resume auto     the newest valid checkpoint of the run directory, else from the beginning (others are set aside)
     --resume PATH     that one, or an error
     --resume none     from the beginning
     a restart         (torchrun --max-restarts) as auto, whatever was asked for at first
@@ -80,8 +80,7 @@ def choose_start(resume: str, run_dir: Path, restarted: bool, config: Config) ->
     """Decide on rank 0, and tidy up what killed runs have left in ``run_dir``.
 
     Raises:
-        CheckpointError: ``resume`` is a path without a valid checkpoint; the run directory has checkpoints and none is
-            valid.
+        CheckpointError: ``resume`` is a path without a valid checkpoint.
         ConfigError: the run directory holds a finished run without checkpoints, or checkpoints that are not to be used;
             a key that may not change differs from the checkpoint's.
     """
@@ -91,7 +90,7 @@ def choose_start(resume: str, run_dir: Path, restarted: bool, config: Config) ->
     if restarted or resume == "auto":
         chosen, refused = newest_valid(checkpoints)
         if chosen is None and refused:
-            raise CheckpointError(f"no checkpoint of this run is valid: {refused[0]}; or begin anew in a new --run-dir")
+            warnings.append("no checkpoint of this run is valid: it begins anew")
         for path in step_folders(checkpoints)[: len(refused)]:
             set_aside(path)
         warnings += [f"{reason}; set aside as *.invalid" for reason in refused]

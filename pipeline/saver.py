@@ -3,16 +3,17 @@
     rank 0   step s | copy | step s+1 ...                       main threads go on
     rank 1       step s | copy | step s+1 ...
                            |
-    threads      write modules, hash, tell the store:  saved/<s>/<rank>
+    threads      write modules, hash, tell the store:  saving/<s>/<rank>  modules begun,  saved/<s>/<rank>
     rank 0's     waits for all, writes the manifest, renames, removes old ones
 
-In the step loop a rank waits at most for its own last save, where it saves faster than it can write. All ranks copy
-after the same step, so the copies belong together. A save that fails on one rank fails as a whole, says so, and leaves
-the older checkpoints as they are.
+In the step loop a rank waits at most for its own last save (rank 0: for all of it), where it saves faster than it can
+write. All ranks copy after the same step, so the copies belong together. A save that fails on one rank fails as a
+whole, says so, and leaves the older checkpoints as they are.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import threading
@@ -30,10 +31,10 @@ from pipeline import checkpoint
 from pipeline.checkpoint import Files
 from pipeline.config import CheckpointConfig
 from pipeline.errors import DeadlineExceeded, LocalpipeError
+from pipeline.patience import ASK_AGAIN, Patience
 
-POLL_S = 0.02
-GRACE_S = 5.0
-"""By which the thread itself gives up earlier than the rank that waits for it: it can say what for."""
+POLL_S = 0.05
+LOOK_S = 0.5
 
 
 class SaveFailed(LocalpipeError):
@@ -56,8 +57,9 @@ class Saver:
         store: shared by all ranks of this attempt, None for one process.
         checkpoints: the directory of all checkpoints of the run, on a file system that all ranks share.
         settings: how many stay.
-        deadline_s: longest wait in which no file of a save is finished.
-        moves: called in a wait when another one is.
+        deadline_s: longest time that writing one module takes, and longest wait for a rank to come to a save, unless it
+            is just slow.
+        patience: knows that; told of the wait of ``join``.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class Saver:
         checkpoints: Path,
         settings: CheckpointConfig,
         deadline_s: float,
-        moves: Callable[[], None],
+        patience: Patience,
     ) -> None:
         self._store = store.clone() if store is not None else None  # a connection of its own: threads must not queue up
         self._rank = rank
@@ -76,11 +78,12 @@ class Saver:
         self._checkpoints = checkpoints
         self._settings = settings
         self._deadline_s = deadline_s
-        self._moves = moves
+        self._patience = patience
         self._thread: threading.Thread | None = None
         self._notes: list[str] = []
         self._error: Exception | None = None
-        self._moved = time.monotonic()  # when the thread has last finished something
+        self._moved = 0  # counts what the thread has finished
+        self._awaited: int | None = None  # a rank that has not come to this save yet
         self._step = 0
 
     def save(self, step: int, states: dict[int, dict[str, Tensor]], document: Document | None) -> None:
@@ -93,7 +96,7 @@ class Saver:
         """
         self.join()
         self._error = None
-        self._step, self._moved = step, time.monotonic()
+        self._step, self._awaited = step, None
         self._thread = threading.Thread(target=self._write, args=(step, states, document), name="saver", daemon=True)
         self._thread.start()
 
@@ -101,18 +104,22 @@ class Saver:
         """Wait until this rank's part (on rank 0: the whole checkpoint) is written or has failed."""
         if self._thread is None:
             return
-        seen = self._moved
+        seen, told, still_s = self._moved, None, 0.0
         while self._thread.is_alive():
-            self._thread.join(1.0)
-            if self._moved != seen:
-                seen = self._moved
-                self._moves()
-            if self._thread.is_alive() and time.monotonic() - self._moved > self._deadline_s + GRACE_S:
+            self._thread.join(LOOK_S)
+            still_s += LOOK_S  # counted, not read from a clock: this job may have been suspended
+            if self._moved != seen or self._awaited != told:
+                seen, told, still_s = self._moved, self._awaited, 0.0
+                self._patience.end()
+                if told is not None:
+                    self._patience.begin(told, f"for rank {told} to come to the checkpoint of step {self._step}")
+            if self._thread.is_alive() and told is None and still_s > self._deadline_s:
                 raise DeadlineExceeded(
                     f"rank {self._rank} has waited {self._deadline_s:g} s for a part of the checkpoint of step "
                     f"{self._step}; is the disk that slow? save less often (checkpoint.every_*) or raise "
                     "runtime.deadline_s"
                 )
+        self._patience.end()
         self._thread = None
 
     def error(self) -> str | None:
@@ -121,7 +128,9 @@ class Saver:
 
     def take_notes(self) -> list[str]:
         """Rank 0: warnings since the last call."""
-        taken, self._notes = self._notes, []
+        taken = []
+        while self._notes:  # the thread may add to it meanwhile
+            taken.append(self._notes.pop(0))
         return taken
 
     def _write(self, step: int, states: dict[int, dict[str, Tensor]], document: Document | None) -> None:
@@ -130,14 +139,16 @@ class Saver:
         try:
             files: Files = {}
             for index, state in states.items():
+                self._count(step)
                 files |= checkpoint.write_module(checkpoint.partial_folder(self._checkpoints, step), index, state)
-                self._moved = time.monotonic()
+                self._moved += 1
             outcome = {"files": files}
         except BaseException as error:  # torch's CheckpointException is no Exception
             outcome = {"error": f"rank {self._rank}: {_cause(error)}"}
         if document is None:
             assert self._store is not None
-            self._store.set(_key(step, self._rank), json.dumps(outcome))
+            with contextlib.suppress(RuntimeError):  # the store is gone, and this job with it
+                self._store.set(_key(step, self._rank), json.dumps(outcome))
             return
         try:
             self._publish(step, outcome, document)
@@ -148,6 +159,11 @@ class Saver:
                 f"the checkpoint of step {step} was not saved: {_cause(error)}; older ones are untouched"
             )
 
+    def _count(self, step: int) -> None:
+        """Tell rank 0 that a module is begun, so that the one before it is written."""
+        if self._rank > 0:
+            self._store.add(_count_key(step, self._rank), 1)
+
     def _publish(self, step: int, outcome: dict[str, Any], document: Document) -> None:
         outcomes = [outcome, *self._collect(step)]
         errors = [part["error"] for part in outcomes if "error" in part]
@@ -156,33 +172,49 @@ class Saver:
         files = {name: entry for part in outcomes for name, entry in part["files"].items()}
         manifest, history = document.contents()
         checkpoint.publish(self._checkpoints, step, files, manifest, document.config_toml, history)
-        checkpoint.remove_old(self._checkpoints, step, self._settings.keep, self._settings.keep_best)
+        try:
+            checkpoint.remove_old(self._checkpoints, step, self._settings.keep, self._settings.keep_best)
+        except OSError as error:
+            self._notes.append(f"an old checkpoint could not be removed: {_cause(error)}")
 
     def _collect(self, step: int) -> list[dict[str, Any]]:
         """The outcomes of the other ranks."""
-        keys = [_key(step, rank) for rank in self._ranks if rank != self._rank]
-        if not keys:
+        others = [rank for rank in self._ranks if rank != self._rank]
+        if not others:
             return []
         assert self._store is not None
-        missing = keys
-        while missing:  # store.wait would block in C++, and print warnings when it times out
-            there = [key for key in missing if self._store.check([key])]
-            if there:
-                self._moved = time.monotonic()
-                missing = [key for key in missing if key not in there]
-            elif time.monotonic() - self._moved > self._deadline_s:
-                late = [key.rpartition("/")[2] for key in missing]
-                raise SaveFailed(f"rank {', '.join(late)} did not save its part within {self._deadline_s:g} s")
-            else:
-                time.sleep(POLL_S)
+        written: dict[int, bytes] = {}
+        waited_s, limit_s = 0.0, self._deadline_s
+        while missing := [rank for rank in others if not self._store.check([_key(step, rank)])]:
+            began = [rank for rank in missing if self._store.check([_count_key(step, rank)])]
+            now = dict(zip(began, self._store.multi_get([_count_key(step, rank) for rank in began]), strict=True))
+            self._awaited = next((rank for rank in missing if rank not in began), None)
+            if now != written:
+                written, waited_s, limit_s = now, 0.0, self._deadline_s
+                self._moved += 1
+            if waited_s > limit_s:
+                late = self._awaited
+                verdict = "no module of it is written" if late is None else self._patience.verdict(late)
+                if verdict is not None:
+                    who = ", ".join(map(str, missing))
+                    raise SaveFailed(f"rank {who} did not save its part within {waited_s:g} s: {verdict}")
+                limit_s += self._deadline_s / ASK_AGAIN
+            time.sleep(POLL_S)
+            waited_s += POLL_S
+        self._awaited = None
+        keys = [_key(step, rank) for rank in others]
         texts = [json.loads(text) for text in self._store.multi_get(keys)]
-        for key in keys:
+        for key in [*keys, *(_count_key(step, rank) for rank in others)]:
             self._store.delete_key(key)
         return texts
 
 
 def _key(step: int, rank: int) -> str:
     return f"saved/{step}/{rank}"
+
+
+def _count_key(step: int, rank: int) -> str:
+    return f"saving/{step}/{rank}"
 
 
 def _cause(error: BaseException) -> str:

@@ -176,8 +176,9 @@ class LoaderSource:
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The training loader, once; a sampler with ``set_epoch`` is told the epoch. What the loader draws from the
-        random numbers of torch, numpy and Python depends on the epoch only; batches before ``start`` are read and
-        dropped. So a resumed run sees what the undisturbed one would have seen."""
+        random numbers of torch, numpy and Python, or from a generator of its own, depends on the epoch only; batches
+        before ``start`` are read and dropped. So a resumed run sees what the undisturbed one would have seen (but for
+        random transforms in persistent workers: their random numbers go on from epoch to epoch)."""
         set_epoch = getattr(getattr(self._data.train, "sampler", None), "set_epoch", None)
         if callable(set_epoch):
             set_epoch(epoch)
@@ -202,6 +203,10 @@ class LoaderSource:
         seed = stable_hash(self._seed, "loader", epoch)
         numpy.random.seed(seed % 2**32)
         random.seed(seed)
+        train = self._data.train
+        for owner in (train, getattr(train, "sampler", None)):
+            if isinstance(own := getattr(owner, "generator", None), torch.Generator):
+                own.manual_seed(seed)
         state = torch.Generator().manual_seed(seed).get_state()
         batches: Iterator[tuple[Tensor, Tensor]] | None = None
         while True:

@@ -205,9 +205,9 @@ class _Trainer:
             directory = RunDirectory.create(run_dir, name, going_on)
             self._lock = directory.lock()
             path = str(directory.path.absolute())
-            _remember(runtime.job_store, path)
             start = resume.choose_start(resume_from, directory.path.absolute(), known is not None, config)
             directory.write_config(to_toml(config))
+            _remember(runtime.job_store, path)  # not before: what is refused now must not be done by a restart
         start, path = runtime.broadcast((start, path))
         runtime.desk.run_dir = Path(path)
         self.directory = RunDirectory(Path(path))
@@ -218,7 +218,7 @@ class _Trainer:
         """The checkpoint to go on from; rank 0 has verified its bytes."""
         if start.checkpoint is None:
             return None
-        saved = checkpoint.opened(start.checkpoint)
+        saved = checkpoint.open_verified(start.checkpoint)
         names = [list(names) for names in self.plan.partition.modules]
         task, total = self.plan.task, total_steps(self.config, facts)
         resume.check_fits(saved, names, task.classes, task.image_shape, facts.train_batches, total)
@@ -284,7 +284,7 @@ class _Trainer:
         folder = self.directory.path / checkpoint.FOLDER
         ranks = (runtime.store, runtime.rank, runtime.world_size)
         deadline_s = config.runtime.deadline_s
-        saver = Saver(*ranks, folder, config.checkpoint, deadline_s, runtime.desk.heart.moves)
+        saver = Saver(*ranks, folder, config.checkpoint, deadline_s, runtime.patience)
         self.conductor = Conductor(config.checkpoint, runtime.desk.stop_request)
         run = Run(
             config=config,

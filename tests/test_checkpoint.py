@@ -120,6 +120,8 @@ def test_the_newest_valid_one_is_found_and_the_reason_against_newer_ones_is_kept
     assert found is not None and found.step == 20
     assert len(refused) == 1 and "step-00000100" in refused[0]
     assert newest_valid(tmp_path / "nowhere") == (None, [])
+    with pytest.raises(CheckpointError, match="step-00000100.*has changed.*the newest valid one is.*step-00000020"):
+        open_checkpoint(tmp_path)
 
 
 def test_an_unfinished_checkpoint_is_invisible_and_can_be_removed(tmp_path: Path) -> None:
@@ -141,10 +143,12 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     for step, error in ((1, 9.0), (2, 3.0), (3, 3.0), (4, None), (5, 8.0)):
         saved(tmp_path, step, error)
     (tmp_path / "step-00000000").mkdir()  # of somebody else: no manifest
+    (tmp_path / "step-00000006").mkdir()
+    (tmp_path / "step-00000006" / MANIFEST).write_text('{"some": "thing"}')
     remove_old(tmp_path, 5, keep=2, keep_best=True)
-    assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [5, 4, 2, 0]
+    assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [6, 5, 4, 2, 0]
     remove_old(tmp_path, 5, keep=1, keep_best=False)
-    assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [5, 0]
+    assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [6, 5, 0]
 
 
 def test_what_was_just_saved_stays_whatever_else_is_there(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """A run that goes on from a checkpoint ends with the weights of the run that was never disturbed: bit for bit, on other
-numbers of ranks, from the middle of an epoch, in every deterministic schedule."""
+numbers of ranks, from the middle of an epoch, in every deterministic schedule. Its network begins with other weights,
+so that one that began anew would be found out."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,15 +34,16 @@ CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
 SAVED = [4, 5, 8, 10]  # every four steps, and at the end of both epochs of five
 
 
-def config_of(case: str, **checkpoint: Any) -> Config:
+def run(
+    case: str, folder: Path, resume: str = "auto", seed: int = 7, stages: tuple[int, ...] = (), **checkpoint: Any
+) -> dict[str, Any]:
     method, variant, span, schedule = CASES[case]
-    return tiny_config(method, variant, span, 4, schedule=schedule, train={"epochs": 2}, checkpoint=checkpoint)
-
-
-def run(case: str, folder: Path, resume: str = "auto", **checkpoint: Any) -> dict[str, Any]:
+    sections: dict[str, dict[str, Any]] = {"schedule": schedule, "train": {"epochs": 2}, "checkpoint": checkpoint}
+    if stages:
+        sections["partition"] = {"kind": "given", "stages": list(stages)}
     return train(
-        config_of(case, **checkpoint),
-        network=network(),
+        tiny_config(method, variant, span, 4, **sections),
+        network=network(seed),
         data=LoaderData(Batches(), Batches()),
         run_dir=folder,
         resume=resume,
@@ -58,19 +61,24 @@ def save_all(rank: int, folder: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-def resume_all(rank: int, folder: str, ranks: int) -> dict[tuple[str, int], tuple[str, float]]:
-    """From every checkpoint of every case to the end: digest of the weights, mean loss of the last epoch."""
+def resume_all(
+    rank: int, folder: str, ranks: int, steps: list[int], stages: tuple[int, ...]
+) -> dict[tuple[str, int], tuple[str, float]]:
+    """From checkpoints of every case to the end: digest of the weights, mean loss of the last epoch."""
     found = {}
     for case in CASES:
-        for path in step_folders(Path(folder) / case / FOLDER):
-            step = int(path.name[5:])
-            summary = run(case, Path(folder) / f"{case}-from-{step}-on-{ranks}", str(path), every_epochs=0)
+        assert sorted(int(path.name[5:]) for path in step_folders(Path(folder) / case / FOLDER)) == SAVED
+        for step in steps:
+            path = Path(folder) / case / FOLDER / f"step-{step:08d}"
+            there = Path(folder) / f"{case}-from-{step}-on-{ranks}"
+            summary = run(case, there, str(path), seed=8, stages=stages, every_epochs=0)
             found[case, step] = (summary["weights_sha256"], summary["train_loss"])
     return found
 
 
 @pytest.mark.slow
-def test_resuming_on_other_numbers_of_ranks_gives_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.alone
+def test_resuming_on_other_numbers_of_ranks_or_at_another_cut_gives_the_same_weights(tmp_path: Path) -> None:
     results = run_ranks(save_all, 2, str(tmp_path), timeout_s=240)
     assert [result.exit_code for result in results] == [0, 0], [result.stderr for result in results]
     expected = results[0].value
@@ -78,13 +86,16 @@ def test_resuming_on_other_numbers_of_ranks_gives_the_same_weights(tmp_path: Pat
     assert len({alone for alone, _ in expected.values()}) == len(CASES)
     with ThreadPoolExecutor() as pool:
         jobs = {
-            ranks: pool.submit(run_ranks, resume_all, ranks, str(tmp_path), ranks, timeout_s=240) for ranks in (1, 4)
+            (ranks, tuple(steps)): pool.submit(
+                run_ranks, resume_all, ranks, str(tmp_path), ranks, steps, stages, timeout_s=240
+            )
+            for ranks, steps, stages in ((1, SAVED, ()), (4, SAVED, ()), (2, SAVED[:1], (1, 3)))
         }
-    for ranks, job in jobs.items():
+    for (ranks, steps), job in jobs.items():
         results = job.result()
         assert [result.exit_code for result in results] == [0] * ranks, [result.stderr for result in results]
         found = results[0].value
-        assert sorted(found) == sorted((case, step) for case in CASES for step in SAVED)
+        assert sorted(found) == sorted((case, step) for case in CASES for step in steps)
         for (case, step), (digest, loss) in found.items():
             assert digest == expected[case][0], (case, step, ranks)
             metrics = (tmp_path / f"{case}-undisturbed" / "metrics.jsonl").read_text().splitlines()
@@ -98,9 +109,9 @@ def test_a_finished_run_goes_on_when_it_may_train_longer(tmp_path: Path) -> None
     longer = tiny_config("dgl", "hpff", 2, 4, train={"epochs": 2})
     data = LoaderData(Batches(), Batches())
     first = train(short, network=network(), data=data, run_dir=tmp_path / "run", quiet=True)
-    again = train(short, network=network(), data=data, run_dir=tmp_path / "run", quiet=True)
+    again = train(short, network=network(8), data=data, run_dir=tmp_path / "run", quiet=True)
     assert again["weights_sha256"] == first["weights_sha256"] and again["steps"] == 5
-    more = train(longer, network=network(), data=data, run_dir=tmp_path / "run", quiet=True)
+    more = train(longer, network=network(8), data=data, run_dir=tmp_path / "run", quiet=True)
     assert more["steps"] == 10
     straight = train(longer, network=network(), data=data, run_dir=tmp_path / "straight", quiet=True)
     assert more["weights_sha256"] == straight["weights_sha256"]  # the learning rate is constant here
@@ -136,7 +147,7 @@ def test_a_stop_in_the_last_step_leaves_no_late_work(tmp_path: Path) -> None:
     three = config(train={"epochs": 1, "max_steps": 3})
     straight = train(three, network=network(), data=data, run_dir=tmp_path / "straight", quiet=True)
     resumed = train(
-        three, network=network(), data=data, run_dir=tmp_path / "resumed", quiet=True,
+        three, network=network(8), data=data, run_dir=tmp_path / "resumed", quiet=True,
         resume=str(tmp_path / "long" / FOLDER / "step-00000003"),
     )  # fmt: skip
     assert resumed["weights_sha256"] == straight["weights_sha256"]
@@ -153,12 +164,15 @@ class Dropped(Dataset):
         return torch.randn(3, 8, 8), index % 4
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_random_transforms_of_a_loader_are_those_of_the_undisturbed_run(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "own"), [(0, False), (1, False), (0, True)])
+def test_random_transforms_of_a_loader_are_those_of_the_undisturbed_run(
+    tmp_path: Path, workers: int, own: bool
+) -> None:
     """A module with Dropout draws from the same random numbers, in the same process."""
 
     def run(folder: str, resume: str, **more: Any) -> dict[str, Any]:
-        loader = DataLoader(Dropped(), batch_size=8, shuffle=True, num_workers=workers)
+        generator = torch.Generator().manual_seed(3) if own else None
+        loader = DataLoader(Dropped(), batch_size=8, shuffle=True, num_workers=workers, generator=generator)
         blocks = tiny_blocks()
         blocks["a"] = nn.Sequential(blocks["a"], nn.Dropout(0.3))
         torch.manual_seed(7)
@@ -170,17 +184,15 @@ def test_random_transforms_of_a_loader_are_those_of_the_undisturbed_run(tmp_path
     torch.manual_seed(7)
     first = run("first", "auto")
     torch.manual_seed(99)
-    again = run("again", str(tmp_path / "first" / FOLDER / "step-00000004"))
+    again = run("again", str(tmp_path / "first" / FOLDER / "step-00000008"))  # in the second epoch of five steps
     assert again["weights_sha256"] == first["weights_sha256"]
 
 
 def changed(config: Config, section: str, **entries: Any) -> Config:
-    import dataclasses
-
     return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **entries)})
 
 
-def test_a_changed_configuration_is_printed_or_refused(tmp_path: Path) -> None:
+def test_a_changed_configuration_is_printed_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tiny_config("dgl", "hpff", 2, 4, train={"epochs": 1})
     summary = train(config, network=network(), data=LoaderData(Batches(), Batches()), run_dir=tmp_path, quiet=True)
     used = open_checkpoint(tmp_path).config
@@ -190,6 +202,9 @@ def test_a_changed_configuration_is_printed_or_refused(tmp_path: Path) -> None:
     assert start.checkpoint is not None and start.lines == ()
     start = choose_start("auto", tmp_path, False, changed(changed(used, "optim", lr=0.5), "runtime", deadline_s=9.0))
     assert "changed since the checkpoint: optim.lr = 0.05 -> 0.5" in start.lines
+    train(changed(used, "optim", lr=0.5), network=network(), data=LoaderData(Batches(), Batches()), run_dir=tmp_path)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "resumed from" in printed and "changed since the checkpoint: optim.lr = 0.05 -> 0.5" in printed
     for section, entries, words in (
         ("model", {"modules": 3}, r"model\.modules \(4 there, 3 now\)"),
         ("data", {"batch_size": 4}, r"data\.batch_size"),
@@ -211,9 +226,12 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
         choose_start("auto", tmp_path, False, config)
     assert choose_start("auto", tmp_path, True, config).checkpoint is None  # a restart begins anew
     (tmp_path / FOLDER / "step-00000003").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="no checkpoint of this run is valid.*manifest"):
-        choose_start("auto", tmp_path, False, config)
     for resume in ("none", str(tmp_path)):
         with pytest.raises(ConfigError, match="already holds checkpoints.*--resume auto"):
             choose_start(resume, tmp_path, False, config)
+    (tmp_path / "summary.json").unlink()
+    start = choose_start("auto", tmp_path, False, config)
+    assert start.checkpoint is None and "no checkpoint of this run is valid: it begins anew" in start.warnings
+    assert "has no manifest.json" in start.warnings[-1] and not step_folders(tmp_path / FOLDER)
+    assert (tmp_path / FOLDER / "step-00000003.invalid").is_dir()
     assert validate(from_dict({})).checkpoint.keep == 2

@@ -65,7 +65,7 @@ class RunDirectory:
     def write_config(self, text: str) -> Path:
         """Write the resolved configuration to config.toml and return its path."""
         target = self.path / CONFIG
-        _write_atomically(target, lambda file: file.write(text.encode()))
+        write_atomically(target, lambda file: file.write(text.encode()))
         return target
 
     def append(self, record: EpochRecord) -> None:
@@ -103,7 +103,7 @@ class RunDirectory:
         target = self.path / METRICS
         if records:
             lines = [json.dumps(_json_ready(asdict(record)), allow_nan=False) + "\n" for record in records]
-            _write_atomically(target, lambda file: file.write("".join(lines).encode()))
+            write_atomically(target, lambda file: file.write("".join(lines).encode()))
         elif target.exists():
             os.replace(target, target.with_suffix(".interrupted.jsonl"))
 
@@ -111,13 +111,13 @@ class RunDirectory:
         """Write summary.json in one go (a reader sees the old file or the new one) and return its path."""
         text = json.dumps(_json_ready(summary), indent=2, allow_nan=False) + "\n"
         target = self.path / SUMMARY
-        _write_atomically(target, lambda file: file.write(text.encode()))
+        write_atomically(target, lambda file: file.write(text.encode()))
         return target
 
     def write_state(self, name: str, state_dict: Mapping[str, Any]) -> Path:
         """Save ``state_dict`` with ``torch.save`` in one go as ``<name>.pt`` and return its path."""
         target = self.path / (name if name.endswith(".pt") else f"{name}.pt")
-        _write_atomically(target, lambda file: torch.save(dict(state_dict), file))
+        write_atomically(target, lambda file: torch.save(dict(state_dict), file))
         return target
 
 
@@ -220,7 +220,7 @@ def _make_default(name: str) -> Path:
             attempt += 1
 
 
-def _write_atomically(target: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_atomically(target: Path, write: Callable[[BinaryIO], object]) -> None:
     """Fill a neighbouring temporary file, then rename it: ``target`` is never half written."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

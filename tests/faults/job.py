@@ -6,7 +6,8 @@
     ``train`` has anything to do; step 100: when the first stage reads its third batch of a test
 
 Every process notes its pid in FOLDER/pids; rank 0 writes what ``train`` returned to FOLDER/result.json. A fault leaves
-FOLDER/fault-<number> with the time just before it.
+FOLDER/fault-<number> with the time just before it. Where there is a checkpoint the network begins with other weights:
+who begins anew instead of going on from it does not end with the weights of the undisturbed job.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class Batches:
             yield batch.image, batch.labels
 
 
-def network() -> nn.Sequential:
-    torch.manual_seed(7)
+def network(folder: Path) -> nn.Sequential:
+    torch.manual_seed(8 if list(folder.glob("run/checkpoints/step-*")) else 7)
     return nn.Sequential(tiny_blocks())
 
 
@@ -140,6 +141,15 @@ class Faults:
 
         checkpoint.write_module = write_then_die
 
+    def save_slowly(self) -> None:
+        """Let this rank take two seconds for every module that it saves."""
+
+        def write_slowly(partial: Path, index: int, state: dict[str, Tensor]) -> Any:
+            time.sleep(2.0)
+            return self._write_module(partial, index, state)
+
+        checkpoint.write_module = write_slowly
+
     def term_in_save(self) -> None:
         """Let saves take a second, and ask for a stop in the middle of the next."""
 
@@ -206,7 +216,7 @@ def main(rank: int, folder: str) -> dict[str, Any]:
     for section, entries in job["settings"].items():
         settings.setdefault(section, {}).update(entries)
     config = tiny_config("dgl", "hpff", job["span"], 4, **settings)
-    model = network()
+    model = network(here)
     faults = Faults(here, rank, job, model)
     if any(fault["step"] == START for fault in job["faults"]):
         desk_of(faults)

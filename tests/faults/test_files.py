@@ -109,9 +109,18 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("how", ["missing shard", "truncated", "flipped bit", "newer format", "foreign"])
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("missing shard", "module-001/__0_0.distcp cannot be read"),
+        ("truncated", "(cut short?)"),
+        ("flipped bit", "module-001/__0_0.distcp has changed since it was written"),
+        ("newer format", "has format 99"),
+        ("foreign", "manifest.json is none of localpipe's"),
+    ],
+)
 def test_a_damaged_checkpoint_is_passed_over_or_refused_by_name(
-    tmp_path: Path, killed: Path, undisturbed: dict[str, str], how: str
+    tmp_path: Path, killed: Path, undisturbed: dict[str, str], how: str, why: str
 ) -> None:
     shutil.copytree(killed / "run", tmp_path / "run")
     newest = step_folders(tmp_path / "run" / "checkpoints")[0]
@@ -120,19 +129,22 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused_by_name(
     other = tmp_path / "other"
     refused = run_forked(other, [], ranks=2, resume=str(newest))
     assert all(result.exit_code != 0 for result in refused)
-    assert newest.name in line_of(refused)
+    assert newest.name in line_of(refused) and why in line_of(refused)
 
     results = run_forked(tmp_path, [], ranks=2)
     assert [result.exit_code for result in results] == [0, 0], [result.stderr for result in results]
-    assert any(
-        line.startswith("localpipe warning:") and newest.name in line for line in results[0].stderr.splitlines()
-    )
+    warnings = [line for line in results[0].stderr.splitlines() if line.startswith("localpipe warning:")]
+    assert any(newest.name in line and why in line for line in warnings), warnings
     assert results[0].value["weights_sha256"] == undisturbed["exact"]
 
 
-def test_a_changed_configuration_is_refused_or_said(tmp_path: Path, killed: Path) -> None:
+def test_a_changed_configuration_is_refused_by_its_key_or_goes_on(
+    tmp_path: Path, killed: Path, undisturbed: dict[str, str]
+) -> None:
+    """What is said of it: test_resume.py."""
     shutil.copytree(killed / "run", tmp_path / "run")
     refused = run_forked(tmp_path, [], ranks=2, settings={"data": {"batch_size": 4}, "train": {"seed": 5}})
     assert "train.seed (0 there, 5 now)" in line_of(refused)
     results = run_forked(tmp_path, [], ranks=2, settings={"optim": {"lr": 0.01}})
     assert [result.exit_code for result in results] == [0, 0], [result.stderr for result in results]
+    assert results[0].value["steps"] == 40 and results[0].value["weights_sha256"] != undisturbed["exact"]

@@ -39,7 +39,7 @@ def test_ten_random_kills_change_nothing(tmp_path: Path, undisturbed: dict[str, 
 
 @pytest.mark.slow
 def test_the_command_torchrun_restarts_what_was_killed(tmp_path: Path, undisturbed: dict[str, str]) -> None:
-    ended = run_torchrun(tmp_path, kills(1, ranks=1), ranks=2, restarts=1)
+    ended = run_torchrun(tmp_path, [{"rank": 1, "step": 17, "do": "kill"}], ranks=2, restarts=1)
     assert ended.code == 0, ended.output
     assert (ended.attempts(), len(ended.lines), ended.alive()) == (2, 1, [])
     assert ended.result["weights_sha256"] == undisturbed["exact"]
@@ -71,6 +71,17 @@ def test_a_kill_during_a_save_leaves_the_older_checkpoint(
     assert [result.exit_code for result in results] == [0, 0, 0], [result.stderr for result in results]
     assert f"localpipe warning: removed the unfinished checkpoint {partial}" in results[0].stderr
     assert results[0].value["weights_sha256"] == undisturbed["exact"]
+
+
+def test_a_restart_does_not_do_what_has_been_refused(tmp_path: Path) -> None:
+    """A finished run without checkpoints is not overwritten, however often torchrun starts its ranks again."""
+    nothing = {"every_epochs": 0, "every_steps": 0}
+    (first,) = run_with_agents(tmp_path, [], [2], steps=5, settings={"checkpoint": nothing})
+    assert first.code == 0, first.output
+    (again,) = run_with_agents(tmp_path, [], [2], restarts=1, steps=5, settings={"checkpoint": nothing})
+    assert again.code != 0
+    assert len(again.lines) == 2 and all("already holds a run" in line for line in again.lines)
+    assert again.result == first.result
 
 
 def test_two_jobs_at_once_do_not_mix(tmp_path: Path, undisturbed: dict[str, str]) -> None:
