@@ -17,14 +17,19 @@ import itertools
 import json
 import os
 import secrets
+import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from queue import Empty, SimpleQueue
 
 import torch.distributed as dist
 
 from pipeline.errors import ConfigError, DeadlineExceeded
 
 POLL_S = 0.02
+GRACE_S = 1.0
+"""By which torch's own deadline comes first, where it has one."""
 
 
 class Job:
@@ -77,7 +82,8 @@ def open_store(rank: int, deadline_s: float) -> dist.Store:
             "torchrun, or set both"
         ) from exc
     serves = rank == 0 and not launcher_serves()
-    try:
+
+    def connect() -> dist.Store:
         return dist.TCPStore(
             host,
             port,
@@ -86,16 +92,42 @@ def open_store(rank: int, deadline_s: float) -> dist.Store:
             wait_for_workers=False,  # the server would wait in C++, and could not name who is missing
             multi_tenant=serves,
         )
+
+    try:
+        return _within(deadline_s + GRACE_S, connect)
     except dist.DistNetworkError as exc:
         if "EADDRINUSE" in str(exc):
             raise ConfigError(
                 f"MASTER_PORT = {port}: the port is taken on this machine, and rank 0 is to serve the store there; "
                 "does another job use it? choose another port"
             ) from exc
-        raise DeadlineExceeded(
-            f"rank {rank} has waited {deadline_s:g} s for a store at {host}:{port}: has "
-            f"{'the launcher' if launcher_serves() else 'rank 0'} started there, and can the port be reached?"
-        ) from exc
+        cause = exc
+    except TimeoutError as exc:
+        cause = exc
+    raise DeadlineExceeded(
+        f"rank {rank} has waited {deadline_s:g} s for a store at {host}:{port}: has "
+        f"{'the launcher' if launcher_serves() else 'rank 0'} started there, and can the port be reached?"
+    ) from cause
+
+
+def _within(seconds: float, connect: Callable[[], dist.Store]) -> dist.Store:
+    """What ``connect`` returns or raises. TCPStore waits without limit for the greeting of a server that is none."""
+    outcome: SimpleQueue[tuple[dist.Store | None, BaseException | None]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put((connect(), None))
+        except BaseException as error:
+            outcome.put((None, error))
+
+    threading.Thread(target=run, name="connect", daemon=True).start()
+    try:
+        store, error = outcome.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError("no answer") from None
+    if store is None:
+        raise error
+    return store
 
 
 def agree_on_attempt(store: dist.Store, rank: int, world_size: int, deadline_s: float) -> str:

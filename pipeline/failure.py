@@ -5,7 +5,8 @@
                                               os._exit
     sentinel thread:  SIGTERM, SIGINT  -------+            losers stay silent
                       every 0.5 s: failure key in the store? a peer's process gone? launcher gone?
-                                   the next rank's beat too old (see heartbeat)?
+                                   the next rank's beat too old, this one at one thing for too long (see heartbeat)?
+    guard thread:     every 0.5 s: does the store answer the sentinel at all?
 
 Why a sentinel thread: the launcher sends SIGTERM to the others about 0.1 s after the first process ends, and
 a Python signal handler cannot run while the main thread sits in C++ (a collective, a group being built). The
@@ -29,7 +30,6 @@ All the rest stays as it is: a rank that dies after the signal is reported, and 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import select
@@ -46,10 +46,9 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from pipeline.errors import ConfigError, LocalpipeError, NonFiniteError, PeerLost
+from pipeline.forks import SIGNALS, SignalOwner, follow_forks
 from pipeline.heartbeat import Heartbeat
 from pipeline.process import Process
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 WATCH_S = 0.5
 """Seconds between two looks of the sentinel at the store and at the peers' processes."""
@@ -59,12 +58,11 @@ REAP_S = 2.0
 """Seconds that the winner gives its peers on this host to end by themselves before it kills them."""
 
 
-class FailureDesk:
+class FailureDesk(SignalOwner):
     """Where every failure of this rank goes. Create it in the main thread, before anything can fail.
 
     Args:
         store: shared by all ranks of this attempt, or None (one process). The desk clones its connection.
-        describe: what this rank runs, e.g. ``"modules 1-2 (layer2.0 .. layer3.1)"``; see ``describe``.
         run_dir: where ``failure-rank<r>.txt`` (the traceback) goes; None: the line names file and line.
         store_host: the rank whose process serves the store, None if the launcher does. It leaves last.
         deadline_s: a rank of which nothing is heard for so long has failed.
@@ -79,7 +77,6 @@ class FailureDesk:
         store: dist.Store | None,
         rank: int,
         world_size: int,
-        describe: str = "starting",
         run_dir: Path | None = None,
         store_host: int | None = None,
         deadline_s: float = 60.0,
@@ -92,23 +89,25 @@ class FailureDesk:
         self._world_size = world_size
         self._store_host = store_host
         self._store = store.clone() if store is not None else None
-        self._me = Process.current(describe)
+        self._me = Process.current("starting")
         self._peers: dict[int, Process] = {}
         self._launcher = os.getppid()
         self._store_gone = False
-        self._graceful = False
+        self.graceful = False
         self._interrupts = 0
         self._stop: str | None = None
         # Held from the election to os._exit: nobody ends a winner before it has printed.
         self._lock = threading.Lock()
         self._restore: list[Callable[[], object]] = []
         self._thread: threading.Thread | None = None
+        self._guard: threading.Thread | None = None
+        self._closed = threading.Event()
         if self._store is not None and world_size > 1:
-            self.describe(describe)
+            self.describe("starting")
             self._start_sentinel(store.clone())
 
     def describe(self, modules: str) -> None:
-        """Set what this rank runs (known once the partition is made)."""
+        """Set what this rank runs, e.g. ``"modules 1-2 (layer2.0 .. layer3.1)"`` (known once the partition is made)."""
         self._me = Process.current(modules)
         self.heart.describe(modules)
         if self._store is not None:
@@ -121,7 +120,7 @@ class FailureDesk:
     def stop_gracefully(self) -> None:
         """From now on SIGTERM and SIGINT only ask for a stop (see ``stop_request``), except that a second SIGINT ends
         this rank at once. With one process this needs the main thread; in another one signals stay as they are."""
-        self._graceful = True
+        self.graceful = True
         if self._world_size == 1 and threading.current_thread() is threading.main_thread():
             self._handle_signals()
 
@@ -147,7 +146,7 @@ class FailureDesk:
         if isinstance(error, PeerLost | dist.DistError) or "onnection closed by peer" in str(error):
             self._await_peers_own_report()
             witness = str(error) if isinstance(error, PeerLost) else self._own_story(error, module)
-            obituary = self._obituary(witness)
+            obituary = self._obituary(witness, error.peer if isinstance(error, PeerLost) else -1)
             self._leave(1, lambda: obituary)
         if isinstance(error, NonFiniteError):
             self._await_where_it_began(error)
@@ -159,7 +158,9 @@ class FailureDesk:
         if self._thread is not None:
             os.write(self._wake, b"\0")
             self._thread.join()
-            self._thread = None
+            self._closed.set()
+            self._guard.join()
+            self._thread = self._guard = None
         if self._store is not None:  # after the sentinel has ended: the store may go from here on
             self._store.set(f"left/{self.rank}", "1")
         self._restore_signals()
@@ -175,12 +176,14 @@ class FailureDesk:
         self._restore.append(lambda: os.close(self._wake))
         self._thread = threading.Thread(target=self._watch, args=(bell, store), name="sentinel", daemon=True)
         self._thread.start()
+        self._guard = threading.Thread(target=self._watch_store, name="guard", daemon=True)
+        self._guard.start()
 
     def _handle_signals(self) -> None:
         for number in SIGNALS:
             previous = signal.signal(number, self._on_signal)
             self._restore.append(lambda number=number, previous=previous: signal.signal(number, previous))
-        _follow_forks()
+        follow_forks()
 
     def _restore_signals(self) -> None:
         for restore in self._restore:
@@ -194,8 +197,9 @@ class FailureDesk:
 
     def _noted(self, number: int) -> bool:
         """Take a signal for a request to stop; False: it means now."""
+        again = self._interrupts > 0  # also SIGTERM: torchrun passes on a second ctrl-C as that
         self._interrupts += number == signal.SIGINT
-        if not self._graceful or self._interrupts > 1:
+        if not self.graceful or again:
             return False
         self._stop = self._stop or f"{signal.Signals(number).name} on rank {self.rank}"
         return True
@@ -218,7 +222,8 @@ class FailureDesk:
             silent = self.heart.next_is_silent()
             if silent is not None and self._has(store, f"left/{silent}"):
                 silent = None
-            if not (number or lost or silent is not None or self._orphaned() or self._store_gone):
+            late = self.heart.overdue()
+            if not (number or lost or silent is not None or late or self._orphaned() or self._store_gone):
                 continue
             # Before the election: losers end at once, and are dead too.
             obituary = self._obituary(self._doing()) if lost or silent is None else self.heart.obituary()
@@ -227,7 +232,20 @@ class FailureDesk:
                 self._leave(130, lambda: f"stopped by ctrl-C{self._where()}")
             if number == signal.SIGTERM and not lost:
                 self._leave(143, lambda: f"rank {self.rank}: stopped by SIGTERM{self._where()}")
-            self._leave(1, lambda line=obituary: line)
+            self._leave(1, lambda line=obituary if lost or silent is not None else late or obituary: line)
+
+    def _watch_store(self) -> None:
+        """Where the store's host is stopped, a question never returns: sentinel and main thread may sit in one."""
+        looks = 0
+        while not self._closed.wait(WATCH_S):
+            seconds = self.heart.unanswered_s()
+            looks = looks + 1 if seconds else 0
+            if looks == 2:  # after one, this process may just have been suspended in the middle of a question
+                self._store_gone = True
+                if not self._lock.acquire(timeout=GRACE_S + REAP_S):  # held by a thread that sits in one
+                    os._exit(1)
+                obituary = self._obituary(f"{self._doing()}; the store has not answered for {seconds:.1f} s")
+                self._leave(1, lambda line=obituary: line)
 
     def _exchange(self, store: dist.Store) -> None:
         """Beats, and what signals ask for: from any rank to rank 0."""
@@ -299,9 +317,10 @@ class FailureDesk:
                 return self._store.compare_set("failure", "", ballot) == ballot.encode()
             self._store_gone = True
         # No vote is possible without a store. Its host lingers after a report (see _exit), so we would have
-        # seen the failure key: the host died without a message. The lowest other rank tells.
-        lowest = min(rank for rank in range(self._world_size) if rank != self._store_host)
-        return self._store_gone and self.rank == lowest
+        # seen the failure key: the host died without a message. The lowest other rank of every machine tells.
+        elsewhere = [rank for rank, peer in self._peers.items() if peer.host != self._me.host]
+        here = [rank for rank in range(self._world_size) if rank not in (self._store_host, *elsewhere)]
+        return self._store_gone and self.rank == min(here)
 
     def _reap(self) -> None:
         """A peer that is stopped, or hangs in C code with the interpreter lock held, cannot end itself."""
@@ -341,8 +360,9 @@ class FailureDesk:
         epoch, step, activity = self.heart.place()
         return f"rank {self.rank} was {activity}" + (f" (epoch {epoch} step {step})" if step >= 0 else "")
 
-    def _obituary(self, witness: str) -> str:
-        """The line for ranks that left no message; ``witness``: what this rank saw."""
+    def _obituary(self, witness: str, peer: int = -1) -> str:
+        """The line for ranks that left no message; ``witness``: what this rank saw; ``peer``: whom it lost, if it knows
+        (on another machine it may not see more)."""
         if self._store is None:
             return witness
         dead = self._dead_peers(self._store)
@@ -350,6 +370,8 @@ class FailureDesk:
             dead = [] if self._store_host is None else [self._store_host]
         if not dead:
             what = "the launcher has ended; " if self._orphaned() else ""
+            if peer >= 0 and not what:
+                what = f"rank {peer} ({self._modules(peer)}) is gone, its machine or its network; "
             return what + witness
         named = ", ".join(f"rank {rank} ({self._modules(rank)})" for rank in dead)
         if self.heart.unanswered_s():
@@ -393,38 +415,3 @@ class FailureDesk:
             f"epoch {epoch} step {step}" if step >= 0 else "before the first step",
         ]
         return ", ".join(filter(None, place)) + f": {text[:800]}{at}"
-
-
-@functools.cache
-def _follow_forks() -> None:
-    """A forked worker shares handlers and pipe: a SIGTERM meant for it must never ring our bell."""
-    os.register_at_fork(before=_hold_signals, after_in_parent=_let_signals, after_in_child=_forget_signals)
-
-
-def _desk() -> FailureDesk | None:
-    """The desk that handles this process's signals."""
-    owner = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
-    return owner if isinstance(owner, FailureDesk) else None
-
-
-def _hold_signals() -> None:
-    if _desk() is not None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-
-
-def _let_signals() -> None:
-    if _desk() is not None:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-
-
-def _forget_signals() -> None:
-    """In a forked child: signals mean what they mean by default, and the parent's pipe is not rung."""
-    desk = _desk()
-    if desk is None:
-        return
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    if desk._graceful:
-        os.setpgid(0, 0)  # launcher and terminal signal whole groups; a loader's workers are needed up to the last step
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)

@@ -31,6 +31,8 @@ import torch.distributed as dist
 
 PERIOD_S = 2.0
 """Longest time between two beats."""
+OVERDUE = 2.0
+"""Times the limit after which a rank reports itself; a rank that waits for it does so before, and knows more."""
 START_S = 10.0
 """How much later the first beat may come: a process that starts may wait for a name server at every connection."""
 
@@ -119,8 +121,7 @@ class Heartbeat:
             if beat.peer is None:
                 if beat.age_s < beat.limit_s:
                     return None
-                key = "setup_deadline_s" if beat.step < 0 else "deadline_s"
-                return f"{self._story(chain[1:])} - raise runtime.{key} if this really takes so long"
+                return f"{self._story(chain[1:])} - {_advice(beat)}"
             rank = beat.peer
         ring = chain[chain.index(rank) :]
         if min(self._beat(member).age_s for member in ring) < self._deadline_s:
@@ -148,6 +149,13 @@ class Heartbeat:
     def idle(self) -> None:
         """Nothing is asked of the store at present."""
         self._asking = None
+
+    def overdue(self) -> str | None:
+        """What this rank has been at for much too long, whether somebody waits for it or not; None: it moves."""
+        beat = self._beat(self._rank)
+        if beat.peer is not None or beat.age_s < OVERDUE * beat.limit_s:
+            return None
+        return f"{self.saying(self._rank)} - {_advice(beat)}"
 
     def next_is_silent(self) -> int | None:
         """The rank that this one watches, if nothing has been heard of it for too long."""
@@ -211,6 +219,10 @@ class Heartbeat:
         """Seconds that this process has run: of the time without a tick it counts one period at most."""
         counted, ticked = self._counted
         return counted + min(time.monotonic() - ticked, self.period_s)
+
+
+def _advice(beat: Beat) -> str:
+    return f"raise runtime.{'setup_deadline_s' if beat.step < 0 else 'deadline_s'} if this really takes so long"
 
 
 def _key(rank: int) -> str:

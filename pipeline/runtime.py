@@ -196,8 +196,7 @@ class Runtime:
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's ``value`` (picklable), by rank, on rank 0; None elsewhere. Collective.
 
-        Raises DeadlineExceeded naming the ranks that did not come, PeerLost. So do ``broadcast`` and
-        ``barrier``.
+        Raises DeadlineExceeded naming the ranks that did not come, PeerLost. So does ``broadcast``.
         """
         if self.control is None:
             return [value]
@@ -207,19 +206,13 @@ class Runtime:
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's ``value`` (picklable) on every rank. Collective."""
+        """Rank 0's ``value`` (picklable) on every rank, once all are here. Collective."""
         if self.control is None:
             return value
         box = [value]
         with self._collective("broadcast"):
             dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0]
-
-    def barrier(self) -> None:
-        """Wait until every rank is here. Collective."""
-        if self.control is not None:
-            with self._collective("barrier"):
-                dist.barrier(group=self.control)
 
     def close(self) -> None:
         """Leave together: a rank that goes while a peer still waits for it would look like a failure."""

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # From the bottom to the top: a file imports only from layers before its own.
 LAYERS = [
     {"errors", "version"},
-    {"attempt", "heartbeat", "patience", "process", "timeline"},
+    {"attempt", "forks", "heartbeat", "patience", "process", "timeline"},
     {"config", "losses", "layers", "upsampling", "wire", "failure", "data", "report", "backbones"},
     {"heads", "hierarchy", "numerics", "optimiser", "partition", "transport", "runtime", "torchvision_backbones"},
     {"methods", "replay", "schedule", "weights"},

@@ -175,6 +175,19 @@ def test_before_the_first_step_one_thing_may_take_longer(four: Ranks) -> None:
     )
 
 
+def test_a_rank_reports_itself_after_those_that_wait_for_it(four: Ranks) -> None:
+    four.run(DEADLINE_S - 2)  # after as many
+    assert four.hearts[2].overdue() is None
+    four.run(3)
+    assert re.fullmatch(
+        r"rank 2 \(module 2\) has been at 'F2.0' of epoch 0 step 7 for \d\d\.\d s - raise runtime.deadline_s if .*",
+        four.hearts[2].overdue(),
+    )
+    four.wait(2, 3)
+    four.run(2 * DEADLINE_S)
+    assert four.hearts[2].overdue() is None  # a wait has a judge of its own
+
+
 def test_a_store_that_does_not_answer_ends_the_wait(four: Ranks) -> None:
     called, answer = threading.Event(), threading.Event()
 

@@ -226,7 +226,7 @@ def test_a_slow_rank_is_no_error(tmp_path: Path) -> None:
 def signalled(rank: int, number: int, target: int) -> None:
     with Runtime("cpu", threads=1, deadline_s=20.0) as runtime:
         runtime.desk.progress(1, 2, "waiting")
-        runtime.barrier()
+        runtime.broadcast(None)
         if rank == target:
             time.sleep(0.2)
             os.kill(os.getpid(), number)
@@ -255,7 +255,7 @@ def asked_to_stop(rank: int, mode: str) -> Any:
         worker.start()
         while os.getpgid(worker.pid) != worker.pid:
             time.sleep(0.01)  # it has only just been forked
-        runtime.barrier()
+        runtime.broadcast(None)
         assert desk.stop_request() is None
         if rank == 2:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -299,7 +299,7 @@ def test_a_death_is_reported_although_all_have_been_asked_to_stop() -> None:
 
 def host_dies(rank: int) -> None:
     with Runtime("cpu", threads=1, deadline_s=20.0) as runtime:
-        runtime.barrier()
+        runtime.broadcast(None)
         time.sleep(1.0)  # the sentinels have read who is who
         if rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -313,11 +313,45 @@ def test_the_host_of_the_store_is_killed() -> None:
     assert [r.exit_code for r in ranks] == [-signal.SIGKILL, 1, 1]
 
 
+def host_stops(rank: int) -> None:
+    with Runtime("cpu", threads=1, deadline_s=2.0) as runtime:
+        runtime.broadcast(None)
+        time.sleep(1.0)
+        if rank == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        runtime.broadcast("data")  # main threads and sentinels ask a store that does not answer
+
+
+def test_the_host_of_the_store_stops_in_the_set_up() -> None:
+    ranks = run_ranks(host_stops, 3, timeout_s=HANG_S)
+    lines = our_lines(ranks)
+    assert len(lines) == 1 and "rank 0 (starting) does not answer" in lines[0]
+    assert "the store has not answered for" in lines[0]
+    assert [r.exit_code for r in ranks] == [-signal.SIGKILL, 1, 1]
+
+
+def stuck(rank: int) -> None:
+    """Nobody waits for it."""
+    with Runtime("cpu", threads=1, deadline_s=1.0) as runtime:
+        runtime.broadcast(None)
+        runtime.desk.progress(0, 5, "computing")
+        while rank == 1 or not runtime.store.check(["never"]):
+            time.sleep(3600 if rank == 1 else 0.1)
+            runtime.desk.progress(0, 5, "computing")
+
+
+def test_a_rank_that_is_stuck_reports_itself() -> None:
+    ranks = run_ranks(stuck, 2, timeout_s=HANG_S)
+    lines = our_lines(ranks)
+    assert [r.exit_code for r in ranks] == [1, 1] and len(lines) == 1
+    assert re.match(r"localpipe: rank 1 \(starting\) has been at 'computing' of epoch 0 step 5 for \d", lines[0])
+
+
 def orderly(rank: int) -> Any:
     with Runtime("cpu", threads=1, deadline_s=2.0) as runtime:
         values = runtime.gather({"rank": rank})
         first = runtime.broadcast(f"from {rank}")
-        runtime.barrier()
+        runtime.broadcast(None)
         late = None
         if rank == 0:
             try:
@@ -341,7 +375,7 @@ def orderly(rank: int) -> Any:
 
 def test_objects_and_orderly_end() -> None:
     ranks = run_ranks(orderly, 2)
-    assert [r.exit_code for r in ranks] == [0, 0] and not our_lines(ranks)
+    assert [(r.exit_code, our_lines([r])) for r in ranks] == [(0, [])] * 2
     assert ranks[0].value[0] == [{"rank": 0}, {"rank": 1}] and ranks[1].value[0] is None
     assert [r.value[1] for r in ranks] == ["from 0"] * 2
     assert re.match(
@@ -379,7 +413,7 @@ def test_one_process_needs_no_group(alone: None) -> None:
     with Runtime("cpu", threads=1) as runtime:
         assert (runtime.rank, runtime.world_size, runtime.store, runtime.control) == (0, 1, None, None)
         assert runtime.gather(3) == [3] and runtime.broadcast(4) == 4
-        runtime.barrier()
+        runtime.broadcast(None)
         assert not dist.is_initialized()
 
 

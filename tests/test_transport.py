@@ -308,8 +308,8 @@ def test_untaken_messages_are_counted(pair: list[RankResult]) -> None:
 # -- agreement, then a chain of three ------------------------------------------------------------------------
 
 
-def chain_specs(rank: int, world_size: int, width: int) -> EdgeSpecs:
-    down = MessageSpec((FieldSpec("activation", torch.float32, (width,)),), 4)
+def chain_specs(rank: int, world_size: int, width: int, dtype: torch.dtype = torch.float32) -> EdgeSpecs:
+    down = MessageSpec((FieldSpec("activation", dtype, (width,)),), 4)
     up = MessageSpec((FieldSpec("gradient", torch.float32, (width,)),), 4)
     first, last = rank == 0, rank == world_size - 1
     return EdgeSpecs(
@@ -325,6 +325,13 @@ def chain(rank: int) -> dict[str, Any]:
         lambda: agree(store, rank, 3, "configuration", "abc" if rank < 2 else "abd", 10.0),
         lambda: connect(
             dist.PrefixStore("a", store), rank, 3, chain_specs(rank, 3, 4 if rank < 2 else 5), **options
+        ),
+        lambda: connect(
+            dist.PrefixStore("c", store),
+            rank,
+            3,
+            chain_specs(rank, 3, 4, torch.bfloat16 if rank < 1 else torch.float32),
+            **options,
         ),
     ]
     for attempt in attempts:
@@ -362,16 +369,21 @@ def test_agreement_and_chain() -> None:
     ranks = run_ranks(chain, 3)
     assert [(r.exit_code, r.stderr) for r in ranks] == [(0, "")] * 3  # not even a warning
     for r in ranks:
-        assert r.value["errors"][:2] == [
+        assert r.value["errors"][:3] == [
             ("ConfigError", "ranks disagree about configuration: ranks 0, 1 have 'abc'; rank 2 has 'abd'"),
             (
                 "WireError",
                 "rank 2 expects 4 rows of activation float32 (5,), 2 slots from rank 1, "
                 "rank 1 sends 4 rows of activation float32 (4,), 2 slots",
             ),
+            (
+                "WireError",
+                "rank 1 expects 4 rows of activation float32 (4,), 2 slots from rank 0, "
+                "rank 0 sends 4 rows of activation bfloat16 (4,), 2 slots",
+            ),
         ]
         assert (r.value["unread"], r.value["threads"]) == (0, 1)
-    assert ranks[0].value["errors"][2] == (
+    assert ranks[0].value["errors"][3] == (
         "DeadlineExceeded",
         "rank 0 has waited 0.2 s for ranks 1, 2 to publish nobody else; rank 1 is slow, hung or stopped - raise "
         "runtime.deadline_s if the step really takes that long",

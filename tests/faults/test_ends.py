@@ -44,6 +44,15 @@ def test_a_hung_rank_is_named_with_who_waits_for_it(tmp_path: Path) -> None:
     assert "waits for" in line and "since" in line
 
 
+def test_a_save_waits_for_a_rank_that_is_slow(tmp_path: Path) -> None:
+    """It writes two modules, each within the deadline, while all wait for it: two saves of one rank never overlap."""
+    settings = {"runtime": {"deadline_s": DEADLINE_S}, "checkpoint": {"every_steps": 2, "keep": 9}}
+    results = run_forked(tmp_path, [{"rank": 2, "step": 1, "do": "save_slowly"}], settings=settings, epochs=1, steps=5)
+    assert [result.exit_code for result in results] == [0, 0, 0], [result.stderr for result in results]
+    found = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert found == ["step-00000002", "step-00000004", "step-00000005"]
+
+
 def test_ranks_wait_for_one_that_is_slow_to_open_the_data(tmp_path: Path) -> None:
     settings = {"runtime": {"deadline_s": SLOW_DEADLINE_S}}
     results = run_forked(tmp_path, [], settings=settings, open_pause_s=2.5 * SLOW_DEADLINE_S, epochs=1, steps=5)

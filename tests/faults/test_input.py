@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 from harness import line_of
 from helpers_spawn import RankResult, run_ranks
-from torchvision.io import write_png
+from PIL import Image
 
 from pipeline import load_config, train
 
@@ -22,7 +24,7 @@ def write_images(root: Path, split: str, classes: list[str], count: int) -> None
         path = root / split / classes[index % len(classes)] / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         generator = torch.Generator().manual_seed(index)
-        write_png(torch.randint(256, (3, 32, 32), generator=generator, dtype=torch.uint8), str(path))
+        Image.fromarray(torch.randint(256, (32, 32, 3), generator=generator, dtype=torch.uint8).numpy()).save(path)
 
 
 def job(rank: int, folder: str, assignments: list[str]) -> dict[str, Any]:
@@ -110,3 +112,19 @@ def test_a_job_that_cannot_be_placed_is_refused(
     results = run(tmp_path, ranks, *assignment.split())
     assert all(result.exit_code != 0 for result in results)
     assert all(word in line_of(results) for word in words)
+
+
+def job_at_port(rank: int, folder: str, port: int) -> None:
+    os.environ["MASTER_PORT"] = str(port)
+    job(rank, folder, ["runtime.deadline_s=2"])
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path, data: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        results = run_ranks(job_at_port, 2, str(tmp_path), port, timeout_s=60.0)
+    assert all(result.exit_code != 0 for result in results)
+    lines = [line for line in results[0].stderr.splitlines() if line.startswith("localpipe:")]
+    assert len(lines) == 1 and f"MASTER_PORT = {port}: the port is taken on this machine" in lines[0]
