@@ -1,11 +1,13 @@
-"""What a test session has left behind: processes, listening ports, shared memory, files."""
+"""What a test session has left behind: processes, listening ports, shared memory, files. conftest.py looks when the
+last test is over, test_leftovers.py that it would be found."""
 
 from __future__ import annotations
 
 import os
-import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -14,6 +16,9 @@ MARK = "LOCALPIPE_TEST_SESSION"
 SHARED_MEMORY = Path("/dev/shm")
 NOT_OURS = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "build"}
 LISTEN = "0A"
+NOT_OF_TESTS = ("torchelastic_", "torchinductor_", "pymp-")
+"""Of torchrun, which leaves it when a signal has ended it; torch.compile's cache; multiprocessing's own, until this
+process ends."""
 
 
 @dataclass(frozen=True)
@@ -89,9 +94,28 @@ def shared_memory(since: float) -> list[str]:
     return found
 
 
-def open_socket() -> socket.socket:
-    """A listening socket, to see that it is found."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen()
-    return listener
+def left_by_worker(before: Before) -> dict[str, list[str]]:
+    """What the tests of this process have left, by kind."""
+    if getattr(forkserver._forkserver, "_forkserver_pid", None) is not None:
+        forkserver._forkserver._stop()  # of helpers_spawn; it lives as long as the session
+    resource_tracker._resource_tracker._stop()
+    temporary = sorted(path.name for path in before.temporary.iterdir())
+    return {
+        "processes": within(20.0, lambda: processes(os.environ[MARK])),
+        "ports": [str(port) for port in listening_ports()],
+        "temporary files": [name for name in temporary if not name.startswith(NOT_OF_TESTS)],
+    }
+
+
+def left_by_all(before: Before) -> dict[str, list[str]]:
+    """What cannot be told apart by worker; for the last of them to look."""
+    files = sorted(str(path) for path in files_of_checkout() - before.files)
+    return {"shared memory": shared_memory(before.began), "files": files}
+
+
+def within(seconds: float, found: Callable[[], list[str]]) -> list[str]:
+    """What is still found after some time: an ended process takes a moment to be gone."""
+    end = time.monotonic() + seconds
+    while (left := found()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return left

@@ -55,6 +55,7 @@ def check_rows(result: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_throughput_runs_and_names_what_is_faster(tmp_path: Path) -> None:
     result, page = quick("throughput", tmp_path)
     check_rows(result)
@@ -71,6 +72,7 @@ def of_virtual_devices(tmp_path_factory: pytest.TempPathFactory) -> Quick:
 
 
 @pytest.mark.slow
+@pytest.mark.alone  # with all benchmarks of virtual devices
 def test_scaling_runs_and_agrees_with_the_simulator(of_virtual_devices: Quick) -> None:
     result, page = of_virtual_devices["scaling"]
     check_rows(result)
@@ -83,7 +85,6 @@ def test_scaling_runs_and_agrees_with_the_simulator(of_virtual_devices: Quick) -
     assert "Expected:" in page and "Measured:" in page
 
 
-@pytest.mark.slow
 def test_one_slow_stage_holds_up_exact_and_async_but_not_free(of_virtual_devices: Quick) -> None:
     result, page = of_virtual_devices["slow_stage"]
     rates = {(row["schedule"], row["slowed"]): row["images_per_s"] for row in result["rows"]}
@@ -93,6 +94,7 @@ def test_one_slow_stage_holds_up_exact_and_async_but_not_free(of_virtual_devices
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_plan_predicts_steps_of_a_plausible_length(tmp_path: Path) -> None:
     result, page = quick("prediction", tmp_path)
     assert {row["placement"] for row in result["rows"]} == {"count", "measured"}
@@ -108,8 +110,11 @@ def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> Quick:
     return side_by_side(tmp_path_factory, step_cost=[], precision=[], operations=["--method", "BP", "DGL + HPFF"])
 
 
+OF_ONE_PROCESS = [pytest.param("precision", marks=pytest.mark.alone), "step_cost"]  # the first one runs all
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["precision", "step_cost"])
+@pytest.mark.parametrize("name", OF_ONE_PROCESS)
 def test_benchmarks_of_one_process_run(of_one_process: Quick, name: str) -> None:
     result, page = of_one_process[name]
     assert page.count("|") > 8 * len(result["rows"])
@@ -154,6 +159,7 @@ def test_a_virtual_block_waits_for_what_it_stands_for() -> None:
     assert waited(lambda: block.eval()(x)) == 0
 
 
+@pytest.mark.alone
 def test_waits_are_right_in_sum() -> None:
     clock = virtual.Clock()
     started = time.perf_counter()

@@ -16,6 +16,7 @@ from pipeline import load_config, load_model
 from pipeline.data import open_data
 from pipeline.report import read_metrics
 
+pytestmark = pytest.mark.alone
 ROOT = Path(__file__).parent.parent
 DEFAULT_ERROR_PCT = 2.0
 CIFAR_STEPS, CIFAR_BATCH = 240, 64
@@ -86,6 +87,7 @@ def test_cifar10_trains_from_a_tar_of_jpeg_images(tmp_path: Path) -> None:
         *("--set", f"data.batch_size={CIFAR_BATCH}"),
         *("--set", f"train.max_steps={CIFAR_STEPS}"),
         *("--set", "optim.schedule=constant", "--set", "optim.warmup_epochs=0", "--set", "optim.lr=0.03"),
+        ranks=2,
     )
     assert summary["steps"] == CIFAR_STEPS
     assert summary["test_error_pct"] < CIFAR_ERROR_PCT
