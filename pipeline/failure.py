@@ -244,7 +244,9 @@ class FailureDesk(SignalOwner):
                 self._store_gone = True
                 if not self._lock.acquire(timeout=GRACE_S + REAP_S):  # held by a thread that sits in one
                     os._exit(1)
-                obituary = self._obituary(f"{self._doing()}; the store has not answered for {seconds:.1f} s")
+                host = "the launcher" if self._store_host is None else "its host"
+                why = f"the store has not answered for {seconds:.1f} s ({host} stopped? machine gone?)"
+                obituary = self._obituary(f"{self._doing()}; {why}")
                 self._leave(1, lambda line=obituary: line)
 
     def _exchange(self, store: dist.Store) -> None:

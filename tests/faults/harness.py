@@ -41,11 +41,16 @@ class Ended:
 
     def alive(self) -> list[str]:
         """Processes of the job that still exist."""
-        return [file.name for file in (self.folder / "pids").iterdir() if _exists(int(file.name.split("-")[1]))]
+        return alive(self.folder)
 
     def attempts(self, rank: int = 0) -> int:
         """Times that a rank was started."""
         return len(list((self.folder / "pids").glob(f"{rank}-*")))
+
+
+def alive(folder: Path) -> list[str]:
+    """Processes of the job in ``folder`` that still exist."""
+    return [file.name for file in (folder / "pids").iterdir() if _exists(int(file.name.split("-")[1]))]
 
 
 def _exists(pid: int) -> bool:
@@ -78,11 +83,16 @@ def line_of(results: list[RankResult]) -> str:
 
 
 def run_with_agents(
-    folder: Path, faults: list[dict[str, Any]], processes: list[int], restarts: int = 0, **job: Any
+    folder: Path,
+    faults: list[dict[str, Any]],
+    processes: list[int],
+    restarts: int = 0,
+    timeout_s: float = 300.0,
+    **job: Any,
 ) -> list[Ended]:
     """The whole job under an agent of torchrun per node, each with some processes, to its end."""
     write_job(folder, faults, **job)
-    agents = run_agents(_rank_of_agent, processes, str(folder), restarts=restarts, timeout_s=300.0)
+    agents = run_agents(_rank_of_agent, processes, str(folder), restarts=restarts, timeout_s=timeout_s)
     return [Ended(agent.exit_code, agent.stderr, folder) for agent in agents]
 
 

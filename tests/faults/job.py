@@ -119,6 +119,9 @@ class Faults:
     def term(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
+    def stop_launcher(self) -> None:
+        os.kill(os.getppid(), signal.SIGSTOP)
+
     def term_launcher(self) -> None:
         os.kill(os.getppid(), signal.SIGTERM)
 

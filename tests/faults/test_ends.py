@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import line_of, run_forked
+from harness import alive, line_of, run_forked, run_with_agents
 
 ENDS_WITHIN_S = 10.0
 DEADLINE_S = 3.0
@@ -42,6 +42,15 @@ def test_a_hung_rank_is_named_with_who_waits_for_it(tmp_path: Path) -> None:
     line = line_of(results)
     assert "rank 1" in line and "module 1" in line and "not been heard of for" in line
     assert "waits for" in line and "since" in line
+
+
+def test_ranks_end_when_torchrun_itself_is_stopped(tmp_path: Path) -> None:
+    """It serves the store; nobody but its ranks can end them."""
+    fault = {"rank": 1, "step": 5, "do": "stop_launcher"}
+    settings = {"runtime": {"deadline_s": DEADLINE_S}}
+    with pytest.raises(TimeoutError, match=r"the store has not answered for .* s \(the launcher stopped\?"):
+        run_with_agents(tmp_path, [fault], [2], settings=settings, pause_s=0.02, timeout_s=20.0)
+    assert alive(tmp_path) == []
 
 
 def test_a_save_waits_for_a_rank_that_is_slow(tmp_path: Path) -> None:
