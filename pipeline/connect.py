@@ -201,7 +201,7 @@ def _collect(
     """Publish ``value`` and return everyone's, by rank."""
     keys = {r: f"agree/{name}/{r}" for r in range(world_size)}
     store.set(keys[rank], value)
-    wait_for_ranks(store, keys, f"publish {name}", deadline_s, patience, f"rank {rank}")
+    wait_for_ranks(store, rank, keys, f"publish {name}", deadline_s, patience)
     return [text.decode() for text in store.multi_get(list(keys.values()))]
 
 

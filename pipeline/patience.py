@@ -49,15 +49,15 @@ NO_PATIENCE = NoPatience()
 
 
 def wait_for_ranks(
-    store: dist.Store, keys: Mapping[int, str], what: str, deadline_s: float, patience: Patience, waiting: str
+    store: dist.Store, rank: int, keys: Mapping[int, str], what: str, deadline_s: float, patience: Patience
 ) -> None:
     """Wait until every rank's key is in the store.
 
     Args:
+        rank: who waits.
         keys: by the rank that sets it.
         what: those ranks are to do, as ``"publish the configuration"``.
         deadline_s: after this the wait goes on as long as ``patience`` lasts.
-        waiting: who waits, for the message: ``"rank 0"``.
 
     Raises:
         DeadlineExceeded: naming the ranks that are missing.
@@ -69,7 +69,7 @@ def wait_for_ranks(
     asked_s = deadline_s
     began, first = time.monotonic(), -1
     try:
-        while absent := [rank for rank, key in keys.items() if not store.check([key])]:
+        while absent := [r for r, key in keys.items() if not store.check([key])]:
             if absent[0] != first:
                 first = absent[0]
                 patience.begin(first, f"for rank {first} to {what}")
@@ -77,7 +77,7 @@ def wait_for_ranks(
                 verdict = patience.verdict(first)
                 if verdict is not None:
                     who = ("rank " if len(absent) == 1 else "ranks ") + ", ".join(map(str, absent))
-                    raise DeadlineExceeded(f"{waiting} has waited {asked_s:g} s for {who} to {what}; {verdict}")
+                    raise DeadlineExceeded(f"rank {rank} has waited {asked_s:g} s for {who} to {what}; {verdict}")
                 asked_s += deadline_s / ASK_AGAIN
             end = min(began + asked_s, time.monotonic() + 0.5)
             while (now := time.monotonic()) <= end and not store.check(wanted):

@@ -259,4 +259,4 @@ class Runtime:
 
     def _await(self, name: str, verb: str, patience: Patience) -> None:
         keys = {rank: f"{name}/{rank}" for rank in range(self.world_size)}
-        wait_for_ranks(self.store, keys, verb, self.deadline_s, patience, f"rank {self.rank}")
+        wait_for_ranks(self.store, self.rank, keys, verb, self.deadline_s, patience)

@@ -173,7 +173,7 @@ class Telemetry:
             assert self._store is not None
             if not wait and not self._store.check(list(keys.values())):
                 return None
-            wait_for_ranks(self._store, keys, f"report epoch {epoch}", self._deadline_s, self._patience, "rank 0")
+            wait_for_ranks(self._store, self._rank, keys, f"report epoch {epoch}", self._deadline_s, self._patience)
             for rank, key in keys.items():
                 self._reports[epoch, rank] = self._store.get(key).decode()
                 self._store.delete_key(key)

@@ -38,7 +38,7 @@ class Judge:
 
 
 def wait(patience: Judge) -> None:
-    wait_for_ranks(patience.store, KEYS, "report", DEADLINE_S, patience, "rank 7")
+    wait_for_ranks(patience.store, 7, KEYS, "report", DEADLINE_S, patience)
 
 
 def test_nobody_is_told_of_a_wait_that_is_none() -> None:
@@ -66,4 +66,4 @@ def test_the_wait_ends_with_the_ranks_that_are_missing_and_why() -> None:
 
 def test_without_patience_the_deadline_is_the_end() -> None:
     with pytest.raises(DeadlineExceeded, match="has waited 0.1 s for ranks 0, 1, 2 to report; rank 0 is slow, hung or"):
-        wait_for_ranks(dist.HashStore(), KEYS, "report", DEADLINE_S, NO_PATIENCE, "rank 7")
+        wait_for_ranks(dist.HashStore(), 7, KEYS, "report", DEADLINE_S, NO_PATIENCE)
