@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from harness import line_of, run_forked, run_torchrun, run_with_agents
 
 KILLS = 10
@@ -43,6 +44,18 @@ def test_the_command_torchrun_restarts_what_was_killed(tmp_path: Path, undisturb
     assert ended.code == 0, ended.output
     assert (ended.attempts(), len(ended.lines), ended.alive()) == (2, 1, [])
     assert ended.result["weights_sha256"] == undisturbed["exact"]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each of two ranks")
+def test_torchrun_restarts_what_was_killed_on_nccl(tmp_path: Path) -> None:
+    fault = {"rank": 1, "step": 17, "do": "kill"}
+    settings = {"runtime": {"device": "cuda", "deadline_s": 60.0}}
+    whole = run_torchrun(tmp_path / "whole", [], ranks=2, restarts=0, settings=settings)
+    ended = run_torchrun(tmp_path / "killed", [fault], ranks=2, restarts=1, settings=settings)
+    assert (whole.code, ended.code) == (0, 0), (whole.output, ended.output)
+    assert (ended.attempts(), len(ended.lines), ended.alive()) == (2, 1, [])
+    assert ended.result["steps"] == whole.result["steps"]
+    assert abs(ended.result["train_loss"] - whole.result["train_loss"]) < 0.05  # a GPU's sums need not be bitwise equal
 
 
 def test_kills_on_two_nodes(tmp_path: Path, undisturbed: dict[str, str]) -> None:
