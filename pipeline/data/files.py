@@ -8,8 +8,8 @@ import tarfile
 from pathlib import Path
 from typing import Protocol
 
+from pipeline.base.errors import ConfigError
 from pipeline.data.decoding import IMAGE_SUFFIXES
-from pipeline.errors import ConfigError
 
 GIB = 1 << 30
 BLOCK = 512  # tar pads files to this many bytes

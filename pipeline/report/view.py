@@ -19,7 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.report.records import (
+from pipeline.base.units import mebibytes
+from pipeline.store.records import (
     EpochRecord,
     LiveModule,
     ModuleRecord,
@@ -28,7 +29,6 @@ from pipeline.report.records import (
     epoch_parts,
     level_of,
     loss_text,
-    mebibytes,
     number,
     progress_parts,
 )

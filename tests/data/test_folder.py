@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.base.errors import ConfigError
 from pipeline.data import CachedImages, ImageData, LazyImages, open_data
-from pipeline.errors import ConfigError
 
 TINY_GIB = 1e-6  # about 1,000 bytes: nothing fits
 ALL = torch.arange(6)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from pipeline.report.records import EpochRecord, LiveModule, ModuleRecord, Progress, StageRecord
+from pipeline.store.records import EpochRecord, LiveModule, ModuleRecord, Progress, StageRecord
 
 GIB = 2**30
 

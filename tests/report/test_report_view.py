@@ -10,9 +10,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from pipeline.report import open_view, summarise
-from pipeline.report.records import LiveModule, Progress, loss_text
-from pipeline.report.view import LiveView, PlainView
+from pipeline.report.view import LiveView, PlainView, open_view
+from pipeline.store.records import LiveModule, Progress, loss_text
+from pipeline.store.run_directory import summarise
 
 SIZES = [(4, 80, 24), (4, 120, 40), (55, 80, 24), (55, 120, 40)]
 HEADER = "resnet110 on cifar10  K=4  aux-cascade  streaming  4 ranks on cuda:0-3"
