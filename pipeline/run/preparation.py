@@ -54,7 +54,7 @@ def open_source(
             source = LoaderSource(data, config, numerics, runtime.desk.progress)
         else:
             source = ImageSource(config, numerics)
-    return source, runtime.broadcast(source.facts if source is not None else None)
+    return source, runtime.team.broadcast(source.facts if source is not None else None)
 
 
 def blocks_and_task(config: Config, network: nn.Sequential | None, facts: Facts) -> tuple[Blocks, Task]:
@@ -70,9 +70,7 @@ def blocks_and_task(config: Config, network: nn.Sequential | None, facts: Facts)
 
 def connect_stage(config: Config, plan: Plan, numerics: Numerics, runtime: Runtime) -> Edges:
     """The edges of this rank. Collective."""
-    if runtime.store is None:
-        return Edges()
-    rank, last = runtime.rank, runtime.world_size - 1
+    rank, last = runtime.team.rank, runtime.team.size - 1
     wire = (numerics.dtype, numerics.channels_last)
 
     def gradients(sender: int) -> Any:
@@ -86,18 +84,14 @@ def connect_stage(config: Config, plan: Plan, numerics: Numerics, runtime: Runti
     )
     settings = config.runtime
     return connect(
-        runtime.store,
-        rank,
-        runtime.world_size,
+        runtime.team,
         specs,
         slots=settings.queue_depth + plan.messages_held(),
         depth=settings.queue_depth,
-        deadline_s=settings.deadline_s,
         device=runtime.device,
         backend=runtime.backend,
         ring=config.schedule.ring if config.schedule.kind == "free" else 0,
         max_uses=config.schedule.max_uses,
-        patience=runtime.patience,
     )
 
 
@@ -107,9 +101,9 @@ def refuse_private_directory(runtime: Runtime, run_dir: Path) -> None:
     Raises:
         ConfigError: a rank does not see what rank 0 has written there.
     """
-    seen = runtime.gather((run_dir / "config.toml").is_file())
+    seen = runtime.team.gather((run_dir / "config.toml").is_file())
     blind = [str(rank) for rank, there in enumerate(seen or ()) if not there]
-    blind = runtime.broadcast(blind)
+    blind = runtime.team.broadcast(blind)
     if blind:
         raise ConfigError(
             f"run directory '{run_dir}' of rank 0 is not visible on rank {', '.join(blind)}; on several machines use "
