@@ -241,7 +241,7 @@ class Loop:
                 **dataclasses.asdict(position),
                 "total_steps": self.total,
                 "train_batches": run.facts.train_batches,
-                "modules": [list(names) for names in plan.partition.modules],
+                "modules": [list(names) for names in plan.cut.modules],
                 "classes": plan.task.classes,
                 "image_shape": list(plan.task.image_shape),
                 "custom_network": run.custom_network,
