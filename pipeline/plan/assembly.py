@@ -1,11 +1,13 @@
-"""From a configuration to the stages: the plan that every rank agrees on, and the stage that one rank owns."""
+"""Assembly: cut, roles, schedules and shapes together are the plan of a run; of it, one rank's modules are built."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -18,7 +20,8 @@ from pipeline.local.local_module import LocalModule
 from pipeline.local.methods import Level, Task, levels_of
 from pipeline.local.roles import ModulePlan, plan_hierarchy
 from pipeline.models.backbones import Blocks, boundary_shapes, initialise
-from pipeline.plan.cut import Partition, cut, place
+from pipeline.plan.cut import Cut, make_cut
+from pipeline.plan.placement import place
 from pipeline.stage.schedule import Action, Message, lags, messages_sent, open_micro_batches, stage_schedules
 
 T = TypeVar("T")
@@ -31,7 +34,7 @@ class Plan:
     Attributes:
         config: resolved configuration.
         task: classes and image shape.
-        partition: blocks of every local module.
+        cut: blocks of every local module.
         modules: role of every local module.
         stages: consecutive local modules of every rank.
         schedules: actions of every rank for one step.
@@ -41,7 +44,7 @@ class Plan:
 
     config: Config
     task: Task
-    partition: Partition
+    cut: Cut
     modules: tuple[ModulePlan, ...]
     stages: tuple[range, ...]
     schedules: tuple[tuple[Action, ...], ...]
@@ -63,7 +66,7 @@ class Plan:
     def stage_label(self, rank: int) -> str:
         """``modules 2-3 (layer2.2-classifier)``, for messages."""
         stage = self.stages[rank]
-        first, last = self.partition.modules[stage[0]][0], self.partition.modules[stage[-1]][-1]
+        first, last = self.cut.modules[stage[0]][0], self.cut.modules[stage[-1]][-1]
         numbers = f"module {stage[0]}" if len(stage) == 1 else f"modules {stage[0]}-{stage[-1]}"
         return f"{numbers} ({first if first == last else f'{first}-{last}'})"
 
@@ -114,12 +117,12 @@ def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int) -> Plan:
     Raises:
         ConfigError: K > blocks, P > K, a head or patch grid that does not fit, a network that does not end in classes.
     """
-    partition = cut(list(blocks), config.model)
-    count = len(partition)
+    cut = make_cut(list(blocks), config.model)
+    count = len(cut)
     modules = plan_hierarchy(count, config.hierarchy)
     stages = place(count, ranks)
-    by_block = boundary_shapes(blocks, task.image_shape, [names[0] for names in partition.modules[1:]])
-    shapes = tuple(by_block[names[-1]] for names in partition.modules)
+    by_block = boundary_shapes(blocks, task.image_shape, [names[0] for names in cut.modules[1:]])
+    shapes = tuple(by_block[names[-1]] for names in cut.modules)
     if shapes[-1] != (task.classes,):
         raise ConfigError(
             f"the network ends in {shapes[-1]}, the data has {task.classes} classes; "
@@ -132,7 +135,7 @@ def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int) -> Plan:
             if any(level.needs_image for level in built):
                 reconstructing.add(plan.index)
     schedules = stage_schedules(modules, stages, config.schedule.micro_batches, _delay(config))
-    return Plan(config, task, partition, modules, stages, schedules, shapes, frozenset(reconstructing))
+    return Plan(config, task, cut, modules, stages, schedules, shapes, frozenset(reconstructing))
 
 
 def _delay(config: Config) -> int:
@@ -149,7 +152,7 @@ def build_modules(
     late = lags(plan.modules, _delay(plan.config)).backward
     built = []
     for index in plan.stages[rank]:
-        mine = OrderedDict((name, blocks[name]) for name in plan.partition.modules[index])
+        mine = OrderedDict((name, blocks[name]) for name in plan.cut.modules[index])
         levels: OrderedDict[str, Level] = OrderedDict()
         builders = levels_of(plan.modules[index], len(plan.modules), plan.shapes[index], plan.task, plan.config)
         with torch.random.fork_rng(devices=[]):
@@ -188,7 +191,7 @@ def describe(plan: Plan, numerics: Numerics, devices: list[str]) -> list[str]:
             parts.append(f"cascade span {hierarchy.cascade_span} ({hierarchy.variant})")
         if grid > 1:
             parts.append(f"{grid}x{grid} patches")
-    cut_note = f" of {plan.partition.requested} asked for" if len(plan.modules) != plan.partition.requested else ""
+    cut_note = f" of {plan.cut.requested} asked for" if len(plan.modules) != plan.cut.requested else ""
     dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}[numerics.dtype]
     lines = [
         f"{config.model.name} on {config.data.name}: {' + '.join(parts)}, "
@@ -200,3 +203,13 @@ def describe(plan: Plan, numerics: Numerics, devices: list[str]) -> list[str]:
         lines.append(f"rank {rank} ({device}): {plan.stage_label(rank)}")
     return lines
 
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Store who owns what as JSON; ``partition.kind=given partition.stages=[...]`` repeats it."""
+    document = {
+        "partition": plan.config.partition.kind,
+        "stages": [len(stage) for stage in plan.stages],
+        "modules": [list(names) for names in plan.cut.modules],
+        "schedules": [" ".join(map(str, schedule)) for schedule in plan.schedules],
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -24,7 +24,7 @@ from pipeline.models.backbones import Blocks, build_blocks
 from pipeline.plan.assembly import Plan, describe, make_plan
 from pipeline.plan.cost import StepCost, step_cost
 from pipeline.plan.cost_profile import Profile
-from pipeline.plan.cut import choose_stages, place, split_by_cost
+from pipeline.plan.placement import choose_stages, place, split_by_cost
 from pipeline.plan.profiling import profile_modules, rank_memory, refuse_too_large, work_of
 from pipeline.plan.report import Placement, PlannedModule, PlannedRank, PlanReport
 from pipeline.plan.simulate import ModuleCost, Simulation, simulate
@@ -204,12 +204,12 @@ def _modules(
         with torch.random.fork_rng(devices=[]):
             heads = sum(p.numel() for build in builders.values() for p in build().parameters())
         kinds = {action.kind for action in plan.schedules[rank_of[role.index]] if action.module == role.index}
-        names = plan.partition.modules[role.index]
+        names = plan.cut.modules[role.index]
         rows.append(
             PlannedModule(
                 index=role.index,
                 rank=rank_of[role.index],
-                blocks=plan.partition.label(role.index),
+                blocks=plan.cut.label(role.index),
                 levels=(*builders, *(["final"] if role.final else [])),
                 parameters=sum(p.numel() for name in names for p in blocks[name].parameters()),
                 head_parameters=heads,

@@ -159,7 +159,7 @@ class _RandomInput:
 def _profile_one(
     alone: Plan, index: int, blocks: Blocks, numerics: Numerics, warmup: int, steps: int
 ) -> ModuleCost:
-    copies = OrderedDict((name, copy.deepcopy(blocks[name])) for name in alone.partition.modules[index])
+    copies = OrderedDict((name, copy.deepcopy(blocks[name])) for name in alone.cut.modules[index])
     (module,) = build_modules(alone, index, copies, numerics, fresh=False)
     module.set_learning_rate(0.0)  # random labels must not drive the weights to where arithmetic is slow
     item = _random_input(alone, index, numerics, module.needs_image)

@@ -38,7 +38,7 @@ from pipeline.local.methods import Task
 from pipeline.models.backbones import Blocks, blocks_of, build_blocks
 from pipeline.plan.assembly import Plan, build_modules, make_plan
 from pipeline.ranks.runtime import choose_device, set_threads
-from pipeline.report.view import LOG_WIDTH
+from pipeline.report.console import output_console
 from pipeline.stage.stage import Batch
 from pipeline.store.checkpoint import CONFIG, Checkpoint, open_checkpoint
 
@@ -152,10 +152,7 @@ def evaluate(
 
 def show_evaluation(evaluation: Evaluation, console: Console | None = None) -> None:
     """Print ``evaluation`` as a table on ``console`` (default: standard output)."""
-    if console is None:
-        console = Console()
-        if not console.is_terminal and "COLUMNS" not in os.environ:
-            console = Console(width=LOG_WIDTH)
+    console = output_console(console)
     title = f"{evaluation.network}, step {evaluation.step} (epoch {evaluation.epoch}) of {evaluation.checkpoint}"
     console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
@@ -243,7 +240,7 @@ def _operations(plan: Plan, blocks: Blocks) -> list[int]:
     x = torch.zeros(1, *plan.task.image_shape, dtype=reference.dtype, device=reference.device)
     done = []
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        for names in plan.partition.modules:
+        for names in plan.cut.modules:
             for name in names:
                 x = blocks[name].eval()(x)
             done.append(counter.get_total_flops())
@@ -252,7 +249,7 @@ def _operations(plan: Plan, blocks: Blocks) -> list[int]:
 
 def _restored(saved: Checkpoint, plan: Plan, blocks: Blocks, numerics: Numerics) -> list[LocalModule]:
     """All local modules with the weights and heads of the checkpoint."""
-    names = [list(names) for names in plan.partition.modules]
+    names = [list(names) for names in plan.cut.modules]
     if names != saved.module_names:
         raise CheckpointError(
             f"checkpoint '{saved.path}' has the local modules {saved.module_names}, this network gives {names}; pass "
@@ -312,7 +309,7 @@ def _rows(
 ) -> Iterable[ExitRow]:
     """Rows for people: an ensemble of one exit is left out."""
     exits = parameters = 0
-    for index, names in enumerate(plan.partition.modules):
+    for index, names in enumerate(plan.cut.modules):
         parameters += sum(p.numel() for name in names for p in blocks[name].parameters())
         found = [name for name in EXITS if (index, name) in wrong]
         exits += len(found)
@@ -320,7 +317,7 @@ def _rows(
         for name in found + together:
             yield ExitRow(
                 module=index,
-                blocks=plan.partition.label(index),
+                blocks=plan.cut.label(index),
                 exit=name,
                 error_pct=100.0 * wrong[index, name] / images,
                 parameters=parameters,

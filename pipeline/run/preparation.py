@@ -17,7 +17,8 @@ from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.methods import Task
 from pipeline.models.backbones import Blocks, blocks_of, build_blocks
 from pipeline.plan.assembly import Plan
-from pipeline.plan.cut import cut, given, place
+from pipeline.plan.cut import make_cut
+from pipeline.plan.placement import given, place
 from pipeline.ranks.runtime import Runtime
 
 
@@ -34,7 +35,7 @@ def named_after(config: Config, network: nn.Sequential | None, data: LoaderData 
 def refuse_early(config: Config, network: nn.Sequential | None, runtime: Runtime) -> Numerics:
     """Refusals that need no data: more modules than blocks, more ranks than modules, a layout that cannot work."""
     blocks = blocks_of(network) if network is not None else build_blocks(config.model.name, 3, 10)
-    count = len(cut(list(blocks), config.model))
+    count = len(make_cut(list(blocks), config.model))
     if config.partition.kind == "given":
         given(config.partition.stages, count, runtime.world_size)
     place(count, runtime.world_size)

@@ -117,7 +117,7 @@ class Telemetry:
             record = ModuleRecord(
                 index=index,
                 rank=self._rank,
-                blocks=self._plan.partition.label(index),
+                blocks=self._plan.cut.label(index),
                 losses=module.take_losses(),
                 head_error_pct=errors,
                 busy_s=counters.busy_s.get(index, 0.0),

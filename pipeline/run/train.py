@@ -24,9 +24,9 @@ from pipeline.edges.wire import Directive
 from pipeline.local.local_module import LocalModule
 from pipeline.local.module_state import restore_module
 from pipeline.local.weights import merged_state, weights_sha256
-from pipeline.plan.assembly import build_modules, describe
+from pipeline.plan.assembly import build_modules, describe, write_plan
+from pipeline.plan.measured_placement import placed_plan
 from pipeline.plan.memory import explain_out_of_memory
-from pipeline.plan.placement import placed_plan, write_plan
 from pipeline.ranks.runtime import Runtime
 from pipeline.report.view import open_view
 from pipeline.run import tracing
@@ -222,7 +222,7 @@ class _Trainer:
         if start.checkpoint is None:
             return None
         saved = checkpoint.open_verified(start.checkpoint)
-        names = [list(names) for names in self.plan.partition.modules]
+        names = [list(names) for names in self.plan.cut.modules]
         task, total = self.plan.task, total_steps(self.config, facts)
         resume.check_fits(saved, names, task.classes, task.image_shape, facts.train_batches, total)
         return saved
@@ -267,7 +267,7 @@ class _Trainer:
                 lines += [f"resumed from {start.checkpoint} (step {position.step})", *start.lines]
             if self.trace and self.draw and not tracing.can_draw():
                 lines.append("--trace writes trace.json only; trace.png needs matplotlib: pip install localpipe[plot]")
-            labels = [self.plan.partition.label(index) for index in range(len(self.plan.modules))]
+            labels = [self.plan.cut.label(index) for index in range(len(self.plan.modules))]
             self.view.start(header, lines, labels)
             live = not self.quiet
         self.telemetry = Telemetry(
@@ -371,7 +371,7 @@ class _Trainer:
         action = self.stage.current if self.stage is not None else None
         if action is None:
             return None
-        return f"module {action.module} ({self.plan.partition.label(action.module)})"
+        return f"module {action.module} ({self.plan.cut.label(action.module)})"
 
 
 def _unsaved(problem: str) -> str:

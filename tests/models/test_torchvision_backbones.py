@@ -90,7 +90,7 @@ def test_two_local_modules_train_on_larger_images(method: str) -> None:
     )
     blocks, task = build_blocks("resnet18", 3, 4), Task(4, (3, 64, 64))
     plan = make_plan(config, blocks, task, ranks=1)
-    assert [len(names) for names in plan.partition.modules] == [5, 5]
+    assert [len(names) for names in plan.cut.modules] == [5, 5]
     numerics = resolve_numerics(config.precision, torch.device("cpu"), blocks.values())
     modules = build_modules(plan, 0, blocks, numerics, fresh=True)
     before = [module.state()["blocks"] for module in modules]

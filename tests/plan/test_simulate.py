@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.base.config import HierarchyConfig
 from pipeline.local.roles import ModulePlan, plan_hierarchy
-from pipeline.plan.cut import place
+from pipeline.plan.placement import place
 from pipeline.plan.simulate import ModuleCost, Simulation, simulate
 from pipeline.stage.events import SEND, WAIT, steady_state
 from pipeline.stage.schedule import (

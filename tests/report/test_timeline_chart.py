@@ -12,7 +12,7 @@ import pytest
 from pipeline.base.config import HierarchyConfig
 from pipeline.base.errors import ConfigError
 from pipeline.local.roles import plan_hierarchy
-from pipeline.plan.cut import place
+from pipeline.plan.placement import place
 from pipeline.plan.simulate import ModuleCost, simulate
 from pipeline.report.timeline_chart import _activations, _gradients, plot_timeline
 from pipeline.stage.events import SEND, Event

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.base.config import HierarchyConfig
 from pipeline.local.roles import ModulePlan, plan_hierarchy
-from pipeline.plan.cut import place
+from pipeline.plan.placement import place
 from pipeline.stage.schedule import Kind, check_schedules, lags, open_micro_batches, stage_schedule, steps_of
 
 PAPER = HierarchyConfig(cascade_span=2, independent_weight=1.0, cascade_weight=1.0)
