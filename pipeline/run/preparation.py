@@ -20,6 +20,7 @@ from pipeline.plan.assembly import Plan
 from pipeline.plan.cut import make_cut
 from pipeline.plan.placement import given, place
 from pipeline.ranks.runtime import Runtime
+from pipeline.ranks.team import Team
 
 
 def named_after(config: Config, network: nn.Sequential | None, data: LoaderData | None) -> Config:
@@ -95,15 +96,15 @@ def connect_stage(config: Config, plan: Plan, numerics: Numerics, runtime: Runti
     )
 
 
-def refuse_private_directory(runtime: Runtime, run_dir: Path) -> None:
+def refuse_private_directory(team: Team, run_dir: Path) -> None:
     """All ranks write their checkpoints below the run directory, so on several machines it must be one. Collective.
 
     Raises:
         ConfigError: a rank does not see what rank 0 has written there.
     """
-    seen = runtime.team.gather((run_dir / "config.toml").is_file())
+    seen = team.gather((run_dir / "config.toml").is_file())
     blind = [str(rank) for rank, there in enumerate(seen or ()) if not there]
-    blind = runtime.team.broadcast(blind)
+    blind = team.broadcast(blind)
     if blind:
         raise ConfigError(
             f"run directory '{run_dir}' of rank 0 is not visible on rank {', '.join(blind)}; on several machines use "

@@ -214,7 +214,7 @@ class _Trainer:
         start, path = runtime.team.broadcast((start, path))
         runtime.desk.run_dir = Path(path)
         self.directory = RunDirectory(Path(path))
-        refuse_private_directory(runtime, self.directory.path)
+        refuse_private_directory(runtime.team, self.directory.path)
         return start
 
     def _open(self, start: Start, facts: Facts) -> Checkpoint | None:
