@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from pipeline.base.errors import ConfigError, suggest
 from pipeline.data.augmentation import Augmentation
 from pipeline.data.digits import load_digits
 from pipeline.data.folder import load_folder
 from pipeline.data.images import ImageData
 from pipeline.data.torchvision_sets import load_torchvision
-from pipeline.errors import ConfigError, suggest
 
 NAMES = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder")
 AUGMENT = ("auto", "none")

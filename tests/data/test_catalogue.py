@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
+from pipeline.base.errors import ConfigError
 from pipeline.data import Augmentation, open_data
-from pipeline.errors import ConfigError
 
 CIFAR_MEAN = (0.49137, 0.48235, 0.44667)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

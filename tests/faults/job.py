@@ -30,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tiny import tiny_batch, tiny_blocks, tiny_config
 
-from pipeline import LoaderData, checkpoint, train
-from pipeline.failure import FailureDesk
-from pipeline.schedule import Action
+from pipeline import LoaderData, train
+from pipeline.ranks.failure import FailureDesk
+from pipeline.stage.schedule import Action
+from pipeline.store import checkpoint
 
 ROWS = 8
 START, TEST = -1, 100

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from oracle.literal import literal_backward
 from tiny import METHODS, VARIANTS, gradients, tiny_batch, tiny_config, tiny_stage, without_updates
 
-from pipeline.backbones import UncutModel
+from pipeline.models.backbones import UncutModel
 
 MODULES = 5
 SPANS = (1, 2, 3, MODULES)

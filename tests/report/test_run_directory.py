@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.errors import ConfigError
-from pipeline.report import RunDirectory, plot_curve, read_metrics, summarise
+from pipeline.base.errors import ConfigError
+from pipeline.report.curve import plot_curve
+from pipeline.store.run_directory import RunDirectory, read_metrics, summarise
 
 
 def strict(text: str) -> object:
@@ -52,8 +53,8 @@ def test_an_unwritable_place_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_directory_in_use_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.report.run_directory.LOCK_S", 0.2)
-    code = "import sys; from pathlib import Path; from pipeline.report import RunDirectory;"
+    monkeypatch.setattr("pipeline.store.run_directory.LOCK_S", 0.2)
+    code = "import sys; from pathlib import Path; from pipeline.store.run_directory import RunDirectory;"
     code += "held = RunDirectory(Path(sys.argv[1])).lock(); print('held', flush=True); input()"
     other = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
