@@ -18,10 +18,8 @@ from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, stable_hash
 from pipeline.data import ImageStream, open_data
+from pipeline.data.catalogue import CIFAR_MEAN_ROUNDED, CIFAR_STD_ROUNDED
 from pipeline.stage.stage import Batch, Progress
-
-CIFAR_MEAN = (0.4914, 0.4824, 0.4467)
-CIFAR_STD = (0.2471, 0.2435, 0.2616)
 
 
 @dataclass(frozen=True)
@@ -138,8 +136,8 @@ class LoaderData:
 
     train: Any
     test: Any
-    mean: tuple[float, ...] = CIFAR_MEAN
-    std: tuple[float, ...] = CIFAR_STD
+    mean: tuple[float, ...] = CIFAR_MEAN_ROUNDED
+    std: tuple[float, ...] = CIFAR_STD_ROUNDED
 
 
 class LoaderSource:

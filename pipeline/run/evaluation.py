@@ -221,8 +221,8 @@ def _refuse_other_data(data_spec: DataSpec, task: Task, config: Config) -> None:
     name = config.data.name
     if data_spec.classes not in (0, task.classes):
         raise ConfigError(
-            f"'{name}' has {data_spec.classes} classes, the checkpoint was trained for {task.classes}; set data.name and "
-            "data.root to data with the same classes"
+            f"'{name}' has {data_spec.classes} classes, the checkpoint was trained for {task.classes}; set data.name "
+            "and data.root to data with the same classes"
         )
     if data_spec.image_shape != task.image_shape:
         raise ConfigError(
