@@ -171,14 +171,12 @@ def _run(
     plan: Plan, costs: Sequence[ModuleCost], latency_s: float, bytes_per_s: float
 ) -> tuple[Simulation, SteadyState]:
     late = max(action.lag for schedule in plan.schedules for action in schedule)
-    depth = plan.config.runtime.queue_depth
     simulation = simulate(
         plan.modules,
         plan.schedules,
         costs,
         STEPS + late,
-        depth=depth,
-        slots=depth + plan.messages_held(),
+        depth=plan.config.runtime.queue_depth,
         latency_s=latency_s,
         bytes_per_s=bytes_per_s,
         replay=plan.config.schedule.kind == "free",
