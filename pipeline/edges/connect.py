@@ -55,7 +55,8 @@ def connect(
     team: Team,
     specs: EdgeSpecs,
     *,
-    slots: int,
+    activation_slots: int,
+    gradient_slots: int,
     depth: int,
     device: torch.device,
     backend: str,
@@ -66,10 +67,12 @@ def connect(
 
     Before any group exists each edge's two descriptions are compared; WireError names both sides. Groups are
     made and warmed up in one order on all ranks: down 0->1, up 1->0, down 1->2, ... With ``ring`` > 0 activations are
-    received into a replay ring (see :class:`ReplayReceiver`). Raises DeadlineExceeded, PeerLost.
+    received into a replay ring (see :class:`ReplayReceiver`). ``activation_slots`` and ``gradient_slots`` are receives
+    that this rank posts at a time; it tells those who send to it. Raises DeadlineExceeded, PeerLost.
     """
     rank = team.rank
-    texts = {name: spec and f"{spec.describe()}, {slots} slots" for name, spec in vars(specs).items()}
+    slots = {"activation": activation_slots, "gradient": gradient_slots}
+    texts = {name: spec and spec.describe() for name, spec in vars(specs).items()} | {"slots": slots}
     everyone = [json.loads(text) for text in team.collect("edges", json.dumps(texts))]
     edges = Edges()
     for upper in range(team.size - 1):
@@ -93,10 +96,11 @@ def connect(
             _warm_up(group, rank, source, target, device if backend != "gloo" else torch.device("cpu"))
             if rank == source:
                 spec = getattr(specs, f"{label}_out")
-                setattr(edges, f"{label}_out", Sender(team, group, target, spec, depth, slots, device, label))
+                theirs = everyone[target]["slots"][label]
+                setattr(edges, f"{label}_out", Sender(team, group, target, spec, depth, theirs, device, label))
             else:
                 spec = getattr(specs, f"{label}_in")
-                common = (team, group, source, spec, slots, device, label)
+                common = (team, group, source, spec, slots[label], device, label)
                 end = ReplayReceiver(*common, ring, max_uses) if ring else Receiver(*common)
                 setattr(edges, f"{label}_in", end)
     return edges

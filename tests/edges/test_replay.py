@@ -22,7 +22,7 @@ RING = 3
 def pair_of_ends(team: Team, ring: int, max_uses: int) -> Any:
     """Sender on rank 0, ReplayReceiver on rank 1."""
     specs = EdgeSpecs(activation_out=SMALL) if team.leads else EdgeSpecs(activation_in=SMALL)
-    sizes = {"slots": ring + 3, "depth": 2, "ring": ring, "max_uses": max_uses}
+    sizes = {"activation_slots": ring + 3, "gradient_slots": 0, "depth": 2, "ring": ring, "max_uses": max_uses}
     edges = connect(team, specs, device=CPU, backend="gloo", **sizes)
     return edges, edges.activation_out or edges.activation_in
 

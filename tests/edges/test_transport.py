@@ -309,7 +309,7 @@ def chain(rank: int) -> dict[str, Any]:
     store = start_group(rank, 3)
     results: dict[str, Any] = {"errors": []}
     team = team_of("b", store, rank, 3, 10.0)
-    options = {"slots": 2, "depth": 2, "device": CPU, "backend": "gloo"}
+    options = {"activation_slots": 2, "gradient_slots": 2, "depth": 2, "device": CPU, "backend": "gloo"}
     attempts = [
         lambda: team.agree("configuration", "abc" if rank < 2 else "abd"),
         lambda: connect(team_of("a", store, rank, 3, 10.0), chain_specs(rank, 3, 4 if rank < 2 else 5), **options),
@@ -358,13 +358,13 @@ def test_agreement_and_chain() -> None:
             ("ConfigError", "ranks disagree about configuration: ranks 0, 1 have 'abc'; rank 2 has 'abd'"),
             (
                 "WireError",
-                "rank 2 expects 4 rows of activation float32 (5,), 2 slots from rank 1, "
-                "rank 1 sends 4 rows of activation float32 (4,), 2 slots",
+                "rank 2 expects 4 rows of activation float32 (5,) from rank 1, "
+                "rank 1 sends 4 rows of activation float32 (4,)",
             ),
             (
                 "WireError",
-                "rank 1 expects 4 rows of activation float32 (4,), 2 slots from rank 0, "
-                "rank 0 sends 4 rows of activation bfloat16 (4,), 2 slots",
+                "rank 1 expects 4 rows of activation float32 (4,) from rank 0, "
+                "rank 0 sends 4 rows of activation bfloat16 (4,)",
             ),
         ]
         assert (r.value["unread"], r.value["threads"]) == (0, 1)
@@ -384,7 +384,8 @@ def lose_a_peer(rank: int) -> Any:
     store = start_group(rank, 3)
     specs = chain_specs(rank, 3, 4)
     team = Team(rank, 3, store, deadline_s=10.0)
-    edges = connect(team, specs, slots=1, depth=1, device=CPU, backend="gloo")
+    options = {"activation_slots": 1, "gradient_slots": 1, "depth": 1}
+    edges = connect(team, specs, device=CPU, backend="gloo", **options)
     dist.barrier()
     if rank == 1:
         time.sleep(0.3)

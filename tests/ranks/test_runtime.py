@@ -56,8 +56,8 @@ def job(mode: str, run_dir: str) -> None:
         desk.stop_gracefully()
         print(f"pid {os.getpid()} rank {rank}", flush=True)
         desk.describe(f"modules {rank}-{rank} (block{rank})")
-        options = {"slots": 2, "depth": 2, "device": runtime.device, "backend": runtime.backend}
-        edges = connect(runtime.team, specs(rank), **options)
+        options = {"activation_slots": 2, "gradient_slots": 2, "depth": 2}
+        edges = connect(runtime.team, specs(rank), device=runtime.device, backend=runtime.backend, **options)
         for step in range(10):
             desk.progress(0, step, "computing")
             if step == 5:
