@@ -23,7 +23,7 @@ from pipeline.base.config import Config, to_toml
 from pipeline.base.version import VERSION
 from pipeline.data.sources import DataSpec, Source
 from pipeline.edges.wire import Directive
-from pipeline.local.module_state import module_state
+from pipeline.local.module_state import BUSY, module_state
 from pipeline.local.optimiser import learning_rate
 from pipeline.plan.assembly import Plan
 from pipeline.ranks.runtime import Runtime
@@ -36,8 +36,6 @@ from pipeline.store.resume import Position
 from pipeline.store.run_directory import RunDirectory
 from pipeline.store.saver import Document, Saver
 
-BUSY = "busy_s"
-"""In the state of a module: seconds that it has been busy in the epoch at work."""
 SHOW_S = 0.25
 """Between two looks at the other ranks' live numbers: asking for them takes longer, the more ranks there are."""
 

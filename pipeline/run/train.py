@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.base.config import Config, to_toml, validate
 from pipeline.base.errors import LocalpipeError
@@ -21,8 +21,8 @@ from pipeline.base.version import code_version
 from pipeline.data.sources import DataSpec, LoaderData, Source
 from pipeline.edges.wire import Directive
 from pipeline.local.local_module import LocalModule
-from pipeline.local.module_state import restore_module
-from pipeline.local.weights import merged_state, weights_sha256
+from pipeline.local.module_state import BUSY, restore_module
+from pipeline.local.weights import State, heads_state, model_state, module_weights, weights_sha256
 from pipeline.plan.assembly import build_modules, describe, write_plan
 from pipeline.plan.measured_placement import placed_plan
 from pipeline.plan.memory import explain_out_of_memory
@@ -32,7 +32,7 @@ from pipeline.ranks.runtime import Runtime
 from pipeline.report.view import open_view
 from pipeline.run import tracing
 from pipeline.run.conductor import Conductor
-from pipeline.run.loop import BUSY, Loop, Run, total_steps
+from pipeline.run.loop import Loop, Run, total_steps
 from pipeline.run.preparation import (
     blocks_and_task,
     connect_stage,
@@ -51,6 +51,7 @@ from pipeline.store.records import EpochRecord
 from pipeline.store.resume import Position, Start
 from pipeline.store.run_directory import RunDirectory, summarise
 from pipeline.store.saver import SaveFailed, Saver
+from pipeline.store.weights_file import HEADS, MODEL, write_weights
 
 ActionHook = Callable[[int, Action], None]
 
@@ -326,20 +327,20 @@ class _Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Collect weights and write the run directory; returns the summary on every rank."""
-        states = {module.plan.index: module.state() for module in self.modules}
+        states = {module.plan.index: module_weights(module) for module in self.modules}
         gathered = self.runtime.team.gather(states)
         summary: dict[str, Any] | None = None
         if gathered is not None and self.view is not None:
             every = {index: state for part in gathered for index, state in part.items()}
             ordered = [every[index] for index in range(len(self.plan.modules))]
-            self.directory.write_state("model", merged_state(ordered, "blocks"))
-            self.directory.write_state("heads", merged_state(ordered, "heads"))
+            write_weights(self.directory.path / MODEL, model_state(ordered))
+            write_weights(self.directory.path / HEADS, heads_state(ordered))
             summary = summarise(self.loop.records, settings=self._settings(ordered))
             self.directory.write_summary(summary)
             self.view.finish(summary)
         return self.runtime.team.broadcast(summary)
 
-    def _settings(self, states: list[dict[str, dict[str, Tensor]]]) -> dict[str, Any]:
+    def _settings(self, states: list[State]) -> dict[str, Any]:
         config = self.config
         return {
             "name": config.model.name,
