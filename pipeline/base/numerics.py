@@ -37,8 +37,11 @@ class Numerics:
         return contextlib.nullcontext()
 
     def boundary(self, x: Tensor) -> Tensor:
-        """``x`` detached, in the boundary dtype and layout: the same bits whether or not it crosses a process."""
-        x = x.detach().to(self.dtype)
+        """``x`` detached, in the boundary dtype and layout: the same bits whether or not it crosses a process. Integers
+        and masks keep their dtype."""
+        x = x.detach()
+        if x.is_floating_point():
+            x = x.to(self.dtype)
         if x.dim() == 4:
             return x.contiguous(memory_format=self.layout)
         return x.contiguous()

@@ -19,7 +19,8 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, stable_hash
 from pipeline.data import ImageStream, open_data
 from pipeline.data.catalogue import CIFAR_MEAN_ROUNDED, CIFAR_STD_ROUNDED
-from pipeline.stage.stage import Batch, Progress
+from pipeline.stage.inlet import Batch
+from pipeline.stage.watch import Progress
 
 
 @dataclass(frozen=True)

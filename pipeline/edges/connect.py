@@ -39,6 +39,10 @@ class Edges:
     gradient_in: Receiver | None = None
     gradient_out: Sender | None = None
 
+    def bytes_sent(self) -> int:
+        """Bytes of training sent so far, both ways."""
+        return sum(end.bytes_sent for end in (self.activation_out, self.gradient_out) if end is not None)
+
     def close(self) -> int:
         """End all streams in an order that cannot dead-lock; return how many arrived messages nobody took."""
         senders = [end for end in (self.activation_out, self.gradient_out) if end is not None]

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from pipeline.base.errors import WireError
 from pipeline.edges.transport import Received, Receiver
 from pipeline.edges.wire import Header, MessageKind, MessageSpec, Slot
 from pipeline.ranks.team import Team
@@ -127,6 +128,23 @@ class ReplayReceiver(Receiver):
             entry.at_work = True
         self.messages += 1
         return Received(entry.header, entry.slot.unpack(entry.header.rows), self, entry.slot)
+
+    def take_mark(self, epoch: int) -> Header:
+        """The mark at the end of ``epoch``, which has come when :meth:`ready` says that the epoch is over.
+
+        Raises:
+            WireError: another message is here, or the stream has ended.
+        """
+        item = self._next(lambda: f"for the end of epoch {epoch} from rank {self._peer}")
+        if item is None or item[0].kind is not MessageKind.EPOCH or item[0].epoch != epoch:
+            got = "the end of the stream" if item is None else f"{item[0].kind.name} {item[0]}"
+            raise WireError(
+                f"rank {self._team.rank} expected the end of epoch {epoch} from rank {self._peer}, got {got}"
+            )
+        header, slot = item
+        self._post(slot)
+        self.messages += 1
+        return header
 
     def take_counts(self) -> ReplayCounts:
         """The counts since the last call."""

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from pipeline.base.errors import ConfigError
-from pipeline.local.local_module import BatchKey, InFlight, LocalModule, Stash
+from pipeline.base.flow import MAIN, Tensors
+from pipeline.local.local_module import LocalModule
+from pipeline.local.micro_batch import BatchKey, InFlight, MicroBatch
 from pipeline.local.weights import State, live_weights, weights_of
 
 STRIDES = ".strides"  # in which a tensor of four dimensions lies decides which kernels work on it, so on the last bits
-FIELDS = ("x", "labels", "image", "own", "independent")
 BUSY = "busy_s"
 
 
@@ -33,8 +34,8 @@ def module_state(module: LocalModule) -> State:
     Raises:
         NonFiniteError: the last update was done with gradients that were not finite.
     """
-    module.confirm()
-    module.mend_buffers()
+    module.guard.confirm()
+    module.guard.mend_buffers()
     state: State = {}
     for name, value in live_weights(module).items():
         state[name] = _copy(value)
@@ -42,13 +43,14 @@ def module_state(module: LocalModule) -> State:
         for name, value in values.items():
             if value is not None:  # momentum before the first step
                 state[f"optimiser.{index}.{name}"] = _copy(torch.as_tensor(value))
-    for name, total in module.loss_sums.items():
+    losses = module.losses
+    for name, total in losses.sums.items():
         state[f"losses.{name}"] = _copy(torch.as_tensor(total))
-    state["losses.steps"] = torch.tensor(module.loss_steps)
-    state["losses.skipped"] = torch.tensor(module.skipped_steps)
-    for step, losses in module.open_losses.items():
-        state.update({f"open.{step}.{name}": _copy(total) for name, total in losses.items()})
-    for step, stash in module.stashes.items():
+    state["losses.steps"] = torch.tensor(losses.steps)
+    state["losses.skipped"] = torch.tensor(losses.skipped)
+    for step, terms in losses.open.items():
+        state.update({f"open.{step}.{name}": _copy(total) for name, total in terms.items()})
+    for step, stash in module.stashes.open.items() if module.stashes is not None else ():
         for index, weight in enumerate(stash.leaves()):
             state[f"late.{step}.weight.{index}"] = _copy(weight)
         for index, gradient in enumerate(stash.head_gradients):
@@ -56,13 +58,15 @@ def module_state(module: LocalModule) -> State:
                 _put(state, f"late.{step}.head_gradient.{index}", gradient)
     for (step, micro_batch), item in module.in_flight.items():
         prefix = f"late.{step}.batch.{micro_batch}"
-        for field in FIELDS:
-            value = getattr(item, field)
+        batch = item.batch
+        kept = {"labels": batch.labels, "image": batch.image, "own": item.own, "independent": item.independent}
+        kept |= _flat("x", batch.inputs)
+        for key, gradients in item.received.items():
+            kept |= _flat(f"received.{key}", gradients)
+        for field, value in kept.items():
             if value is not None:
                 _put(state, f"{prefix}.{field}", value)
-        for key, gradient in item.received.items():
-            _put(state, f"{prefix}.received.{key}", gradient)
-        state[f"{prefix}.scale"] = torch.tensor(item.scale, dtype=torch.float64)
+        state[f"{prefix}.scale"] = torch.tensor(batch.scale, dtype=torch.float64)
     return state
 
 
@@ -91,16 +95,16 @@ def restore_module(module: LocalModule, state: State) -> None:
             # Not in the eyes of autograd: the graphs made above hold BatchNorm's running statistics, which a backward
             # in training mode does not read.
             value.data.copy_(state[name])
-    module.mend_buffers()
+    module.guard.mend_buffers()
     _restore_optimiser(module, state)
     device = module.numerics.device
     for name, total in state.items():
         if name.startswith("open."):
             _, step, term = name.split(".", 2)
-            module.open_losses.setdefault(int(step), {})[term] = total.to(device)
+            module.losses.open.setdefault(int(step), {})[term] = total.to(device)
     losses = {name.removeprefix("losses."): value for name, value in state.items() if name.startswith("losses.")}
-    module.loss_steps, module.skipped_steps = int(losses.pop("steps")), int(losses.pop("skipped"))
-    module.loss_sums = {name: value.to(device) for name, value in losses.items()}
+    module.losses.steps, module.losses.skipped = int(losses.pop("steps")), int(losses.pop("skipped"))
+    module.losses.sums = {name: value.to(device) for name, value in losses.items()}
 
 
 def _restore_optimiser(module: LocalModule, state: State) -> None:
@@ -121,14 +125,14 @@ def _restore_late(module: LocalModule, state: State) -> None:
     """Batches in flight: forward again, then put the gradients where they were."""
     device = module.numerics.device
     batches: dict[BatchKey, State] = {}
-    stashes: dict[int, Stash] = {}
     for name in state:
         if not name.startswith("late.") or name.endswith(STRIDES):
             continue
+        assert module.stashes is not None
         _, step, kind, rest = name.split(".", 3)
-        if int(step) not in stashes:
-            stashes[int(step)] = module.new_stash()
-        stash = stashes[int(step)]
+        if int(step) not in module.stashes.open:
+            module.stashes.open[int(step)] = module.stashes.empty()
+        stash = module.stashes.open[int(step)]
         if kind == "weight":
             with torch.no_grad():
                 stash.leaves()[int(rest)].copy_(state[name])
@@ -137,17 +141,27 @@ def _restore_late(module: LocalModule, state: State) -> None:
         else:
             micro_batch, field = rest.split(".", 1)
             batches.setdefault((int(step), int(micro_batch)), {})[field] = _get(state, name, device)
-    module.stashes.update(stashes)
     for key in sorted(batches):
         item = batches[key]
-        module.forward(key, item["x"], item["labels"], item.get("image"), float(item["scale"]))
+        inputs = _named("x", item)
+        module.forward(key, MicroBatch(inputs, item["labels"], item.get("image"), float(item["scale"])))
         flying: InFlight = module.in_flight[key]
         flying.own, flying.independent = item.get("own"), item.get("independent")
-        flying.received = {
-            int(field.removeprefix("received.")): value
-            for field, value in item.items()
-            if field.startswith("received.")
-        }
+        keys = {int(field.split(".")[1]) for field in item if field.startswith("received.")}
+        flying.received = {message_key: _named(f"received.{message_key}", item) for message_key in keys}
+
+
+def _flat(prefix: str, tensors: Tensors) -> State:
+    """``x`` is called by the prefix alone, others ``prefix.name``."""
+    return {prefix if name == MAIN else f"{prefix}.{name}": value for name, value in tensors.items()}
+
+
+def _named(prefix: str, item: State) -> Tensors:
+    """The inverse of :func:`_flat`."""
+    found = {MAIN: item[prefix]} if prefix in item else {}
+    return found | {
+        field.removeprefix(f"{prefix}."): value for field, value in item.items() if field.startswith(f"{prefix}.")
+    }
 
 
 def _copy(value: Tensor) -> Tensor:

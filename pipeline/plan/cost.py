@@ -26,8 +26,10 @@ from pipeline.models.backbones import build_blocks
 from pipeline.models.layers import PairedConv2d
 from pipeline.models.upsampling import UpsampledConv2d
 from pipeline.plan.assembly import build_modules, make_plan
+from pipeline.stage.inlet import Batch, BatchInlet
 from pipeline.stage.schedule import Action, Kind
-from pipeline.stage.stage import Batch, Stage
+from pipeline.stage.stage import Stage
+from pipeline.stage.watch import Watch
 
 IMAGES = 2  # BatchNorm needs two
 
@@ -164,10 +166,11 @@ def _flops(config: Config, task: Task, plain: bool) -> Counter[tuple[int, Kind]]
             close()
             started.append((action, counter.total))
 
-        stage = Stage(modules, plan.schedules[0], (), 1, Edges(), forward_image=False, before_action=before_action)
+        image = torch.zeros(IMAGES, *task.image_shape, dtype=torch.uint8)
         x = numerics.boundary(torch.zeros(IMAGES, *task.image_shape))
-        labels = torch.arange(IMAGES) % task.classes
+        inlet = BatchInlet(Batch(x, torch.arange(IMAGES) % task.classes, image))
+        stage = Stage(modules, plan.schedules[0], inlet, Edges(), watch=Watch(before_action=before_action))
         with counter:
-            stage.train_step(1, 0, Batch(x, labels, torch.zeros(IMAGES, *task.image_shape, dtype=torch.uint8)))
+            stage.train_step(1, 0)
             close()
     return totals

@@ -30,6 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.base.config import Config, load_config
 from pipeline.base.errors import CheckpointError, ConfigError
+from pipeline.base.flow import named
 from pipeline.base.numerics import Numerics, resolve_numerics
 from pipeline.data.sources import DataSpec, ImageSource, LoaderData, LoaderSource
 from pipeline.local.compilation import refuse_without_compiler
@@ -40,7 +41,7 @@ from pipeline.models.backbones import Blocks, blocks_of, build_blocks
 from pipeline.plan.assembly import Plan, build_modules, make_plan
 from pipeline.ranks.runtime import choose_device, set_threads
 from pipeline.report.console import output_console
-from pipeline.stage.stage import Batch
+from pipeline.stage.inlet import Batch
 from pipeline.store.checkpoint import Checkpoint, open_checkpoint
 from pipeline.store.manifest import CONFIG
 
@@ -282,7 +283,7 @@ def count_errors(
     wrong: Counter[tuple[int, str]] = Counter()
     images = 0
     for batch in batches:
-        x = batch.x
+        x = named(batch.x)
         prefix = mean = torch.zeros((), dtype=torch.float64, device=batch.labels.device)
         for module in modules:
             index = module.plan.index

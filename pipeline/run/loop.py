@@ -14,6 +14,7 @@ import platform
 import sys
 import threading
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 
 from pipeline.base.config import Config, to_toml
 from pipeline.base.version import VERSION
-from pipeline.data.sources import DataSpec, Source
+from pipeline.data.sources import DataSpec
 from pipeline.edges.wire import Directive
 from pipeline.local.module_state import BUSY, module_state
 from pipeline.local.optimiser import learning_rate
@@ -30,7 +31,7 @@ from pipeline.ranks.runtime import Runtime
 from pipeline.report.view import View
 from pipeline.run.conductor import Conductor
 from pipeline.run.telemetry import Telemetry, merge
-from pipeline.stage.stage import Batch, Stage
+from pipeline.stage.stage import Stage
 from pipeline.store.records import EpochProgress, EpochRecord
 from pipeline.store.resume import Position
 from pipeline.store.run_directory import RunDirectory
@@ -42,14 +43,13 @@ SHOW_S = 0.25
 
 @dataclass(frozen=True)
 class Run:
-    """What the loop works with; ``source``, ``directory`` and ``view`` are used on rank 0 only."""
+    """What the loop works with; ``directory`` and ``view`` are used on rank 0 only."""
 
     config: Config
     runtime: Runtime
     plan: Plan
     stage: Stage
     data_spec: DataSpec
-    source: Source | None
     telemetry: Telemetry
     directory: RunDirectory
     saver: Saver
@@ -96,7 +96,7 @@ class Loop:
             late = self.step == self._start.step > self._start.late_since
             directive = self._train(epoch, first, end) if self.step < end or late else Directive.GO
             if self.step < end:
-                self._save(epoch, run.stage.late_since if run.config.schedule.kind != "free" else self.step)
+                self._save(epoch, run.stage.late_since(self.step))
                 return Directive.STOP
             if run.runtime.device.type == "cuda":  # the only time that an epoch waits for the device
                 torch.cuda.synchronize()
@@ -106,7 +106,7 @@ class Loop:
             if directive is Directive.STOP:
                 self._save(epoch, self.step)
                 return Directive.STOP
-            sent = sum(sender.bytes_sent for sender in run.stage.senders())
+            sent = run.stage.edges.bytes_sent()
             self._finished = epoch
             run.telemetry.post(epoch, run.stage, run.stage.take_counters(), wait_s, wall_s, sent)
             if directive is Directive.SAVE or self._due(epoch):
@@ -144,51 +144,27 @@ class Loop:
     def _train(self, epoch: int, first: int, end: int) -> Directive:
         """Train ``epoch`` up to step ``end``, unless told to stop. Returns the last directive."""
         run, stage = self._run, self._run.stage
-        leader, free = run.runtime.rank == 0, run.config.schedule.kind == "free"
         began = self.step
-        batches = run.source.train(epoch, began - first) if run.source is not None else None
         stage.begin_epoch(self._start.late_since if first < began == self._start.step else first, began)
-        step = began
-        try:
-            while stage.more_steps(epoch, step - first, end - first):
-                batch: Batch | None = None
-                if batches is not None:
-                    batch = stage.fetch(batches, epoch, step, f"epoch {epoch}")
-                order = run.conductor.after(step + 1) if leader else Directive.GO
-                stage.train_step(epoch, step, batch, order)
-                step += 1
+        with closing(stage.inlet.steps(epoch, first, began, end)) as steps:
+            for step in steps:
+                stage.train_step(epoch, step)
                 run.telemetry.pulse(stage, self._epoch_began)
                 if run.view is not None and time.monotonic() - self._last_shown > SHOW_S:
-                    self._show(epoch, step, first, end)
-                if stage.directive is not Directive.GO and step < end:
-                    self.step = step
-                    stage.catch_up(epoch, step - 1)
+                    self._show(epoch, step + 1, first, end)
+                if stage.directive is not Directive.GO and step + 1 < end:
+                    self.step = step + 1
+                    stage.catch_up(epoch, step)
                     if stage.directive is Directive.STOP:
                         return Directive.STOP
-                    self._save(epoch, stage.late_since)
-            last = stage.directive
-            stage.end_epoch(epoch, end)
-        finally:
-            close = getattr(batches, "close", None)  # ends the loader's thread when an epoch is cut short
-            if close is not None:
-                close()
-        if not free:
-            self.step = end
-            return last
-        # Only the first stage's steps count, and only it knows where a stop has cut the epoch short.
-        self.step = run.runtime.team.broadcast(step) if stage.directive is Directive.STOP else end
+                    self._save(epoch, stage.late_since(self.step))
+        self.step = stage.end_epoch(epoch, end)
         return stage.directive
 
     def _test(self, epoch: int) -> Directive:
-        run, stage = self._run, self._run.stage
-        batches = run.source.test() if run.source is not None else None
-        for index in range(run.data_spec.test_batches):
-            batch = stage.fetch(batches, epoch, self.step, "the test") if batches is not None else None
-            order = run.conductor.during_test() if run.runtime.rank == 0 else Directive.GO
-            stage.test_step(epoch, self.step + index, batch, order)
-            if stage.directive is Directive.STOP:
-                return Directive.STOP
-        return Directive.GO
+        stage = self._run.stage
+        stage.test(epoch, self.step, self._run.data_spec.test_batches)
+        return Directive.STOP if stage.directive is Directive.STOP else Directive.GO
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
@@ -207,7 +183,7 @@ class Loop:
         self._saved = (self.step, self._finished)
         run.runtime.desk.progress(epoch, self.step, "saving")
         states = {index: module_state(module) for index, module in stage.modules.items()}
-        for index, busy_s in stage.counters.busy_s.items():
+        for index, busy_s in stage.watch.busy_s.items():
             states[index][BUSY] = torch.tensor(busy_s, dtype=torch.float64)
         document = None
         if run.runtime.rank == 0:

@@ -17,7 +17,8 @@ from pipeline.plan.assembly import Plan
 from pipeline.ranks.keys import Key
 from pipeline.ranks.process import peak_memory_bytes
 from pipeline.ranks.team import Team
-from pipeline.stage.stage import Counters, Stage
+from pipeline.stage.counters import Counters
+from pipeline.stage.stage import Stage
 from pipeline.store.records import EpochRecord, LiveModule, ModuleRecord, StageRecord
 
 PULSE_S = 0.5
@@ -63,8 +64,8 @@ class Telemetry:
             LiveModule(
                 index=index,
                 rank=self._team.rank,
-                losses={name: float(total) / module.loss_steps for name, total in module.loss_sums.items()},
-                busy_fraction=counters.busy_s.get(index, 0.0) / wall,
+                losses=module.losses.means(),
+                busy_fraction=stage.watch.busy_s.get(index, 0.0) / wall,
                 wait_fraction=waited / wall,
                 queue_depth=counters.queue_depth_sum / max(counters.queue_depth_count, 1),
                 peak_memory_bytes=peak_memory_bytes(self._device),
@@ -96,7 +97,7 @@ class Telemetry:
                 losses=module.take_losses(),
                 head_error_pct=errors,
                 busy_s=counters.busy_s.get(index, 0.0),
-                skipped_steps=module.take_skipped(),
+                skipped_steps=module.losses.take_skipped(),
             )
             modules.append(dataclasses.asdict(record))
         record = StageRecord(

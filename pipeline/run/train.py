@@ -42,9 +42,10 @@ from pipeline.run.preparation import (
     refuse_private_directory,
 )
 from pipeline.run.telemetry import Telemetry
-from pipeline.stage.free import FreeStage
+from pipeline.stage.inlet import DataInlet, edge_inlet
 from pipeline.stage.schedule import Action
 from pipeline.stage.stage import Stage
+from pipeline.stage.watch import Watch
 from pipeline.store import checkpoint, resume
 from pipeline.store.checkpoint import Checkpoint
 from pipeline.store.records import EpochRecord
@@ -150,10 +151,11 @@ class _Trainer:
             )
             del blocks  # the other stages' blocks
             saved = self._open(start, data_spec)
-            self.stage = self._make_stage()
+            self.conductor = Conductor(config.checkpoint, runtime.desk.stop_request)
+            self.stage = self._make_stage(source)
             position, records = self._restore(saved)
             self._start_view(start, position, data_spec)
-            self.loop = self._make_loop(start, source, data_spec, position, records)
+            self.loop = self._make_loop(start, data_spec, position, records)
             return self._train(start, data_spec)
         except (LocalpipeError, KeyboardInterrupt):
             raise
@@ -228,21 +230,21 @@ class _Trainer:
         resume.check_fits(saved, names, task.classes, task.image_shape, data_spec.train_batches, total)
         return saved
 
-    def _make_stage(self) -> Stage:
+    def _make_stage(self, source: Source | None) -> Stage:
         runtime, plan, config = self.runtime, self.plan, self.config
         edges = connect_stage(config, plan, self.numerics, runtime)
         self.recorder = tracing.attach(runtime, plan, edges) if self.trace else None
-        make_stage = FreeStage if config.schedule.kind == "free" else Stage
-        return make_stage(
+        free = config.schedule.kind == "free"
+        parts, progress = config.schedule.micro_batches, runtime.desk.progress
+        return Stage(
             self.modules,
             plan.schedules[runtime.rank],
-            plan.gradient_order(runtime.rank + 1) if runtime.rank + 1 < runtime.world_size else (),
-            config.schedule.micro_batches,
+            DataInlet(source, parts, self.conductor, free, progress) if source else edge_inlet(edges.activation_in),
             edges,
+            plan.gradient_order(runtime.rank + 1) if runtime.rank + 1 < runtime.world_size else (),
             plan.image_crosses(runtime.rank),
-            runtime.desk.progress,
-            self.before_action,
-            self.recorder,
+            marks_epochs=free,
+            watch=Watch(progress, self.before_action, self.recorder),
         )
 
     def _restore(self, saved: Checkpoint | None) -> tuple[Position, list[EpochRecord]]:
@@ -252,7 +254,7 @@ class _Trainer:
             state = saved.module_state(module.plan.index)
             restore_module(module, state)
             if BUSY in state:
-                self.stage.counters.busy_s[module.plan.index] = float(state[BUSY])
+                self.stage.watch.busy_s[module.plan.index] = float(state[BUSY])
         self.stage.restored()
         return Position.of(saved), resume.records_of(saved)
 
@@ -275,19 +277,17 @@ class _Trainer:
         self.telemetry = Telemetry(team, self.plan, self.runtime.device, team.broadcast(live))
 
     def _make_loop(
-        self, start: Start, source: Source | None, data_spec: DataSpec, position: Position, records: list[EpochRecord]
+        self, start: Start, data_spec: DataSpec, position: Position, records: list[EpochRecord]
     ) -> Loop:
         runtime, config = self.runtime, self.config
         folder = self.directory.path / checkpoint.FOLDER
         saver = Saver(runtime.team, folder, config.checkpoint)
-        self.conductor = Conductor(config.checkpoint, runtime.desk.stop_request)
         run = Run(
             config=config,
             runtime=runtime,
             plan=self.plan,
             stage=self.stage,
             data_spec=data_spec,
-            source=source,
             telemetry=self.telemetry,
             directory=self.directory,
             saver=saver,
@@ -360,7 +360,7 @@ class _Trainer:
         }
 
     def _module_at_work(self) -> str | None:
-        action = self.stage.current if self.stage is not None else None
+        action = self.stage.watch.current if self.stage is not None else None
         if action is None:
             return None
         return f"module {action.module} ({self.plan.cut.label(action.module)})"

@@ -1,0 +1,51 @@
+"""One micro-batch, as the local modules of a stage get it, and what a module keeps of it until its backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from pipeline.base.flow import Tensors
+
+BatchKey = tuple[int, int]
+"""(step, micro-batch)"""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """
+    Attributes:
+        inputs: of a local module, (b, ...) each; "x" among them.
+        labels: int64 (b, ...), the target of the task.
+        image: uint8 (b, C, H, W), where this module or a later one reconstructs it.
+        scale: share of this micro-batch in the batch, b / B.
+    """
+
+    inputs: Tensors
+    labels: Tensor
+    image: Tensor | None
+    scale: float
+
+
+@dataclass
+class InFlight:
+    """What a module keeps of one micro-batch between its forward and its backward.
+
+    Attributes:
+        batch: with detached inputs, leaves that require grad when a gradient goes upstream.
+        outputs: (b, ...), with their graph.
+        weights: the leaves of the graph that get weight gradients.
+        rng_seed: of its random numbers.
+        own: c_m, the gradient of "x" of the outputs from the cascade level.
+        independent: a_m, likewise from the independent level or the last loss.
+        received: key -> gradients of the outputs from module m+1.
+    """
+
+    batch: MicroBatch
+    outputs: Tensors
+    weights: list[Tensor]
+    rng_seed: int
+    own: Tensor | None = None
+    independent: Tensor | None = None
+    received: dict[int, Tensors] = field(default_factory=dict)

@@ -1,0 +1,78 @@
+"""Who looks on while a stage works: where it is (for failures), what it spends, what ran from when to when."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from pipeline.stage.recorder import Recorder
+from pipeline.stage.schedule import Action
+
+
+class Progress(Protocol):
+    """Told where a stage is, so that an error can say so."""
+
+    def __call__(self, epoch: int, step: int, activity: str) -> None: ...
+
+
+class Watch:
+    """
+    Args:
+        progress: told the step and the action before each action.
+        before_action: called with every action before it runs (fault injection, measuring).
+        recorder: told what ran from when to when.
+
+    Attributes:
+        current: the action at work.
+        busy_s: seconds of work by module, waits left out, since :meth:`take_busy`.
+    """
+
+    def __init__(
+        self,
+        progress: Progress | None = None,
+        before_action: Callable[[int, Action], None] | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self.current: Action | None = None
+        self.busy_s: dict[int, float] = {}
+        self._progress = progress
+        self._before_action = before_action
+        self._recorder = recorder
+        self._reached: Any = None
+
+    def reached(self, action: Action, epoch: int, step: int) -> None:
+        """The stage has come to an action on a batch of ``step``; what it needs may still be missing."""
+        self.current = action
+        if self._progress is not None:
+            self._progress(epoch, step, str(action))
+        if self._before_action is not None:
+            self._before_action(step, action)
+        self._reached = self._mark()
+
+    @contextmanager
+    def working(self, action: Action, step: int, waited: Callable[[], float]) -> Iterator[None]:
+        """Around the work of an action. ``waited``: seconds of waiting so far, which is no work; here it is for room in
+        the queue of a message."""
+        before, started, mark = waited(), time.perf_counter(), self._mark()
+        yield
+        blocked = waited() - before
+        elapsed = time.perf_counter() - started - blocked
+        self.busy_s[action.module] = self.busy_s.get(action.module, 0.0) + elapsed
+        if self._recorder is not None:
+            self._recorder.action(action, step, self._reached, mark, blocked)
+        self.current = None
+
+    def testing(self, epoch: int, step: int) -> None:
+        """The stage is at a test batch."""
+        if self._progress is not None:
+            self._progress(epoch, step, "test")
+
+    def take_busy(self) -> dict[int, float]:
+        """``busy_s`` since the last call."""
+        taken, self.busy_s = self.busy_s, {}
+        return taken
+
+    def _mark(self) -> Any:
+        return self._recorder.mark() if self._recorder is not None else None
