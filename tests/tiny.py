@@ -15,7 +15,8 @@ from pipeline.local.local_module import LocalModule
 from pipeline.local.methods import Task
 from pipeline.models.backbones import BasicBlock
 from pipeline.plan.assembly import Plan, build_modules, make_plan
-from pipeline.stage.stage import Batch, Stage
+from pipeline.stage.inlet import Batch, BatchInlet
+from pipeline.stage.stage import Stage
 
 CLASSES = 4
 IMAGE = (3, 8, 8)
@@ -84,8 +85,22 @@ def tiny_stage(config: Config, dtype: torch.dtype = torch.float32) -> tuple[Stag
     """All modules of the tiny network in one stage without neighbours."""
     plan = tiny_plan(config)
     modules = build_modules(plan, 0, tiny_blocks(), Numerics(torch.device("cpu"), dtype, False), fresh=True)
-    stage = Stage(modules, plan.schedules[0], (), config.schedule.micro_batches, Edges(), forward_image=False)
-    return stage, modules, plan
+    inlet = BatchInlet(micro_batches=config.schedule.micro_batches)
+    return Stage(modules, plan.schedules[0], inlet, Edges()), modules, plan
+
+
+def train_on(stage: Stage, epoch: int, step: int, batch: Batch) -> None:
+    """One training step of a stage without neighbours."""
+    assert isinstance(stage.inlet, BatchInlet)
+    stage.inlet.batch = batch
+    stage.train_step(epoch, step)
+
+
+def evaluate_on(stage: Stage, epoch: int, step: int, batch: Batch) -> None:
+    """One test batch of a stage without neighbours."""
+    assert isinstance(stage.inlet, BatchInlet)
+    stage.inlet.batch = batch
+    stage.test_step(epoch, step)
 
 
 def tiny_batch(step: int = 0, rows: int = 8, dtype: torch.dtype = torch.float32) -> Batch:

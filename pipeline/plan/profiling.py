@@ -18,7 +18,6 @@ import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,12 @@ from pipeline.base.version import VERSION
 from pipeline.local.local_module import LocalModule
 from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import is_planned
+from pipeline.plan.alone import random_batch, random_gradient, stage_alone
 from pipeline.plan.assembly import Plan, build_modules
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.simulate import ModuleCost
-from pipeline.stage.schedule import Kind
+from pipeline.stage.schedule import Action, Kind
+from pipeline.stage.watch import Watch
 
 GIB = 2**30
 
@@ -146,36 +147,26 @@ def device_name(device: torch.device) -> str:
 # --- one module -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _RandomInput:
-    """A micro-batch for one module, and the gradient that would come back to its output."""
-
-    x: Tensor
-    labels: Tensor
-    image: Tensor | None
-    gradient: Tensor
-
-
 def _profile_one(
     alone: Plan, index: int, blocks: Blocks, numerics: Numerics, warmup: int, steps: int
 ) -> ModuleCost:
     copies = OrderedDict((name, copy.deepcopy(blocks[name])) for name in alone.cut.modules[index])
     (module,) = build_modules(alone, index, copies, numerics, fresh=any(map(is_planned, copies.values())))
     module.set_learning_rate(0.0)  # random labels must not drive the weights to where arithmetic is slow
-    item = _random_input(alone, index, numerics, module.needs_image)
-    scale = 1.0 / alone.config.schedule.micro_batches
-    memory = _Memory(numerics.device, module, outside=(item.x, item.gradient))
+    batch, gradient = random_batch(alone, module, numerics), random_gradient(alone, module, numerics)
+    assert isinstance(batch.x, Tensor)
+    memory = _Memory(numerics.device, module, outside=(batch.x, gradient))
+    stage = stage_alone(alone, module, batch, gradient, memory)
     with torch.compiler.set_stance("force_eager"):  # what watches the tensors must not be compiled into the code
-        _run_step(module, item, scale, 0, memory)
+        stage.train_step(0, 0)
     if alone.config.precision.compile:
         warmup += 1  # nothing is compiled yet
-    for step in range(1, warmup):
-        _run_step(module, item, scale, step, _Stopwatch(numerics.device))
     times: dict[Kind, list[float]] = defaultdict(list)
-    for step in range(steps):
-        watch = _Stopwatch(numerics.device)
-        _run_step(module, item, scale, max(warmup, 1) + step, watch)
-        for kind, seconds in watch.seconds().items():
+    first = max(warmup, 1)
+    for step in range(1, first + steps):
+        watch = stage.watch = _Stopwatch(numerics.device)
+        stage.train_step(0, step)
+        for kind, seconds in watch.seconds().items() if step >= first else ():
             times[kind].append(seconds)
     parts = alone.config.schedule.micro_batches
     median = {kind: statistics.median(values) for kind, values in times.items()}
@@ -186,68 +177,26 @@ def _profile_one(
     return ModuleCost(
         **seconds,
         state_bytes=_state_bytes(module),
-        graph_bytes=memory.graph_bytes(item.gradient, len(module.levels) + module.plan.final),
+        graph_bytes=memory.graph_bytes(gradient, len(module.levels) + module.plan.final),
         work_bytes=memory.work_bytes(),
         activation_bytes=parts * alone.activation_spec(index, *wire).nbytes if index < last else 0,
         gradient_bytes=parts * alone.gradient_spec(index, *wire).nbytes if module.plan.outgoing else 0,
     )
 
 
-def _random_input(alone: Plan, index: int, numerics: Numerics, needs_image: bool) -> _RandomInput:
-    generator = torch.Generator().manual_seed(index)
-    rows, task = alone.micro_batch_rows, alone.task
-    shape = alone.shapes[index - 1] if index > 0 else task.image_shape
-
-    def normal(shape: tuple[int, ...]) -> Tensor:
-        return numerics.boundary(torch.randn(rows, *shape, generator=generator).to(numerics.device))
-
-    labels = torch.randint(task.classes, (rows,), generator=generator).to(numerics.device)
-    image = None
-    if needs_image:
-        image = torch.randint(256, (rows, *task.image_shape), generator=generator, dtype=torch.uint8)
-        image = image.to(numerics.device)
-    return _RandomInput(normal(shape), labels, image, normal(alone.shapes[index]) / rows)
-
-
-def _run_step(
-    module: LocalModule, item: _RandomInput, scale: float, step: int, watch: _Stopwatch | _Memory
-) -> None:
-    """One step of one micro-batch, every action under ``watch``."""
-    plan, key = module.plan, (step, 0)
-    with watch.action(Kind.FORWARD):
-        module.forward(key, item.x, item.labels, item.image, scale)
-    if plan.final:
-        with watch.action(Kind.FINAL):
-            module.final(key)
-    if plan.cascade:
-        with watch.action(Kind.CASCADE):
-            module.cascade(key)
-    for message_key in plan.incoming:
-        module.receive(key, message_key, item.gradient)
-    for message_key in () if plan.merged else plan.outgoing:
-        with watch.action(Kind.RELAY):
-            module.relay(key, message_key)
-    if plan.independent:
-        with watch.action(Kind.INDEPENDENT):
-            module.independent(key)
-    with watch.action(Kind.BACKWARD):
-        module.backward(key)
-    with watch.action(Kind.UPDATE):
-        module.update(step)
-
-
-class _Stopwatch:
+class _Stopwatch(Watch):
     """Times actions: host time on a CPU, CUDA events (read at the end, so that nothing waits) on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self._device = device
         self._laps: list[tuple[Kind, Any, Any]] = []
 
     @contextmanager
-    def action(self, kind: Kind) -> Iterator[None]:
-        start = self._mark()
+    def working(self, action: Action, step: int, waited: Callable[[], float]) -> Iterator[None]:
+        start = self._now_at()
         yield
-        self._laps.append((kind, start, self._mark()))
+        self._laps.append((action.kind, start, self._now_at()))
 
     def seconds(self) -> dict[Kind, float]:
         """By kind; where a kind ran several times (relays of several messages), the mean."""
@@ -258,7 +207,7 @@ class _Stopwatch:
             found[kind].append(end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3)
         return {kind: statistics.fmean(values) for kind, values in found.items()}
 
-    def _mark(self) -> Any:
+    def _now_at(self) -> Any:
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -266,7 +215,7 @@ class _Stopwatch:
         return event
 
 
-class _Memory:
+class _Memory(Watch):
     """Watches the memory of one step: what stays after the forward, and the most that any action adds to it.
 
     On a GPU the allocator counts. On a CPU it counts the distinct storages that autograd holds, without the weights and
@@ -274,6 +223,7 @@ class _Memory:
     """
 
     def __init__(self, device: torch.device, module: LocalModule, outside: Sequence[Tensor]) -> None:
+        super().__init__()
         self._device = device
         owned = [p for part in (*module.blocks.values(), *module.levels.values()) for p in part.parameters()]
         self._known = {tensor.untyped_storage().data_ptr() for tensor in (*owned, *outside)}
@@ -283,7 +233,7 @@ class _Memory:
         self._base = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
     @contextmanager
-    def action(self, kind: Kind) -> Iterator[None]:
+    def working(self, action: Action, step: int, waited: Callable[[], float]) -> Iterator[None]:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             yield
@@ -294,9 +244,9 @@ class _Memory:
             with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor):
                 yield
             peak, after = self._peak, self._now
-        if kind is Kind.FORWARD:
+        if action.kind is Kind.FORWARD:
             self._after_forward = after
-        if kind is not Kind.UPDATE:
+        if action.kind is not Kind.UPDATE:
             self._most = max(self._most, peak)
 
     def graph_bytes(self, output: Tensor, levels: int) -> int:

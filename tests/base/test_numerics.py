@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from tiny import METHODS, tiny_batch, tiny_config, tiny_stage
+from tiny import METHODS, evaluate_on, tiny_batch, tiny_config, tiny_stage, train_on
 
 from pipeline.base.numerics import Numerics, stable_hash
 
@@ -19,8 +19,8 @@ def test_bf16_autocast_gives_nearly_the_losses_of_float32(method: str, variant: 
     for dtype in (torch.float32, torch.bfloat16):
         stage, modules, _ = tiny_stage(config, dtype)
         batch = tiny_batch()
-        stage.train_step(1, 0, dataclasses.replace(batch, x=batch.x.to(dtype)))
-        stage.test_step(1, 0, dataclasses.replace(batch, x=batch.x.to(dtype)))
+        train_on(stage, 1, 0, dataclasses.replace(batch, x=batch.x.to(dtype)))
+        evaluate_on(stage, 1, 0, dataclasses.replace(batch, x=batch.x.to(dtype)))
         losses.append({(m.plan.index, name): loss for m in modules for name, loss in m.take_losses().items()})
         assert all(p.dtype == torch.float32 for m in modules for p in m.parameters)
     exact, rounded = losses

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from tiny import gradients, tiny_batch, tiny_config, tiny_stage, without_updates
+from tiny import gradients, tiny_batch, tiny_config, tiny_stage, train_on, without_updates
 
 from pipeline.base.errors import ConfigError
 from pipeline.local.compilation import refuse_without_compiler
@@ -17,7 +17,7 @@ from pipeline.local.weights import module_weights
 def one_step(compile_it: bool) -> tuple[list[LocalModule], dict[str, torch.Tensor | None]]:
     config = tiny_config("greedy", "plain", 2, 3, precision={"compile": compile_it})
     stage, modules, _ = tiny_stage(config)
-    without_updates(stage).train_step(1, 0, tiny_batch())
+    train_on(without_updates(stage), 1, 0, tiny_batch())
     return modules, gradients(modules)
 
 

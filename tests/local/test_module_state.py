@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_config, tiny_stage
+from tiny import tiny_batch, tiny_config, tiny_stage, train_on
 
 from pipeline.base.errors import ConfigError
 from pipeline.local.local_module import LocalModule
@@ -22,7 +22,7 @@ CUT = 3
 def run(stage: Any, steps: range, first: int = 0) -> None:
     stage.begin_epoch(first, steps.start)
     for step in steps:
-        stage.train_step(1, step, tiny_batch(step))
+        train_on(stage, 1, step, tiny_batch(step))
     stage.end_epoch(1, steps.stop) if steps.stop == STEPS else None
 
 
@@ -74,7 +74,7 @@ def test_the_state_is_a_copy(tmp_path: Path) -> None:
     state = module_state(modules[0])
     before = {name: value.clone() for name, value in state.items()}
     for step in range(2, 4):
-        stage.train_step(1, step, tiny_batch(step))
+        train_on(stage, 1, step, tiny_batch(step))
     assert all(torch.equal(state[name], value) for name, value in before.items())
     assert any(not torch.equal(value, module_state(modules[0])[name]) for name, value in before.items())
 

@@ -13,16 +13,18 @@ import pytest
 import torch
 from helpers_spawn import run_ranks
 from rich.console import Console
-from tiny import Batches, network, tiny_batch, tiny_config, tiny_stage
+from tiny import Batches, network, tiny_batch, tiny_config, tiny_stage, train_on
 from torch import Tensor
 
 from pipeline import LoaderData, read_metrics, train
 from pipeline.base.errors import NonFiniteError
-from pipeline.local.local_module import LocalModule, Reading
+from pipeline.local.guard import Reading
+from pipeline.local.local_module import LocalModule
 from pipeline.local.module_state import module_state, restore_module
 from pipeline.report.view import PlainView
+from pipeline.stage.inlet import Batch
 from pipeline.stage.schedule import Action, Kind
-from pipeline.stage.stage import Batch, Stage
+from pipeline.stage.stage import Stage
 
 STEPS = 6
 BAD = 2
@@ -43,9 +45,9 @@ def batch_of(step: int) -> Batch:
 
 
 def run(stage: Stage, steps: list[int], make: Callable[[int], Batch] = batch_of) -> None:
-    stage.begin_epoch(0)
+    stage.begin_epoch(0, 0)
     for step in steps:
-        stage.train_step(1, step, make(step))
+        train_on(stage, 1, step, make(step))
     stage.end_epoch(1, STEPS)
 
 
@@ -98,11 +100,11 @@ def test_a_batch_with_nan_stops_the_run_before_any_update(name: str, monkeypatch
 
 def test_an_infinite_weight_is_blamed_on_its_own_module_and_not_on_one_that_its_gradient_reached() -> None:
     stage, modules, _ = tiny_stage(tiny_config("dgl", "hpff", 2))
-    stage.train_step(1, 0, tiny_batch(0))
+    train_on(stage, 1, 0, tiny_batch(0))
     with torch.no_grad():
         modules[2].parameters[0].fill_(float("inf"))
     with pytest.raises(NonFiniteError, match=r"module 2 \(b\), batch of step 1: loss not finite: cascade.task = nan"):
-        stage.train_step(1, 1, tiny_batch(1))
+        train_on(stage, 1, 1, tiny_batch(1))
 
 
 def spoil(module: LocalModule, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +112,7 @@ def spoil(module: LocalModule, monkeypatch: pytest.MonkeyPatch) -> None:
     receive = module.receive
 
     def spoiled(key: tuple[int, int], message_key: int, gradient: Tensor) -> None:
-        receive(key, message_key, gradient.clone().fill_(float("inf")) if key[0] == BAD else gradient)
+        receive(key, message_key, {n: g.clone().fill_(float("inf")) for n, g in gradient.items()} if key[0] == BAD else gradient)
 
     monkeypatch.setattr(module, "receive", spoiled)
 
@@ -147,10 +149,10 @@ def test_where_gradients_are_read_late_the_message_names_their_step(
 
     monkeypatch.setattr(modules[0], "update", on_a_gpu)
     for step in range(BAD + 1):
-        stage.train_step(1, step, tiny_batch(step))
+        train_on(stage, 1, step, tiny_batch(step))
     with pytest.raises(NonFiniteError, match=f"batch of step {BAD}: losses are finite"):
         if asked == "in the next update":
-            stage.train_step(1, BAD + 1, tiny_batch(BAD + 1))
+            train_on(stage, 1, BAD + 1, tiny_batch(BAD + 1))
         else:
             modules[0].take_losses()
 
@@ -187,8 +189,8 @@ def test_a_skipped_batch_leaves_no_trace(micro_batches: int, optim: dict[str, An
     run(without, [step for step in range(STEPS) if step != BAD])
     for mine, theirs in zip(modules, reference, strict=True):
         assert same(tensors(mine), tensors(theirs))
-        assert (mine.take_skipped(), theirs.take_skipped()) == (1, 0)
-        assert mine.take_skipped() == 0
+        assert (mine.losses.take_skipped(), theirs.losses.take_skipped()) == (1, 0)
+        assert mine.losses.take_skipped() == 0
         losses = mine.take_losses()
         assert losses and losses == theirs.take_losses()
 
@@ -202,9 +204,9 @@ def test_a_skipped_late_batch_leaves_weights_and_statistics_finite(name: str) ->
     for module, old in zip(modules, before, strict=True):
         assert all(tensor.isfinite().all() for tensor in tensors(module))
         assert not same(weights(module), old)
-        assert module.take_skipped() == 1
+        assert module.losses.take_skipped() == 1
         assert all(abs(value) < 100 for value in module.take_losses().values())
-        assert not module.open_losses and not module.stashes
+        assert not module.losses.open and not (module.stashes and module.stashes.open).open
         assert len(module._spare) <= 3  # copies of weights are used again
 
 
@@ -212,9 +214,9 @@ def test_a_bad_gradient_is_skipped_by_the_module_that_got_it_and_by_no_other(mon
     stage, modules, _ = tiny_stage(tiny_config("dgl", "hpff", 2, train={"nonfinite": "skip"}))
     spoil(modules[1], monkeypatch)
     for step in range(BAD + 2):
-        stage.train_step(1, step, tiny_batch(step))
+        train_on(stage, 1, step, tiny_batch(step))
     # Module 0 gets the gradient of module 1's own cascade head only (span 2).
-    assert [module.take_skipped() for module in modules] == [0, 1, 0, 0, 0]
+    assert [module.losses.take_skipped() for module in modules] == [0, 1, 0, 0, 0]
     assert all(tensor.isfinite().all() for module in modules for tensor in tensors(module))
 
 
@@ -225,7 +227,7 @@ def test_a_buffer_that_was_never_finite_is_left_alone() -> None:
     block, mask = modules[0].blocks["stem"], torch.tensor([0.0, -float("inf")])
     block.register_buffer("mask", mask.clone())
     again = LocalModule(modules[0].plan, modules[0].blocks, modules[0].levels, config, modules[0].numerics)
-    again.mend_buffers()
+    again.guard.mend_buffers()
     assert torch.equal(block.mask, mask)
 
 
@@ -237,21 +239,21 @@ def test_a_bad_batch_is_skipped_as_well_if_the_run_is_restarted_around_it(name: 
     run(stage, list(range(STEPS)))
 
     first, stopped, _ = tiny_stage(config)
-    first.begin_epoch(0)
+    first.begin_epoch(0, 0)
     for step in range(cut):
-        first.train_step(1, step, batch_of(step))
+        train_on(first, 1, step, batch_of(step))
     second, resumed, _ = tiny_stage(config)
     for old, new in zip(stopped, resumed, strict=True):
         restore_module(new, module_state(old))
     second.restored()
     second.begin_epoch(0, cut)
     for step in range(cut, STEPS):
-        second.train_step(1, step, batch_of(step))
+        train_on(second, 1, step, batch_of(step))
     second.end_epoch(1, STEPS)
 
     for one, other in zip(modules, resumed, strict=True):
         assert same(tensors(one), tensors(other))
-        assert one.take_skipped() == other.take_skipped() == 1
+        assert one.losses.take_skipped() == other.losses.take_skipped() == 1
         assert one.take_losses() == other.take_losses()
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_config, tiny_stage
+from tiny import tiny_batch, tiny_config, tiny_stage, train_on
 
 from pipeline.base.config import OptimConfig
 from pipeline.local.optimiser import learning_rate
@@ -34,13 +34,13 @@ def test_both_optimisers_lower_every_local_loss(name: str) -> None:
     config = tiny_config("dgl", "hpff", 2, optim={"name": name, "lr": 0.01 if name == "adamw" else 0.05})
     stage, modules, _ = tiny_stage(config)
     batch = tiny_batch()
-    stage.train_step(1, 0, batch)
+    train_on(stage, 1, 0, batch)
     before = {m.plan.index: m.take_losses() for m in modules}
     for step in range(1, 16):
-        stage.train_step(1, step, batch)
+        train_on(stage, 1, step, batch)
     for module in modules:
         module.take_losses()
-    stage.train_step(1, 16, batch)
+    train_on(stage, 1, 16, batch)
     for module in modules:
         for loss, value in module.take_losses().items():
             assert value < before[module.plan.index][loss], (module.plan.index, loss)
@@ -53,7 +53,7 @@ def test_clipping_bounds_the_gradient_of_one_module() -> None:
     for module in modules:
         module.set_learning_rate(1.0)
     before = [[p.detach().clone() for p in module.parameters] for module in modules]
-    stage.train_step(1, 0, tiny_batch())
+    train_on(stage, 1, 0, tiny_batch())
     for module, old in zip(modules, before, strict=True):
         moved = torch.stack([(p - q).norm() for p, q in zip(module.parameters, old, strict=True)]).norm()
         assert 0 < float(moved.detach()) <= 1e-3 * 1.001

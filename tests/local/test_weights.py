@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 import torch
-from tiny import network, tiny_batch, tiny_blocks, tiny_config, tiny_stage
+from tiny import network, tiny_batch, tiny_blocks, tiny_config, tiny_stage, train_on
 
 from pipeline.local.module_state import module_state
 from pipeline.local.weights import heads_state, model_state, module_weights, weights_of, weights_sha256
@@ -43,7 +43,7 @@ def test_the_digest_is_of_names_types_shapes_and_bytes_of_weights_only() -> None
 def test_all_names_of_a_module_are_made_in_one_place() -> None:
     """What a checkpoint holds of its weights has the names and the bytes of what a run ends with."""
     stage, modules, _ = tiny_stage(tiny_config("infopro", "hpff", 2, 3))
-    stage.train_step(1, 0, tiny_batch())
+    train_on(stage, 1, 0, tiny_batch())
     weights = [module_weights(module) for module in modules]
     saved = [module_state(module) for module in modules]
     for mine, state in zip(weights, saved, strict=True):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import train_on
 from torch import nn
 from torchvision import models
 
@@ -18,7 +19,8 @@ from pipeline.local.weights import model_state, module_weights
 from pipeline.models.backbones import boundary_shapes
 from pipeline.models.torchvision import NAMES, torchvision_name
 from pipeline.plan.assembly import build_modules, make_plan
-from pipeline.stage.stage import Batch, Stage
+from pipeline.stage.inlet import Batch, BatchInlet
+from pipeline.stage.stage import Stage
 
 BLOCKS = {
     "resnet18": (2, 2, 2, 2),
@@ -96,11 +98,11 @@ def test_two_local_modules_train_on_larger_images(method: str) -> None:
     modules = build_modules(plan, 0, blocks, numerics, fresh=True)
     before = [model_state([module_weights(module)]) for module in modules]
     before = [{key: value.clone() for key, value in state.items()} for state in before]
-    stage = Stage(modules, plan.schedules[0], (), 1, Edges(), forward_image=False)
+    stage = Stage(modules, plan.schedules[0], BatchInlet(), Edges())
     image = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
-    stage.train_step(1, 0, Batch(numerics.boundary(image / 127.5 - 1.0), torch.arange(4), image))
+    train_on(stage, 1, 0, Batch(numerics.boundary(image / 127.5 - 1.0), torch.arange(4), image))
     for module, old in zip(modules, before, strict=True):
         same = [key for key, value in model_state([module_weights(module)]).items() if torch.equal(value, old[key])]
         assert same == [], f"module {module.plan.index} did not train {same}"
-        assert all(torch.isfinite(total) for total in module.loss_sums.values())
-    assert set(modules[1].loss_sums) == {"final"}
+        assert all(torch.isfinite(total) for total in module.losses.sums.values())
+    assert set(modules[1].losses.sums) == {"final"}

@@ -11,7 +11,7 @@ import copy
 import pytest
 import torch
 from oracle.literal import literal_backward
-from tiny import tiny_batch, tiny_config, tiny_stage
+from tiny import tiny_batch, tiny_config, tiny_stage, train_on
 
 from pipeline.local.local_module import LocalModule
 
@@ -61,9 +61,9 @@ def test_weights_equal_literal_descent_with_the_declared_delays(
     config = tiny_config(method, variant, span, MODULES, schedule={"kind": "async", "delay": delay})
     stage, modules, _ = tiny_stage(config, torch.float64)
 
-    stage.begin_epoch(0)
+    stage.begin_epoch(0, 0)
     for step in range(STEPS):
-        stage.train_step(1, step, tiny_batch(step, dtype=torch.float64))
+        train_on(stage, 1, step, tiny_batch(step, dtype=torch.float64))
     stage.end_epoch(1, STEPS)
     delayed_descent(reference, late, exact)
 
@@ -101,9 +101,9 @@ def test_clipping_sees_the_gradients_of_one_batch(clip: float) -> None:
             step_of()
 
         modules[1].optimiser.step = step
-        stage.begin_epoch(0)
+        stage.begin_epoch(0, 0)
         for index in range(4):
-            stage.train_step(1, index, tiny_batch(index, dtype=torch.float64))
+            train_on(stage, 1, index, tiny_batch(index, dtype=torch.float64))
         stage.end_epoch(1, 4)
     assert norms["async"] == pytest.approx(norms["exact"], rel=1e-9)
     assert len(norms["async"]) == 4

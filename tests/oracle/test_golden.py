@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from oracle.kinks import Kinks
-from tiny import without_updates
+from tiny import train_on, without_updates
 from torch import Tensor, nn
 
 from pipeline.base.config import from_dict, validate
@@ -32,8 +32,10 @@ from pipeline.local.local_module import LocalModule
 from pipeline.local.methods import Task
 from pipeline.models.backbones import build_blocks
 from pipeline.plan.assembly import build_modules, make_plan
+from pipeline.stage.inlet import Batch, BatchInlet
 from pipeline.stage.schedule import stage_schedule
-from pipeline.stage.stage import Batch, Stage
+from pipeline.stage.stage import Stage
+from pipeline.stage.watch import Watch
 
 TOLERANCE = 2e-5
 MAX_AMBIGUOUS_SHARE = 1e-5
@@ -169,7 +171,7 @@ class Replay:
         plans = [module.plan for module in self.modules]
         schedule = stage_schedule(plans, range(len(plans)), 1)
         self._stage = without_updates(
-            Stage(self.modules, schedule, (), 1, Edges(), False, before_action=self.kinks.before_action)
+            Stage(self.modules, schedule, BatchInlet(), Edges(), watch=Watch(before_action=self.kinks.before_action))
         )
         image = golden.vectors["image"].to(dtype)
         self._batch = Batch(image, golden.vectors["target"], image * STD.to(dtype) + MEAN.to(dtype))
@@ -187,9 +189,9 @@ class Replay:
         for parameter in self.trained.values():
             parameter.grad = None
         self.kinks.searching = searching
-        self._stage.train_step(0, 0, self._batch)
+        train_on(self._stage, 0, 0, self._batch)
         self.losses = [
-            {name: float(total) for name, total in module.open_losses.pop(0, {}).items()} for module in self.modules
+            {name: float(total) for name, total in module.losses.open.pop(0, {}).items()} for module in self.modules
         ]
 
     def search(self) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle.literal import literal_backward
-from tiny import METHODS, VARIANTS, gradients, tiny_batch, tiny_config, tiny_stage, without_updates
+from tiny import METHODS, VARIANTS, gradients, tiny_batch, tiny_config, tiny_stage, train_on, without_updates
 
 from pipeline.local.weights import model_state, module_weights
 from pipeline.models.backbones import UncutModel
@@ -40,7 +40,7 @@ def test_gradients_equal_the_literal_definition(method: str, variant: str, span:
     reference = copy.deepcopy(modules)
     batch = tiny_batch(dtype=torch.float64)
 
-    without_updates(stage).train_step(0, 0, batch)
+    train_on(without_updates(stage), 0, 0, batch)
     literal_backward(reference, config, batch.x, batch.labels, batch.image)
 
     assert_same(gradients(modules), gradients(reference))
@@ -63,7 +63,7 @@ def test_the_oracle_notices_a_leak_of_the_independent_gradient() -> None:
         item.own = item.own + item.independent
 
     leaky.cascade = cascade_and_independent  # type: ignore[method-assign]
-    without_updates(stage).train_step(0, 0, batch)
+    train_on(without_updates(stage), 0, 0, batch)
     literal_backward(reference, config, batch.x, batch.labels, batch.image)
     with pytest.raises(AssertionError):
         assert_same(gradients(modules), gradients(reference))
@@ -78,7 +78,7 @@ def test_one_module_is_backpropagation_bit_for_bit() -> None:
     modules[0].set_learning_rate(0.05)
     for step in range(5):
         batch = tiny_batch(step)
-        stage.train_step(0, step, batch)
+        train_on(stage, 0, step, batch)
         plain.train()
         optimiser.zero_grad()
         F.cross_entropy(plain(batch.x), batch.labels).backward()
@@ -94,7 +94,7 @@ def test_span_k_is_backpropagation_plus_the_local_losses() -> None:
     stage, modules, _ = tiny_stage(config, torch.float64)
     reference = copy.deepcopy(modules)
     batch = tiny_batch(dtype=torch.float64)
-    without_updates(stage).train_step(0, 0, batch)
+    train_on(without_updates(stage), 0, 0, batch)
 
     h = batch.x
     total = h.new_zeros(())

@@ -114,9 +114,9 @@ from pathlib import Path
 import torch
 from tiny import tiny_batch, tiny_blocks, tiny_config, tiny_stage
 from pipeline.plan.memory import explain_out_of_memory
-from pipeline.stage.stage import Batch
+from pipeline.stage.inlet import Batch
 stage, modules, plan = tiny_stage(tiny_config("dgl", "hpff", 2))
-stage.train_step(1, 0, tiny_batch())
+train_on(stage, 1, 0, tiny_batch())
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 64 * 2**20,) * 2)
 try:
@@ -124,7 +124,7 @@ try:
         torch.empty(2**40)
     else:
         image = torch.zeros(1, 3, 8, 8).expand(2**20, 3, 8, 8)
-        stage.train_step(1, 1, Batch(image, torch.zeros(2**20, dtype=torch.int64), None))
+        train_on(stage, 1, 1, Batch(image, torch.zeros(2**20, dtype=torch.int64), None))
 except Exception as error:
     print(explain_out_of_memory(error, plan, 0, modules[0].numerics, modules) or repr(error))
 """

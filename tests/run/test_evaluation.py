@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pipeline import ConfigError, Evaluation, LoaderData, evaluate, load_config, show_evaluation, train
 from pipeline.run.evaluation import count_errors
-from pipeline.stage.stage import Batch
+from pipeline.stage.inlet import Batch
 from pipeline.store.checkpoint import open_checkpoint
 
 

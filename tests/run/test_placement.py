@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from helpers_spawn import run_ranks
-from tiny import ROWS, STEPS, Batches, network, tiny_batch, tiny_config, tiny_stage
+from tiny import ROWS, STEPS, Batches, network, tiny_batch, tiny_config, tiny_stage, train_on
 
 from pipeline import LoaderData, train
 from pipeline.local.weights import module_weights, weights_sha256
@@ -122,11 +122,11 @@ def test_two_micro_batches_equal_gradient_accumulation(method: str, span: int) -
     halves.schedule = tuple(action for action in halves.schedule if action.kind.value != "U")
     for step in range(3):
         batch = tiny_batch(step, ROWS)
-        whole.train_step(1, step, batch)
+        train_on(whole, 1, step, batch)
         for start in (0, ROWS // 2):
             part = slice(start, start + ROWS // 2)
             half = type(batch)(batch.x[part], batch.labels[part], batch.image[part])
-            halves.train_step(1, step, half)
+            train_on(halves, 1, step, half)
         for module in reference:
             for parameter in itertools.chain(module.parameters, *[lv.parameters() for lv in module.levels.values()]):
                 if parameter.grad is not None:

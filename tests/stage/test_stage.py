@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
-from tiny import gradients, tiny_batch, tiny_config, tiny_stage, without_updates
+from tiny import evaluate_on, gradients, tiny_batch, tiny_config, tiny_stage, train_on, without_updates
 
+from pipeline.base.config import CheckpointConfig
 from pipeline.base.errors import DataError
 from pipeline.local.weights import module_weights
-from pipeline.stage.stage import Batch
+from pipeline.run.conductor import Conductor
+from pipeline.stage.inlet import Batch, DataInlet
 
 
 def test_evaluation_counts_the_errors_of_every_head_in_short_batches_too() -> None:
     stage, modules, _ = tiny_stage(tiny_config("dgl", "hpff", 2))
-    stage.train_step(1, 0, tiny_batch(0))
+    train_on(stage, 1, 0, tiny_batch(0))
     batches = [tiny_batch(1, 8), tiny_batch(2, 3)]
     for index, batch in enumerate(batches):
-        stage.test_step(1, index, batch)
+        evaluate_on(stage, 1, index, batch)
     counted = stage.take_counters()
 
     assert counted.tested == 11
@@ -41,9 +45,9 @@ def test_evaluation_counts_the_errors_of_every_head_in_short_batches_too() -> No
 
 def test_evaluation_changes_nothing() -> None:
     stage, modules, _ = tiny_stage(tiny_config("infopro", "hpff", 2))
-    stage.train_step(1, 0, tiny_batch(0))
+    train_on(stage, 1, 0, tiny_batch(0))
     before = [{name: value.clone() for name, value in module_weights(module).items()} for module in modules]
-    stage.test_step(1, 0, tiny_batch(1))
+    evaluate_on(stage, 1, 0, tiny_batch(1))
     for module, old in zip(modules, before, strict=True):
         for name, value in module_weights(module).items():
             assert torch.equal(value, old[name]), name
@@ -54,13 +58,13 @@ def test_uneven_micro_batches_weigh_images_equally() -> None:
     config = tiny_config("dgl", "plain", 1, modules=2, schedule={"micro_batches": 2})
     stage, modules, _ = tiny_stage(config, torch.float64)
     batch = tiny_batch(0, 7, torch.float64)
-    without_updates(stage).train_step(1, 0, batch)
+    train_on(without_updates(stage), 1, 0, batch)
 
     halves, reference, _ = tiny_stage(tiny_config("dgl", "plain", 1, modules=2), torch.float64)
     without_updates(halves)
     total: dict[str, torch.Tensor] = {}
     for rows, part in ((4, slice(0, 4)), (3, slice(4, 7))):
-        halves.train_step(1, 0, Batch(batch.x[part], batch.labels[part], batch.image[part]))
+        train_on(halves, 1, 0, Batch(batch.x[part], batch.labels[part], batch.image[part]))
         for name, gradient in gradients(reference).items():
             assert gradient is not None
             total[name] = total.get(name, torch.zeros_like(gradient)) + gradient * rows / 7
@@ -71,6 +75,17 @@ def test_uneven_micro_batches_weigh_images_equally() -> None:
 
 
 def test_data_that_ends_early_is_named() -> None:
-    stage, _, _ = tiny_stage(tiny_config())
+    class Short:
+        def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+            return iter([tiny_batch(0)])
+
+        def test(self) -> Iterator[Batch]:
+            return iter(())
+
+    inlet = DataInlet(Short(), 1, Conductor(CheckpointConfig(), lambda: None))
+    steps = inlet.steps(3, 10, 10, 12)
+    assert next(steps) == 10
     with pytest.raises(DataError, match="ended in the middle of epoch 3"):
-        stage.fetch(iter(()), 3, 0, "epoch 3")
+        next(steps)
+    with pytest.raises(DataError, match="ended in the middle of the test"):
+        next(inlet.tests(3, 12, 1))

@@ -10,13 +10,14 @@ import pytest
 import torch
 from helpers_edges import start_group, team_of
 from helpers_spawn import run_ranks
-from tiny import tiny_batch, tiny_config, tiny_stage
+from tiny import tiny_batch, tiny_config, tiny_stage, train_on
 
 from pipeline.base.errors import ConfigError
 from pipeline.edges.wire import Header, MessageKind
 from pipeline.stage import recorder as recording
 from pipeline.stage.events import SEND, WAIT, Event, read_trace, steady_state, write_trace
 from pipeline.stage.recorder import Recorder, clock_offset_s
+from pipeline.stage.watch import Watch
 
 
 def step_events(rank: int, step: int, start_s: float, work_s: float, wait_s: float) -> list[Event]:
@@ -78,14 +79,15 @@ def test_a_foreign_trace_is_refused_by_name(tmp_path: Path, text: str) -> None:
 
 def test_a_stage_records_every_action_once_and_nothing_overlaps() -> None:
     stage, _, _ = tiny_stage(tiny_config("infopro", "hpff", 2, schedule={"micro_batches": 2, "kind": "async"}))
-    stage._recorder = Recorder(0, torch.device("cpu"))
+    recorder = Recorder(0, torch.device("cpu"))
+    stage.watch = Watch(recorder=recorder)
     before = time.perf_counter()
-    stage.begin_epoch(0)
+    stage.begin_epoch(0, 0)
     for step in range(4):
-        stage.train_step(1, step, tiny_batch(step))
+        train_on(stage, 1, step, tiny_batch(step))
     stage.end_epoch(1, 4)
     after = time.perf_counter()
-    events = stage._recorder.events()
+    events = recorder.events()
     work = [event for event in events if event.kind not in (WAIT, SEND)]
     expected = {(a.kind.value, a.module, a.micro_batch, step) for a in stage.schedule for step in range(4)}
     assert len(work) == len(expected)

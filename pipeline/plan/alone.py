@@ -1,0 +1,87 @@
+"""One local module by itself, on random data: the stage of a run, between neighbours that only pretend.
+
+    random micro-batch --> Stage(module m) --> nobody           the same step as in training, so that what is measured
+              nobody <--                   <-- random gradient  here is what a run does
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.base.numerics import Numerics
+from pipeline.edges.connect import Edges
+from pipeline.edges.wire import Header, MessageKind
+from pipeline.local.local_module import LocalModule
+from pipeline.plan.assembly import Plan
+from pipeline.stage.gradients import GRADIENT
+from pipeline.stage.inlet import Batch, BatchInlet
+from pipeline.stage.schedule import stage_schedule
+from pipeline.stage.stage import Stage
+from pipeline.stage.watch import Watch
+
+
+class Nobody:
+    """In place of the end of an edge to a neighbour: takes every message."""
+
+    wait_s = 0.0
+
+    def send(self, header: Header, **tensors: Tensor) -> None:
+        """Dropped."""
+
+
+@dataclass(frozen=True)
+class Pretender:
+    """In place of the end of an edge from the next stage: the same message, whichever is wanted."""
+
+    fields: Mapping[str, Tensor]
+    wait_s = 0.0
+
+    def take(self, kind: MessageKind, epoch: int, step: int, micro_batch: int, key: int = 0) -> Pretender:
+        """At once."""
+        return self
+
+    def release(self) -> None:
+        """It stays."""
+
+
+def random_batch(plan: Plan, module: LocalModule, numerics: Numerics) -> Batch:
+    """One micro-batch at the entrance of ``module``."""
+    index, rows, task = module.plan.index, plan.micro_batch_rows, plan.task
+    generator = torch.Generator().manual_seed(index)
+    x = torch.randn(rows, *(plan.shapes[index - 1] if index > 0 else task.image_shape), generator=generator)
+    labels = torch.randint(task.classes, (rows,), generator=generator).to(numerics.device)
+    image = None
+    if module.needs_image:
+        image = torch.randint(256, (rows, *task.image_shape), generator=generator, dtype=torch.uint8)
+        image = image.to(numerics.device)
+    return Batch(numerics.boundary(x.to(numerics.device)), labels, image)
+
+
+def random_gradient(plan: Plan, module: LocalModule, numerics: Numerics) -> Tensor:
+    """As the next stage would send it."""
+    rows, index = plan.micro_batch_rows, module.plan.index
+    generator = torch.Generator().manual_seed(index)
+    gradient = torch.randn(rows, *plan.shapes[index], generator=generator) / rows
+    return numerics.boundary(gradient.to(numerics.device))
+
+
+def stage_alone(plan: Plan, module: LocalModule, batch: Batch, gradient: Tensor, watch: Watch) -> Stage:
+    """A stage that owns ``module`` alone and trains it on ``batch`` in every step of one micro-batch, nothing late."""
+    index = module.plan.index
+    edges = Edges(
+        activation_out=Nobody() if index + 1 < len(plan.modules) else None,
+        gradient_in=Pretender({GRADIENT: gradient}),
+        gradient_out=Nobody() if index > 0 else None,
+    )
+    return Stage(
+        [module],
+        stage_schedule(plan.modules, range(index, index + 1), 1),
+        BatchInlet(batch),
+        edges,
+        gradient_order=[(0, (index, 0, key)) for key in module.plan.incoming],
+        watch=watch,
+    )
