@@ -12,7 +12,7 @@ import math
 import sys
 from pathlib import Path
 
-from pipeline import ConfigError, Profile, explain, load_config, measure, plot_timeline, schedule_text, show_plan
+import pipeline
 
 
 def main() -> int:
@@ -29,26 +29,18 @@ def main() -> int:
     parser.add_argument("--chart", metavar="FILE.png", type=Path, help="draw two steps of the full pipeline")
     parser.add_argument("--json", metavar="FILE.json", type=Path, help="write the plan")
     arguments = parser.parse_args()
-    try:
-        return _plan(arguments)
-    except ConfigError as error:
-        print(f"localpipe: {error}", file=sys.stderr)
-        return 2
-
-
-def _plan(arguments: argparse.Namespace) -> int:
-    config = load_config(arguments.recipe, arguments.config, arguments.set)
+    config = pipeline.load_config(arguments.recipe, arguments.config, arguments.set)
     ranks = arguments.ranks
-    profile = Profile.read(arguments.profile) if arguments.profile else measure(config, ranks)
+    profile = pipeline.Profile.read(arguments.profile) if arguments.profile else pipeline.measure(config, ranks)
     link = {"latency_s": arguments.latency_us * 1e-6, "bytes_per_s": arguments.gbit * 1e9 / 8}
-    report = explain(config, ranks, profile, count=True, **link)
-    show_plan(report)
+    report = pipeline.explain(config, ranks, profile, count=True, **link)
+    pipeline.show_plan(report)
     if arguments.schedule:
-        print(f"\n{schedule_text(report)}")
+        print(f"\n{pipeline.schedule_text(report)}")
     if arguments.save_profile:
         profile.write(arguments.save_profile)
     if arguments.chart:
-        plot_timeline(report.events, arguments.chart, report.first_step, title=report.lines[0])
+        pipeline.plot_timeline(report.events, arguments.chart, report.first_step, title=report.lines[0])
     if arguments.json:
         report.write_json(arguments.json)
     if report.refusal:
@@ -58,4 +50,4 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pipeline.command(main))

@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline import ConfigError, load_config, recipe_names, to_toml, train
+import pipeline
 
 
 def main() -> int:
@@ -31,22 +31,17 @@ def main() -> int:
     arguments = parser.parse_args()
     first = os.environ.get("RANK", "0") == "0"
     if arguments.list_recipes:
-        print("\n".join(recipe_names()) if first else "", end="\n" if first else "")
+        print("\n".join(pipeline.recipe_names()) if first else "", end="\n" if first else "")
         return 0
-    try:
-        config = load_config(arguments.recipe, arguments.config, arguments.set)
-    except ConfigError as error:
-        if first:
-            print(f"localpipe: {error}", file=sys.stderr)
-        return 2
+    config = pipeline.load_config(arguments.recipe, arguments.config, arguments.set)
     if arguments.print_config:
-        print(to_toml(config) if first else "", end="")
+        print(pipeline.to_toml(config) if first else "", end="")
         return 0
-    train(
+    pipeline.train(
         config, run_dir=arguments.run_dir, resume=arguments.resume, quiet=arguments.quiet, trace=arguments.trace
     )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pipeline.command(main, trains=True))

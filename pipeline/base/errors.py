@@ -5,13 +5,26 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MARK = "localpipe: "
+"""With which every line about a failure begins."""
+
 
 class LocalpipeError(Exception):
-    """Base of all errors raised on purpose by this package."""
+    """Base of all errors raised on purpose by this package.
+
+    Attributes:
+        reported: whether it has ended a run (and not only refused a call).
+    """
+
+    reported = False
 
 
 class ConfigError(LocalpipeError, ValueError):
     """A configuration value, a data set or a partition that cannot work; raised before training starts."""
+
+
+class InUseError(ConfigError):
+    """Another job uses what this one needs: a refusal that may pass, so a launcher may try again."""
 
 
 class CheckpointError(ConfigError):
@@ -53,6 +66,14 @@ class NonFiniteError(LocalpipeError):
 
 class MemoryExhausted(LocalpipeError):
     """A rank ran out of memory; the message says what it holds and which settings make that smaller."""
+
+
+def one_line(error: BaseException) -> str:
+    """What to print of ``error``: the line that the run has noted about it, which says where, or its own text."""
+    notes: list[str] = getattr(error, "__notes__", [])
+    noted = next((note for note in notes if note.startswith(MARK)), None)
+    text = str(error) if isinstance(error, LocalpipeError) else f"{type(error).__name__}: {error}"
+    return noted or MARK + " ".join(text.split())
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:

@@ -27,10 +27,12 @@ import torch
 import torch.distributed as dist
 
 from pipeline.base.errors import ConfigError, PeerLost
+from pipeline.ranks import launcher
 from pipeline.ranks.attempt import Job, launcher_serves
 from pipeline.ranks.failure import FailureDesk
 from pipeline.ranks.heartbeat import Heartbeat
 from pipeline.ranks.patience import NO_PATIENCE, Patience, wait_for_ranks
+from pipeline.ranks.resources import usable_cores
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 DEVICES = ("auto", "cpu", "cuda", "cuda-shared")
@@ -76,7 +78,7 @@ def set_threads(threads: int, local_world_size: int) -> int:
     One inter-op thread: a stage is sequential, and idle pools cost start-up time. Call before any tensor
     work.
     """
-    count = threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    count = threads or max(1, usable_cores() // local_world_size)
     torch.set_num_threads(count)
     if torch.get_num_interop_threads() != 1:
         with contextlib.suppress(
@@ -151,6 +153,9 @@ class Runtime:
         """Raises nothing: what fails here is reported by the desk, once for the whole job."""
         self.threads = set_threads(self._threads_request, self.local_world_size)
         self.desk = FailureDesk(None, self.rank, self.world_size, run_dir=self.run_dir)
+        if self.world_size > 1 and launcher.refused_before() is not None:
+            os._exit(1)  # what cannot change has been said by the attempt before
+        launcher.register()
         try:
             if self.world_size > 1:
                 self.store, self.job_store = _job(self.rank, self.world_size).next_run(self.deadline_s)

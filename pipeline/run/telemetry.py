@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from pipeline.plan.assembly import Plan
 from pipeline.ranks.patience import Patience, wait_for_ranks
-from pipeline.ranks.process import peak_memory_bytes
+from pipeline.ranks.resources import peak_memory_bytes
 from pipeline.stage.stage import Counters, Stage
 from pipeline.store.records import EpochRecord, LiveModule, ModuleRecord, StageRecord
 

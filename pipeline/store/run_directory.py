@@ -22,7 +22,7 @@ from typing import IO, Any
 
 import torch
 
-from pipeline.base.errors import ConfigError
+from pipeline.base.errors import ConfigError, InUseError
 from pipeline.store.atomic import temporary_of, write_atomically
 from pipeline.store.records import EpochRecord
 
@@ -90,7 +90,7 @@ class RunDirectory:
                     return file
                 if time.monotonic() > end:
                     file.close()
-                    raise ConfigError(
+                    raise InUseError(
                         f"run directory '{self.path}' is in use by another job; wait for its end or choose another "
                         "with --run-dir"
                     ) from None
