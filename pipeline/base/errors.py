@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 MARK = "localpipe: "
 """With which every line about a failure begins."""
@@ -69,11 +69,23 @@ class MemoryExhausted(LocalpipeError):
 
 
 def one_line(error: BaseException) -> str:
-    """What to print of ``error``: the line that the run has noted about it, which says where, or its own text."""
-    notes: list[str] = getattr(error, "__notes__", [])
-    noted = next((note for note in notes if note.startswith(MARK)), None)
-    text = str(error) if isinstance(error, LocalpipeError) else f"{type(error).__name__}: {error}"
-    return noted or MARK + " ".join(text.split())
+    """What to print of ``error``: the line that a run has noted with it, which says where, or its own text."""
+    if isinstance(error, LocalpipeError):
+        text = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        text = "stopped by ctrl-C"
+    else:
+        text = f"{type(error).__name__}: {error}"
+    return next(_notes(error), MARK + " ".join(text.split()))
+
+
+def is_noted(error: BaseException) -> bool:
+    """Whether a run has noted where ``error`` has ended it."""
+    return any(_notes(error))
+
+
+def _notes(error: BaseException) -> Iterator[str]:
+    return (note for note in getattr(error, "__notes__", ()) if note.startswith(MARK))
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from pipeline.base.errors import MARK, InUseError, LocalpipeError, one_line
+from pipeline.base.errors import ConfigError, InUseError, LocalpipeError, is_noted, one_line
 from pipeline.ranks import launcher
 from pipeline.ranks.start_up import StartUp
 
@@ -38,18 +38,16 @@ def command(main: Callable[[], int], *, trains: bool = False) -> int:
             return _leave_to_the_first(start_up)
         return main()
     except BaseException as error:
+        if not _is_told(error):
+            raise
+        line, refused = one_line(error), isinstance(error, ConfigError) and not isinstance(error, InUseError)
+        if os.environ.get("RANK", "0") == "0":
+            print(line, file=sys.stderr, flush=True)
+        launcher.tell(line, refused)
         if isinstance(error, KeyboardInterrupt):
-            _say(one_line(error) if hasattr(error, "__notes__") else f"{MARK}stopped by ctrl-C")
             return 130
         if isinstance(error, LocalpipeError) and not error.reported:
-            _say(one_line(error))
-            launcher.tell(one_line(error), refused=not isinstance(error, InUseError))
             return _leave_to_the_first(start_up)
-        if not any(note.startswith(MARK) for note in getattr(error, "__notes__", [])) and not (
-            isinstance(error, LocalpipeError)
-        ):
-            raise
-        _say(one_line(error))
         return error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
     finally:
         start_up.end()
@@ -67,6 +65,6 @@ def _leave_to_the_first(start_up: StartUp) -> int:
     return 2
 
 
-def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
+def _is_told(error: BaseException) -> bool:
+    """Whether a line says all of ``error``; of what nobody expected Python shows the traceback."""
+    return isinstance(error, LocalpipeError | KeyboardInterrupt) or is_noted(error)
