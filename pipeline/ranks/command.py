@@ -34,7 +34,7 @@ def command(main: Callable[[], int], *, trains: bool = False) -> int:
         start_up.begin()
         launcher.register()
     try:
-        if trains and launcher.refused_before() is not None:
+        if trains and launcher.refused_before():
             return _leave_to_the_first(start_up)
         return main()
     except BaseException as error:

@@ -38,7 +38,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -50,15 +49,14 @@ from pipeline.base.errors import MARK, ConfigError, InUseError, LocalpipeError, 
 from pipeline.ranks import launcher
 from pipeline.ranks.forks import SIGNALS, SignalOwner, follow_forks
 from pipeline.ranks.heartbeat import Heartbeat
-from pipeline.ranks.process import Process
+from pipeline.ranks.process import REAP_S, Process, reap
 from pipeline.ranks.start_up import take_noted
+from pipeline.ranks.words import doing, own_story, where
 
 WATCH_S = 0.5
 """Seconds between two looks of the sentinel at the store and at the peers' processes."""
 GRACE_S = 2.0
 """Seconds that a rank which lost a peer waits for the peer's own report."""
-REAP_S = 2.0
-"""Seconds that the winner gives its peers on this host to end by themselves before it kills them."""
 
 
 class FailureDesk(SignalOwner):
@@ -152,7 +150,7 @@ class FailureDesk(SignalOwner):
         if self.heart.unanswered_s():
             self._store_gone = True  # its host is stopped: a question would never return
         if isinstance(error, KeyboardInterrupt):
-            self._leave(130, lambda: f"stopped by ctrl-C{self._where()}")
+            self._leave(130, lambda: f"stopped by ctrl-C{where(self.heart.place())}")
         if isinstance(error, PeerLost | dist.DistError) or "onnection closed by peer" in str(error):
             self._await_peers_own_report()
             witness = str(error) if isinstance(error, PeerLost) else self._own_story(error, module)
@@ -168,7 +166,7 @@ class FailureDesk(SignalOwner):
         if not self._closed.is_set():  # else it is on its way out
             self._closed.set()
             told = isinstance(error, KeyboardInterrupt)
-            story = f"stopped by ctrl-C{self._where()}" if told else self._own_story(error, module)
+            story = f"stopped by ctrl-C{where(self.heart.place())}" if told else self._own_story(error, module)
             if story != str(error):
                 error.add_note(MARK + " ".join(story.split()))
             if isinstance(error, LocalpipeError):
@@ -250,12 +248,13 @@ class FailureDesk(SignalOwner):
             if not (number or lost or silent is not None or late or self._orphaned() or self._store_gone):
                 continue
             # Before the election: losers end at once, and are dead too.
-            obituary = self._obituary(self._doing()) if lost or silent is None else self.heart.obituary()
+            witness = doing(self.rank, self.heart.place())
+            obituary = self._obituary(witness) if lost or silent is None else self.heart.obituary()
             self._lock.acquire()
             if number == signal.SIGINT:
-                self._leave(130, lambda: f"stopped by ctrl-C{self._where()}")
+                self._leave(130, lambda: f"stopped by ctrl-C{where(self.heart.place())}")
             if number == signal.SIGTERM and not lost:
-                self._leave(143, lambda: f"rank {self.rank}: stopped by SIGTERM{self._where()}")
+                self._leave(143, lambda: f"rank {self.rank}: stopped by SIGTERM{where(self.heart.place())}")
             self._leave(1, lambda line=obituary if lost or silent is not None else late or obituary: line)
 
     def _watch_store(self) -> None:
@@ -270,7 +269,7 @@ class FailureDesk(SignalOwner):
                     os._exit(1)
                 host = "the launcher" if self._store_host is None else "its host"
                 why = f"the store has not answered for {seconds:.1f} s ({host} stopped? machine gone?)"
-                obituary = self._obituary(f"{self._doing()}; {why}")
+                obituary = self._obituary(f"{doing(self.rank, self.heart.place())}; {why}")
                 self._leave(1, lambda line=obituary: line)
 
     def _exchange(self, store: dist.Store) -> None:
@@ -369,13 +368,7 @@ class FailureDesk(SignalOwner):
             self._dead_peers(self._store)  # reads the processes not known yet
             known |= self._peers
         mine = [peer for peer in known.values() if peer.host == self._me.host]
-        end = time.monotonic() + REAP_S
-        while time.monotonic() < end and not all(peer.gone() for peer in mine):
-            time.sleep(0.05)
-        for peer in mine:
-            if not peer.gone():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(peer.pid, signal.SIGKILL)
+        reap(mine)
 
     def _ignore_workers(self) -> None:
         """A worker of a loader that ends from now on raises nothing here: torch's handler would cut a report short."""
@@ -406,13 +399,8 @@ class FailureDesk(SignalOwner):
 
     # -- the words -------------------------------------------------------------------------------------------
 
-    def _where(self) -> str:
-        epoch, step, _ = self.heart.place()
-        return f" at epoch {epoch} step {step}" if step >= 0 else " before the first step"
-
-    def _doing(self) -> str:
-        epoch, step, activity = self.heart.place()
-        return f"rank {self.rank} was {activity}" + (f" (epoch {epoch} step {step})" if step >= 0 else "")
+    def _own_story(self, error: BaseException, module: str | None) -> str:
+        return own_story(error, self.rank, module, self.heart.place(), self.run_dir)
 
     def _obituary(self, witness: str, peer: int = -1) -> str:
         """The line for ranks that left no message; ``witness``: what this rank saw; ``peer``: whom it lost, if it knows
@@ -445,27 +433,3 @@ class FailureDesk(SignalOwner):
         if self._has(self._store, f"process/{rank}"):  # read again: described since
             self._peers[rank] = self._read(self._store, rank)
         return self._peers[rank].modules if rank in self._peers else "unknown modules"
-
-    def _own_story(self, error: BaseException, module: str | None) -> str:
-        text = str(error)
-        if isinstance(error, ConfigError):
-            return text
-        if not isinstance(error, LocalpipeError):
-            text = f"{type(error).__name__}: {text}"
-        spot = traceback.extract_tb(error.__traceback__)[-1:]
-        at = f" ({Path(spot[0].filename).name}:{spot[0].lineno})" if spot else ""
-        if self.run_dir is not None:
-            path = self.run_dir / f"failure-rank{self.rank}.txt"
-            with contextlib.suppress(OSError):  # a full disk must not hide the cause
-                self.run_dir.mkdir(parents=True, exist_ok=True)
-                path.write_text("".join(traceback.format_exception(error)))
-                at = f" (traceback: {path})"
-        if text.startswith("rank "):
-            return text[:800] + at
-        epoch, step, _ = self.heart.place()
-        place = [
-            f"rank {self.rank}",
-            module,
-            f"epoch {epoch} step {step}" if step >= 0 else "before the first step",
-        ]
-        return ", ".join(filter(None, place)) + f": {text[:800]}{at}"

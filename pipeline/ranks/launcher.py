@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.base.errors import PeerLost
+from pipeline.base.errors import MARK, PeerLost
 from pipeline.ranks.process import Process
 
 FILE = "TORCHELASTIC_ERROR_FILE"
@@ -76,23 +76,23 @@ def tell(line: str, refused: bool) -> None:
     """Let torchrun end its report with ``line``; ``refused``: a restart would end in the same way."""
     folder = _folder()
     if folder is not None:
-        extra = {"py_callstack": line, "timestamp": str(int(time.time()))}
-        _write(folder / ERROR, {"message": {"message": line, "extraInfo": extra}, "refused": refused})
+        text = line.removeprefix(MARK)  # the line itself is printed once
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        _write(folder / ERROR, {"message": {"message": text, "extraInfo": extra}, "refused": refused})
 
 
-def refused_before() -> str | None:
-    """The line with which the attempt before this one was refused; it is passed on to the next one."""
+def refused_before() -> bool:
+    """Whether the attempt before this one was refused; why is passed on to the next one."""
     folder = _folder()
     if folder is None:
-        return None
+        return False
     count = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     for path in sorted((folder.parent.parent / f"attempt_{count - 1}").glob(f"*/{ERROR}")):
         document = _read(path)
         if document is not None and document.get("refused"):
-            line = str(document["message"]["message"])
-            tell(line, refused=True)
-            return line
-    return None
+            tell(str(document["message"]["message"]), refused=True)
+            return True
+    return False
 
 
 def _folder() -> Path | None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
+REAP_S = 2.0
+"""Seconds that other processes of a failed job have to end by themselves."""
 PS_S = 5.0
 """Seconds that ``ps`` may take; without an answer a process counts as alive."""
 
@@ -31,6 +37,17 @@ class Process:
         """True if the process (of this host) has ended; a zombie has ended."""
         state, started = _state(self.pid)
         return state in ("", "Z", "X") or started != self.started
+
+
+def reap(processes: Sequence[Process]) -> None:
+    """Wait until these processes of this host are gone, and kill those that are not after REAP_S."""
+    end = time.monotonic() + REAP_S
+    while time.monotonic() < end and not all(process.gone() for process in processes):
+        time.sleep(0.05)
+    for process in processes:
+        if not process.gone():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
 
 
 def _host() -> str:

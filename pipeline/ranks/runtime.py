@@ -145,7 +145,7 @@ class Runtime:
         """Raises nothing: what fails here is reported by the desk, once for the whole job."""
         self.threads = set_threads(self._threads_request, self.local_world_size)
         self.desk = FailureDesk(None, self.rank, self.world_size, run_dir=self.run_dir)
-        if self.world_size > 1 and launcher.refused_before() is not None:
+        if self.world_size > 1 and launcher.refused_before():
             os._exit(1)  # what cannot change has been said by the attempt before
         launcher.register()
         try:

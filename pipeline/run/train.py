@@ -91,8 +91,8 @@ def train(
     Raises:
         Exception: in one process, whatever it was, with a note that says where, and with its traceback in the run
             directory: ConfigError for what is refused before the first step, NonFiniteError, MemoryExhausted,
-            DataError, SaveFailed, KeyboardInterrupt. On several ranks nothing: a failure on any rank ends all processes with one
-            line (see :class:`pipeline.ranks.failure.FailureDesk`).
+            DataError, SaveFailed, KeyboardInterrupt. On several ranks nothing: a failure on any rank ends all processes
+            with one line (see :class:`pipeline.ranks.failure.FailureDesk`).
 
     The first SIGTERM or SIGINT on any rank stops all ranks after the same step, with a checkpoint; a second SIGINT at
     once.
