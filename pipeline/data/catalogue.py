@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pipeline.base.config import DATA_SETS
 from pipeline.base.errors import ConfigError, suggest
 from pipeline.data.augmentation import Augmentation
 from pipeline.data.digits import load_digits
@@ -9,7 +10,6 @@ from pipeline.data.folder import load_folder
 from pipeline.data.images import ImageData
 from pipeline.data.torchvision_sets import load_torchvision
 
-NAMES = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder")
 AUGMENT = ("auto", "none")
 Channels = tuple[float, float, float]
 CIFAR: tuple[Channels, Channels] = (
@@ -41,7 +41,7 @@ def open_data(
     """Open a data set by its name.
 
     Args:
-        name: one of NAMES.
+        name: one of DATA_SETS.
         root: directory of the data set; for "folder" a directory or a tar file. "digits" needs none.
         download: let torchvision fetch what is missing.
         image_size: for "folder": resize the shorter side to this many pixels, crop the centre; 0 = as is.
@@ -51,8 +51,8 @@ def open_data(
     Raises:
         ConfigError: unknown name, missing or broken data; the message names the path and the fix.
     """
-    if name not in NAMES:
-        raise ConfigError(f"data.name = '{name}' is no known data set; {suggest(name, NAMES)}")
+    if name not in DATA_SETS:
+        raise ConfigError(f"data.name = '{name}' is no known data set; {suggest(name, DATA_SETS)}")
     if augment not in AUGMENT:
         raise ConfigError(f"data.augment = '{augment}' is not known; {suggest(augment, AUGMENT)}")
     if image_size < 0:

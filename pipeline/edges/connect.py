@@ -10,8 +10,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from pipeline.base.config import Config, to_toml
+from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError, PeerLost, WireError
+from pipeline.base.toml import to_toml
 from pipeline.edges.replay import ReplayReceiver
 from pipeline.edges.transport import Receiver, Sender
 from pipeline.edges.wire import FOREVER, MessageSpec

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from pipeline.base.config import Config, validate
+from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, resolve_numerics
+from pipeline.base.validation import validate
 from pipeline.data import open_data
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.methods import Task, levels_of

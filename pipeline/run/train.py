@@ -15,8 +15,10 @@ from typing import IO, Any
 
 from torch import Tensor, nn
 
-from pipeline.base.config import Config, to_toml, validate
+from pipeline.base.config import Config
 from pipeline.base.errors import LocalpipeError
+from pipeline.base.toml import to_toml
+from pipeline.base.validation import validate
 from pipeline.base.version import code_version
 from pipeline.data.sources import Facts, LoaderData, Source
 from pipeline.edges.connect import agree, agree_on_config

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.base.config import load_config, to_toml
 from pipeline.base.errors import CheckpointError
+from pipeline.base.recipes import load_config
+from pipeline.base.toml import to_toml
 from pipeline.store.checkpoint import (
     FORMAT,
     MANIFEST,
