@@ -51,7 +51,7 @@ class Recipe:
 
 def recipe_names() -> list[str]:
     """Names of the recipes that ship with the package."""
-    return sorted([*_rows(), *(path.stem for path in FOLDER.glob("*.toml") if path.name != PAPERS)])
+    return sorted([*_rows(), *_shipped()])
 
 
 def recipes() -> list[Recipe]:
@@ -123,15 +123,21 @@ def _rows() -> dict[str, tuple[Recipe, Layer]]:
     return rows
 
 
+def _shipped() -> dict[str, Path]:
+    """The recipes that are files of their own."""
+    return {path.stem: path for path in FOLDER.glob("*.toml") if path.name != PAPERS}
+
+
 def _layers(name: str, place: str, folder: Path, above: tuple[Any, ...]) -> list[Layer]:
     """The sources of the recipe, part, or file that ``base`` at ``place`` calls ``name``, the lowest first."""
     if name in _rows():
         values, origin, folder = _rows()[name][1], name, FOLDER
     else:
-        parts = {path.stem: path for path in [*FOLDER.glob("parts/*.toml"), *FOLDER.glob("*.toml")]}
-        path = folder / name if name.endswith(".toml") else parts.get(name)
+        shipped = _shipped() | {path.stem: path for path in FOLDER.glob("parts/*.toml")}
+        path = folder / name if name.endswith(".toml") else shipped.get(name)
         if path is None or not path.is_file():
-            raise ConfigError(f"{place}: base = {shown(name)}: no such recipe or file; {suggest(name, _known(parts))}")
+            valid = suggest(name, [*_rows(), *shipped])
+            raise ConfigError(f"{place}: base = {shown(name)}: no such recipe or file; {valid}")
         values, origin, folder = read_toml(path), path.resolve(), path.parent
     if origin in above:
         raise ConfigError(f"{place}: base = {shown(name)} leads back to itself; remove one of the two")
@@ -150,10 +156,6 @@ def _names(base: Any, place: str) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{place}: base = {shown(base)} must be a name, or a list of names")
     return names
-
-
-def _known(parts: Mapping[str, Path]) -> list[str]:
-    return sorted({*_rows(), *parts} - {Path(PAPERS).stem})
 
 
 def _assigned(assignments: Iterable[str]) -> Layer:
