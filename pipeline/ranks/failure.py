@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import select
 import signal
@@ -138,6 +139,7 @@ class FailureDesk(SignalOwner):
         """
         if self._world_size == 1 and self._lock.locked():
             raise error  # our own SystemExit, on its way out
+        self._ignore_workers()
         self._lock.acquire()
         if self.heart.unanswered_s():
             self._store_gone = True  # its host is stopped: a question would never return
@@ -208,12 +210,12 @@ class FailureDesk(SignalOwner):
         while True:
             self.heart.idle()
             rang = select.select([bell], [], [], min(WATCH_S, self.heart.period_s / 2))[0]
-            number = os.read(bell, 1)[0] if rang else None
-            if number == 0:
+            rung = os.read(bell, 4096) if rang else b""
+            # Python writes every signal that it has a handler for; SIGCHLD, SIGUSR1 are the business of their handlers.
+            number = next((byte for byte in rung if byte in SIGNALS and not self._noted(byte)), None)
+            if number is None and 0 in rung:
                 os.close(bell)
                 return
-            if number is not None and self._noted(number):
-                number = None
             self._exchange(store)
             if self._has(store, "failure"):
                 self._lock.acquire()  # not while this very process is the one that prints
@@ -338,6 +340,12 @@ class FailureDesk(SignalOwner):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(peer.pid, signal.SIGKILL)
 
+    def _ignore_workers(self) -> None:
+        """A worker of a loader that ends from now on raises nothing here: torch's handler would cut a report short."""
+        if threading.current_thread() is threading.main_thread():
+            previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self._restore.append(lambda: signal.signal(signal.SIGCHLD, previous))
+
     def _exit(self, code: int) -> NoReturn:
         if self.before_exit is not None:
             with contextlib.suppress(Exception):
@@ -348,6 +356,10 @@ class FailureDesk(SignalOwner):
         if self._world_size == 1:
             self._restore_signals()
             raise SystemExit(code)
+        with contextlib.suppress(Exception):  # of a process that has forked itself, they may be its parent's
+            for worker in multiprocessing.active_children():
+                if worker.is_alive():
+                    worker.kill()  # a loader's workers would outlive this process by seconds
         if self._store_host == self.rank:
             time.sleep(3 * WATCH_S)  # the others read the failure key from us
         os._exit(code)

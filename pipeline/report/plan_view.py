@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 
 from rich import box
@@ -17,7 +16,7 @@ from rich.text import Text
 
 from pipeline.base.units import mebibytes
 from pipeline.plan.report import PlannedModule, PlannedRank, PlanReport
-from pipeline.report.view import LOG_WIDTH
+from pipeline.report.console import output_console
 from pipeline.stage.events import NAMES, SEND, WAIT
 
 _LEVELS = {"cascade": "C", "independent": "I", "final": "L"}
@@ -25,10 +24,7 @@ _LEVELS = {"cascade": "C", "independent": "I", "final": "L"}
 
 def show_plan(report: PlanReport, console: Console | None = None) -> None:
     """Print ``report`` as tables on ``console`` (default: standard output)."""
-    if console is None:
-        console = Console()
-        if not console.is_terminal and "COLUMNS" not in os.environ:
-            console = Console(width=LOG_WIDTH)
+    console = output_console(console)
     for number, line in enumerate(report.lines):
         console.print(line, style="bold" if number == 0 else None, markup=False, highlight=False, soft_wrap=True)
     for title, table in (

@@ -39,7 +39,7 @@ from pipeline.local.methods import Task
 from pipeline.models.backbones import Blocks, blocks_of, build_blocks
 from pipeline.plan.assembly import Plan, build_modules, make_plan
 from pipeline.ranks.runtime import choose_device, set_threads
-from pipeline.report.view import LOG_WIDTH
+from pipeline.report.console import output_console
 from pipeline.stage.stage import Batch
 from pipeline.store.checkpoint import CONFIG, Checkpoint, open_checkpoint
 
@@ -153,10 +153,7 @@ def evaluate(
 
 def show_evaluation(evaluation: Evaluation, console: Console | None = None) -> None:
     """Print ``evaluation`` as a table on ``console`` (default: standard output)."""
-    if console is None:
-        console = Console()
-        if not console.is_terminal and "COLUMNS" not in os.environ:
-            console = Console(width=LOG_WIDTH)
+    console = output_console(console)
     title = f"{evaluation.network}, step {evaluation.step} (epoch {evaluation.epoch}) of {evaluation.checkpoint}"
     console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))

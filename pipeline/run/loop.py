@@ -32,7 +32,7 @@ from pipeline.report.view import View
 from pipeline.run.conductor import Conductor
 from pipeline.run.telemetry import Telemetry, merge
 from pipeline.stage.stage import Batch, Stage
-from pipeline.store.records import EpochRecord, Progress
+from pipeline.store.records import EpochProgress, EpochRecord
 from pipeline.store.resume import Position
 from pipeline.store.run_directory import RunDirectory
 from pipeline.store.saver import Document, Saver
@@ -263,7 +263,7 @@ class Loop:
         self._warn()
         images = (step - first) * run.facts.train_images / run.facts.train_batches
         run.view.progress(
-            Progress(
+            EpochProgress(
                 epoch=epoch,
                 epochs=self.epochs,
                 batch=step - first,

@@ -114,7 +114,7 @@ class LiveModule:
 
 
 @dataclass(frozen=True)
-class Progress:
+class EpochProgress:
     """Where the run stands within an epoch: ``batch`` of ``batches`` done in ``phase`` ("train" or "test").
 
     ``eta_s`` is the estimated time in seconds to the end of the whole run; NaN while nobody can tell.
@@ -152,7 +152,7 @@ def epoch_parts(record: EpochRecord, eta_s: float) -> list[str]:
     return [*parts, f"eta {duration(eta_s)}"]
 
 
-def progress_parts(progress: Progress) -> list[str]:
+def progress_parts(progress: EpochProgress) -> list[str]:
     """The line about a position within an epoch, in parts."""
     batches = str(progress.batches)
     return [
