@@ -42,7 +42,8 @@ def main() -> int:
             print(f"localpipe: {error}", file=sys.stderr)
         return 2
     if arguments.print_config:
-        print(to_toml(config, comments=True) if first else "", end="")
+        if first:
+            sys.stdout.buffer.write(to_toml(config, comments=True).encode())  # a configuration is UTF-8 in any locale
         return 0
     train(
         config, run_dir=arguments.run_dir, resume=arguments.resume, quiet=arguments.quiet, trace=arguments.trace

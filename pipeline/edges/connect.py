@@ -65,7 +65,8 @@ def connect(
     world_size: int,
     specs: EdgeSpecs,
     *,
-    slots: int,
+    activation_slots: int,
+    gradient_slots: int,
     depth: int,
     deadline_s: float,
     device: torch.device,
@@ -78,10 +79,12 @@ def connect(
 
     Before any group exists each edge's two descriptions are compared; WireError names both sides. Groups are
     made and warmed up in one order on all ranks: down 0->1, up 1->0, down 1->2, ... With ``ring`` > 0 activations are
-    received into a replay ring (see :class:`ReplayReceiver`). ``patience`` is asked here and by all ends.
+    received into a replay ring (see :class:`ReplayReceiver`). ``activation_slots`` and ``gradient_slots`` are receives
+    that this rank posts at a time; it tells those who send to it. ``patience`` is asked here and by all ends.
     Raises DeadlineExceeded, PeerLost.
     """
-    texts = {name: spec and f"{spec.describe()}, {slots} slots" for name, spec in vars(specs).items()}
+    slots = {"activation": activation_slots, "gradient": gradient_slots}
+    texts = {name: spec and spec.describe() for name, spec in vars(specs).items()} | {"slots": slots}
     everyone = [
         json.loads(t) for t in _collect(store, rank, world_size, "edges", json.dumps(texts), deadline_s, patience)
     ]
@@ -107,11 +110,12 @@ def connect(
             _warm_up(group, source, target, device if backend != "gloo" else torch.device("cpu"))
             if rank == source:
                 spec = getattr(specs, f"{label}_out")
-                end = Sender(group, target, spec, depth, slots, deadline_s, device, label)
+                theirs = everyone[target]["slots"][label]
+                end = Sender(group, target, spec, depth, theirs, deadline_s, device, label)
                 setattr(edges, f"{label}_out", end)
             else:
                 spec = getattr(specs, f"{label}_in")
-                common = (group, source, spec, slots, deadline_s, device, label)
+                common = (group, source, spec, slots[label], deadline_s, device, label)
                 end = ReplayReceiver(*common, ring, max_uses) if ring else Receiver(*common)
                 setattr(edges, f"{label}_in", end)
             end.patience = patience

@@ -22,7 +22,8 @@ from pipeline.local.roles import ModulePlan, plan_hierarchy
 from pipeline.models.backbones import Blocks, boundary_shapes, initialise
 from pipeline.plan.cut import Cut, make_cut
 from pipeline.plan.placement import place
-from pipeline.stage.schedule import Action, Message, lags, messages_sent, open_micro_batches, stage_schedules
+from pipeline.stage.capacity import activations_held, gradients_held, gradients_sent
+from pipeline.stage.schedule import Action, Message, lags, stage_schedules
 
 T = TypeVar("T")
 
@@ -76,21 +77,24 @@ class Plan:
 
     def gradient_order(self, rank: int) -> tuple[tuple[int, Message], ...]:
         """(lag, gradient message) from rank to rank - 1 during one step, in the order of sending."""
-        first = self.stages[rank][0]
-        return tuple(
-            (action.lag, message)
-            for action in self.schedules[rank]
-            for message in messages_sent(action)
-            if message[0] == first - 1
-        )
+        return gradients_sent(self.schedules[rank]) if rank > 0 else ()
 
-    def messages_held(self) -> int:
-        """Most messages of one edge that a stage holds at a time, besides those posted ahead: one activation, or one
-        gradient per key, of every micro-batch that is open; with `free` the replay ring and the batch at work."""
-        if self.config.schedule.kind == "free":
-            return self.config.schedule.ring + 1
-        keys = max(len(module.incoming) for module in self.modules)
-        return max(open_micro_batches(schedule) for schedule in self.schedules) * max(1, keys)
+    def activation_slots(self, rank: int) -> int:
+        """Receives that rank keeps posted for activations: those on their way, and one of every micro-batch that is
+        open; with `free` the replay ring and the batch at work. 0 on the first rank."""
+        if rank == 0:
+            return 0
+        free = self.config.schedule.kind == "free"
+        held = self.config.schedule.ring + 1 if free else activations_held(self.schedules[rank])
+        return self.config.runtime.queue_depth + held
+
+    def gradient_slots(self, rank: int) -> int:
+        """Receives that rank keeps posted for gradients: those on their way, and all that it holds at a time. 0 where
+        no gradient comes from rank + 1."""
+        if rank + 1 == len(self.stages) or not self.gradient_order(rank + 1):
+            return 0
+        held = gradients_held(self.schedules[rank], self.modules, self.schedules[rank + 1])
+        return self.config.runtime.queue_depth + held
 
     def activation_spec(self, rank: int, dtype: torch.dtype, channels_last: bool) -> MessageSpec:
         """What travels from rank to rank + 1 for each micro-batch."""

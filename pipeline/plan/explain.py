@@ -17,6 +17,7 @@ import torch
 from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, resolve_numerics
+from pipeline.base.paths import path_of
 from pipeline.base.validation import validate
 from pipeline.data import open_data
 from pipeline.local.compilation import refuse_without_compiler
@@ -159,7 +160,7 @@ def _task(config: Config) -> Task:
     data = config.data
     if data.name in TASKS:
         return TASKS[data.name]
-    cache_gib = 0.0 if Path(data.root).expanduser().is_dir() else data.cache_gib  # decode no more than is needed
+    cache_gib = 0.0 if Path(path_of(data.root)).expanduser().is_dir() else data.cache_gib  # decode no more than is needed
     opened = open_data(data.name, data.root, image_size=data.image_size, cache_gib=cache_gib)
     return Task(len(opened.classes), opened.image_shape)
 
@@ -180,14 +181,12 @@ def _run(
     plan: Plan, costs: Sequence[ModuleCost], latency_s: float, bytes_per_s: float
 ) -> tuple[Simulation, SteadyState]:
     late = max(action.lag for schedule in plan.schedules for action in schedule)
-    depth = plan.config.runtime.queue_depth
     simulation = simulate(
         plan.modules,
         plan.schedules,
         costs,
         STEPS + late,
-        depth=depth,
-        slots=depth + plan.messages_held(),
+        depth=plan.config.runtime.queue_depth,
         latency_s=latency_s,
         bytes_per_s=bytes_per_s,
         replay=plan.config.schedule.kind == "free",

@@ -92,18 +92,17 @@ def work_of(plan: Plan) -> tuple[str, ...]:
 def rank_memory(plan: Plan, costs: Sequence[ModuleCost], numerics: Numerics) -> tuple[int, ...]:
     """Bytes that every rank of ``plan`` needs for tensors: weights, graphs open at a time, one action, its queues."""
     depth = plan.config.runtime.queue_depth
-    slots = depth + plan.messages_held()
     wire = (numerics.dtype, numerics.channels_last)
     last = len(plan.stages) - 1
     needed = []
     for rank, stage in enumerate(plan.stages):
         total = sum(costs[m].state_bytes for m in stage) + _peak_of_graphs(plan, rank, costs)
         if rank > 0:
-            total += slots * plan.activation_spec(rank - 1, *wire).nbytes
+            total += plan.activation_slots(rank) * plan.activation_spec(rank - 1, *wire).nbytes
             total += depth * plan.gradient_spec(rank, *wire).nbytes if plan.gradient_order(rank) else 0
         if rank < last:
             total += depth * plan.activation_spec(rank, *wire).nbytes
-            total += slots * plan.gradient_spec(rank + 1, *wire).nbytes if plan.gradient_order(rank + 1) else 0
+            total += plan.gradient_slots(rank) * plan.gradient_spec(rank + 1, *wire).nbytes
         needed.append(total)
     return tuple(needed)
 

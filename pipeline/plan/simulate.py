@@ -12,14 +12,16 @@ looked at twice, so the work is proportional to the number of actions.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pipeline.local.roles import ModulePlan
+from pipeline.stage.capacity import activations_held, gradients_held
 from pipeline.stage.events import SEND, WAIT, Event, SteadyState
-from pipeline.stage.schedule import Action, Kind, Message, messages_needed, open_micro_batches, steps_of
+from pipeline.stage.schedule import Action, Kind, Message, messages_needed, steps_of
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ def simulate(
         costs: of every local module.
         steps: number of batches.
         depth: messages that may be on their way on an edge (``runtime.queue_depth``).
-        slots: receives posted at a time on an edge; default: ``depth`` and all messages that a stage can hold.
+        slots: receives posted at a time on every edge; default: ``depth`` and all messages that its stage holds.
         latency_s: seconds from the end of a transfer until the receiver has it.
         bytes_per_s: bandwidth of an edge, which carries one message of a direction at a time.
         replay: schedule `free`: a stage waits for its first input only, and nobody waits for room.
@@ -220,17 +222,18 @@ def simulate(
         ValueError: the stages wait for each other for ever.
     """
     micro_batches = 1 + max(action.micro_batch for action in schedules[0])
-    if slots is None:
-        keys = max(len(plan.incoming) for plan in plans)
-        slots = depth + max(map(open_micro_batches, schedules)) * max(1, keys)
-    limits = (math.inf, math.inf) if replay else (depth, slots)
     bounds = [(min(a.module for a in schedule), max(a.module for a in schedule)) for schedule in schedules]
     down, up = [], []
-    for (_, last), (first, _) in zip(bounds, bounds[1:], strict=False):
+    for upper, ((_, last), (first, _)) in enumerate(itertools.pairwise(bounds)):
         sizes = (costs[last].activation_bytes, costs[first].gradient_bytes)
         transfers = [size / micro_batches / bytes_per_s for size in sizes]
-        down.append(_Edge(*limits, transfers[0], latency_s))
-        up.append(_Edge(*limits, transfers[1], latency_s))
+        room = [slots, slots]
+        if slots is None:
+            held = gradients_held(schedules[upper], plans, schedules[upper + 1])
+            room = [depth + activations_held(schedules[upper + 1]), depth + held]
+        limits = [(math.inf, math.inf)] * 2 if replay else [(depth, number) for number in room]
+        down.append(_Edge(*limits[0], transfers[0], latency_s))
+        up.append(_Edge(*limits[1], transfers[1], latency_s))
     ranks = [
         _Rank(_work_of(schedule, plans, costs, steps, micro_batches, rank, len(schedules)))
         for rank, schedule in enumerate(schedules)

@@ -41,7 +41,8 @@ from pipeline.plan.assembly import Plan, build_modules, make_plan
 from pipeline.ranks.runtime import choose_device, set_threads
 from pipeline.report.console import output_console
 from pipeline.stage.stage import Batch
-from pipeline.store.checkpoint import CONFIG, Checkpoint, open_checkpoint
+from pipeline.store.checkpoint import Checkpoint, open_checkpoint
+from pipeline.store.manifest import CONFIG
 
 EXITS = ("independent", "cascade", "final")
 PREFIX, ALL = "prefix", "all"

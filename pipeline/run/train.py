@@ -8,6 +8,7 @@ run (a checkpoint is written by all).
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -382,12 +383,12 @@ def _unsaved(problem: str) -> str:
 
 def _recall(store: Any) -> Path | None:
     """The run directory of earlier attempts of this job."""
-    return Path(store.get(DIRECTORY).decode()) if store is not None and store.check([DIRECTORY]) else None
+    return Path(os.fsdecode(store.get(DIRECTORY))) if store is not None and store.check([DIRECTORY]) else None
 
 
 def _remember(store: Any, path: str) -> None:
     if store is not None:
-        store.set(DIRECTORY, path)
+        store.set(DIRECTORY, os.fsencode(path))
 
 
 DIRECTORY = "run_directory"

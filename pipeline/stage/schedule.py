@@ -23,7 +23,6 @@ from a replay ring and not from the next message in line (see transport).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -242,25 +241,6 @@ def late_steps(schedule: Sequence[Action], first: int, end: int) -> Iterator[tup
     """The steps of :func:`steps_of` after the last batch."""
     for step in range(end, end + max(action.lag for action in schedule)):
         yield step, [action for action in schedule if first <= step - action.lag < end]
-
-
-def open_micro_batches(schedule: Sequence[Action]) -> int:
-    """Most micro-batches of which a stage holds graphs and messages at a time. It does not depend on other stages."""
-    steps = 2 + 2 * max(action.lag for action in schedule)
-    left: dict[tuple[int, int], int] = {}
-    backwards = Counter(action.micro_batch for action in schedule if action.kind is Kind.BACKWARD)
-    most = 0
-    for step, actions in steps_of(schedule, 0, steps):
-        for action in actions:
-            batch = (step - action.lag, action.micro_batch)
-            if action.kind is Kind.FORWARD:
-                left.setdefault(batch, backwards[action.micro_batch])
-                most = max(most, len(left))
-            elif action.kind is Kind.BACKWARD:
-                left[batch] -= 1
-                if left[batch] == 0:
-                    del left[batch]
-    return most
 
 
 def check_schedules(plans: Sequence[ModulePlan], schedules: Sequence[Sequence[Action]], steps: int = 1) -> int:

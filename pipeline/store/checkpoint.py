@@ -15,6 +15,7 @@ neither against flipped bits nor against a mixture of two saves; the manifest do
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -34,12 +35,17 @@ from torch import Tensor
 from pipeline.base.config import Config
 from pipeline.base.errors import CheckpointError
 from pipeline.base.validation import from_dict, validate
+from pipeline.store.manifest import (
+    CONFIG,
+    HISTORY,
+    MANIFEST,
+    STEP_NAME,
+    module_folder,
+    read_manifest,
+    sealed,
+)
 
-FORMAT = 1
-"""Of the files; a reader refuses what is newer."""
-FOLDER, MANIFEST, CONFIG, HISTORY = "checkpoints", "manifest.json", "config.toml", "history.json"
-CHUNK = 1 << 20
-_STEP = re.compile(r"step-(\d{8,})")
+FOLDER = "checkpoints"
 _PARTIAL = re.compile(r"\.step-\d{8,}\.(partial|removed)")
 _REPLACED = re.compile(r"\.(step-\d{8,})\.replaced")
 
@@ -65,7 +71,8 @@ def partial_folder(checkpoints: Path, step: int) -> Path:
 
 def write_module(partial: Path, index: int, state: dict[str, Tensor]) -> Files:
     """Write the state of one local module and return its files. Raises OSError."""
-    folder = partial / f"module-{index:03d}"
+    folder = partial / module_folder(index)
+    _make_way(partial)
     folder.mkdir(parents=True, exist_ok=True)
     dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=True)
     names = sorted(path.name for path in folder.iterdir())
@@ -78,18 +85,20 @@ def publish(
 ) -> Path:
     """Write what is left, the manifest last, and give the directory its name. Returns it. Raises OSError."""
     partial, final = partial_folder(checkpoints, step), step_folder(checkpoints, step)
-    partial.mkdir(parents=True, exist_ok=True)
+    lost = next((name for name in files if not (partial / name).is_file()), None)
+    if lost is not None:
+        raise OSError(f"{lost} is gone; were the checkpoints deleted or renamed while they were written?")
     _write(partial / CONFIG, config_toml)
     _write(partial / HISTORY, json.dumps(history) + "\n")
     every = {**files, **{name: _digest(partial / name) for name in (CONFIG, HISTORY)}}
-    manifest = {"format": FORMAT, **document, "step": step, "files": every}
-    _write(partial / MANIFEST, json.dumps({**manifest, "sha256": _self_digest(manifest)}, indent=1) + "\n")
+    _write(partial / MANIFEST, sealed({**document, "step": step, "files": every}))
     _sync(partial)
-    if final.exists():  # of the same step, before the test of its epoch
+    if os.path.lexists(final):  # of the same step, before the test of its epoch
         replaced = checkpoints / f".{final.name}.replaced"
+        _remove(replaced)
         os.rename(final, replaced)
         os.rename(partial, final)
-        shutil.rmtree(replaced)
+        _remove(replaced)
     else:
         os.rename(partial, final)
     _sync(checkpoints)
@@ -101,20 +110,20 @@ def remove_partial(checkpoints: Path) -> list[str]:
     for path in _entries(checkpoints):
         match = _REPLACED.fullmatch(path.name)
         if match is not None:
-            if (checkpoints / match[1]).exists():
-                shutil.rmtree(path, ignore_errors=True)
+            if (checkpoints / match[1]).exists() or not path.is_dir():
+                _remove(path)
             else:
                 os.rename(path, checkpoints / match[1])
     found = [path for path in _entries(checkpoints) if _PARTIAL.fullmatch(path.name)]
     for path in found:
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
     return sorted(path.name for path in found)
 
 
 def set_aside(path: Path) -> Path:
     """Rename a checkpoint that is not valid, so that it counts no more; returns its new place."""
     aside = path.with_name(f"{path.name}.invalid")
-    shutil.rmtree(aside, ignore_errors=True)
+    _remove(aside)
     os.rename(path, aside)
     return aside
 
@@ -125,18 +134,19 @@ def remove_old(checkpoints: Path, newest: int, keep: int, keep_best: bool) -> No
     steps, errors = {}, {}
     for path in step_folders(checkpoints):
         try:
-            manifest = json.loads((path / MANIFEST).read_text())
-            steps[path], errors[path] = manifest["step"], manifest["test_error_pct"]
-        except (OSError, ValueError, KeyError, TypeError):
+            manifest = read_manifest(path)
+        except CheckpointError:
             continue  # not ours to remove
+        steps[path], errors[path] = manifest["step"], manifest["test_error_pct"]
     stay = set([path for path, step in steps.items() if step <= newest][:keep])
     tested = [path for path, error in errors.items() if error is not None]
     if keep_best and tested:
         stay.add(min(tested, key=lambda path: (errors[path], steps[path])))
     for path in steps.keys() - stay:
         removed = path.with_name(f".{path.name}.removed")  # no half of it is ever seen
+        _remove(removed)
         os.rename(path, removed)
-        shutil.rmtree(removed, ignore_errors=True)
+        _remove(removed)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -144,7 +154,7 @@ def remove_old(checkpoints: Path, newest: int, keep: int, keep_best: bool) -> No
 
 def step_folders(checkpoints: Path) -> list[Path]:
     """Directories of complete checkpoints, the newest first."""
-    found = {int(match[1]): path for path in _entries(checkpoints) if (match := _STEP.fullmatch(path.name))}
+    found = {int(match[1]): path for path in _entries(checkpoints) if (match := STEP_NAME.fullmatch(path.name))}
     return [found[step] for step in sorted(found, reverse=True)]
 
 
@@ -202,7 +212,7 @@ class Checkpoint:
 
         It unpickles torch's ``.metadata``. Raises OSError.
         """
-        reader = dcp.FileSystemReader(self.path / f"module-{index:03d}")
+        reader = dcp.FileSystemReader(self.path / module_folder(index))
         state: dict[str, Any] = {}
         for name, entry in reader.read_metadata().state_dict_metadata.items():
             state[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -234,12 +244,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 def open_verified(path: Path) -> Checkpoint:
     """A checkpoint that somebody has verified already. Raises CheckpointError where it is not to be seen from here."""
-    try:
-        return Checkpoint(path, json.loads((path / MANIFEST).read_text(encoding="utf-8")))
-    except OSError as error:
-        raise CheckpointError(
-            f"checkpoint '{path}' cannot be read here ({error.strerror}); all machines must see the same files"
-        ) from error
+    if not path.is_dir():
+        raise CheckpointError(f"checkpoint '{path}' cannot be seen here; all machines must see the same files")
+    return Checkpoint(path, read_manifest(path))
 
 
 def newest_valid(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -254,24 +261,8 @@ def newest_valid(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def _open(path: Path) -> Checkpoint:
-    where = f"checkpoint '{path}'"
-    fix = "use another one"
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{where} has no {MANIFEST}: not written by localpipe, or not to its end") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{where}: {MANIFEST} cannot be read ({error}); {fix}") from error
-    version = manifest.get("format") if isinstance(manifest, dict) else None
-    if not isinstance(version, int) or not isinstance(manifest.get("files"), dict):
-        raise CheckpointError(f"{where}: {MANIFEST} is none of localpipe's; {fix}")
-    if version > FORMAT:
-        raise CheckpointError(
-            f"{where} has format {version}, written by localpipe {manifest.get('localpipe')}; this version reads up to "
-            f"{FORMAT}: update localpipe"
-        )
-    if manifest.get("sha256") != _self_digest(manifest):
-        raise CheckpointError(f"{where}: {MANIFEST} has changed since it was written (SHA-256 differs); {fix}")
+    manifest = read_manifest(path)
+    where, fix = f"checkpoint '{path}'", "use another one"
     for name, expected in manifest["files"].items():
         try:
             found = _digest(path / name)
@@ -294,18 +285,24 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _digest(path: Path) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return {"sha256": digest.hexdigest(), "bytes": size}
+        return {"sha256": hashlib.file_digest(file, "sha256").hexdigest(), "bytes": os.fstat(file.fileno()).st_size}
 
 
-def _self_digest(manifest: Mapping[str, Any]) -> str:
-    """Of a manifest without the digest of itself."""
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+def _make_way(folder: Path) -> None:
+    """Something else may have the name of a directory that is to be made, such as a file that a user has put there."""
+    if not folder.is_dir():  # another rank may be quicker, and the directory be there by now
+        with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+            folder.unlink()
+
+
+def _remove(path: Path) -> None:
+    """A directory with all that is in it, or a file, if it is there and can be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def _write(path: Path, text: str) -> None:

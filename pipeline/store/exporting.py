@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pipeline.base.errors import ConfigError
 from pipeline.models.torchvision import torchvision_name
+from pipeline.store.atomic import remove_temporaries, write_atomically
 from pipeline.store.checkpoint import Checkpoint, open_checkpoint
-from pipeline.store.run_directory import write_atomically
 
 SUFFIXES = {".pt": "pt", ".pth": "pt", ".safetensors": "safetensors"}
 FORMATS = ("pt", "safetensors")
@@ -124,8 +124,9 @@ def _pt(state: State, about: dict[str, str]) -> bytes:
 
 
 def _write(output: Path, content: bytes) -> None:
-    """All of it or nothing."""
+    """All of it or nothing, and without what killed exports have left beside it."""
     try:
+        remove_temporaries(output.absolute().parent, lambda name: name == output.name or Path(name).suffix in SUFFIXES)
         write_atomically(output, lambda file: file.write(content))
     except OSError as error:
         raise ConfigError(f"'{output}' cannot be written ({error.strerror}); choose another place") from error

@@ -15,6 +15,7 @@ from typing import Any
 
 from pipeline.base.config import Config
 from pipeline.base.errors import CheckpointError, ConfigError
+from pipeline.store.atomic import remove_temporaries
 from pipeline.store.checkpoint import (
     FOLDER,
     Checkpoint,
@@ -85,6 +86,7 @@ def choose_start(resume: str, run_dir: Path, restarted: bool, config: Config) ->
             a key that may not change differs from the checkpoint's.
     """
     checkpoints = run_dir / FOLDER
+    remove_temporaries(run_dir)
     warnings = [f"removed the unfinished checkpoint {name}" for name in remove_partial(checkpoints)]
     chosen: Checkpoint | None = None
     if restarted or resume == "auto":

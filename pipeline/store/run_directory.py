@@ -14,15 +14,17 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any, BinaryIO
+from typing import IO, Any
 
 import torch
 
-from pipeline.base.errors import ConfigError
+from pipeline.base.errors import ConfigError, shown
+from pipeline.base.paths import is_text
+from pipeline.store.atomic import temporary_of, write_atomically
 from pipeline.store.records import EpochRecord
 
 CONFIG, METRICS, SUMMARY, LOCK = "config.toml", "metrics.jsonl", "summary.json", ".lock"
@@ -45,10 +47,12 @@ class RunDirectory:
 
         With ``resume`` it may hold a run. Raises ConfigError (one line) when it does otherwise, or cannot be written.
         """
+        if path is not None and not is_text(path):
+            raise ConfigError(f"run directory {shown(str(path))} is not text in UTF-8; give --run-dir a name that is")
         try:
             path = _make_default(name) if path is None else path
             path.mkdir(parents=True, exist_ok=True)
-            probe = path / f".writable.{os.getpid()}.tmp"
+            probe = temporary_of(path / "writable")
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -218,19 +222,6 @@ def _make_default(name: str) -> Path:
             if not path.is_dir():  # "runs" itself is a file: no other number will help
                 raise
             attempt += 1
-
-
-def write_atomically(target: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Fill a neighbouring temporary file, then rename it: ``target`` is never half written."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut could leave the new name on an empty file
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _json_ready(value: Any) -> Any:

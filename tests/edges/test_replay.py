@@ -22,8 +22,8 @@ def pair_of_ends(store: dist.Store, rank: int, ring: int, max_uses: int, deadlin
     """Sender on rank 0, ReplayReceiver on rank 1."""
     specs = EdgeSpecs(activation_out=SMALL) if rank == 0 else EdgeSpecs(activation_in=SMALL)
     edges = connect(
-        store, rank, 2, specs, slots=ring + 3, depth=2, deadline_s=deadline_s, device=CPU, backend="gloo",
-        ring=ring, max_uses=max_uses,
+        store, rank, 2, specs, activation_slots=ring + 3, gradient_slots=0, depth=2, deadline_s=deadline_s,
+        device=CPU, backend="gloo", ring=ring, max_uses=max_uses,
     )  # fmt: skip
     return edges, edges.activation_out or edges.activation_in
 

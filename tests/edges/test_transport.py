@@ -306,7 +306,8 @@ def chain_specs(rank: int, world_size: int, width: int, dtype: torch.dtype = tor
 def chain(rank: int) -> dict[str, Any]:
     store = start_group(rank, 3)
     results: dict[str, Any] = {"errors": []}
-    options = {"slots": 2, "depth": 2, "deadline_s": 10.0, "device": CPU, "backend": "gloo"}
+    slots = {"activation_slots": 2, "gradient_slots": 2}
+    options = {**slots, "depth": 2, "deadline_s": 10.0, "device": CPU, "backend": "gloo"}
     attempts = [
         lambda: agree(store, rank, 3, "configuration", "abc" if rank < 2 else "abd", 10.0),
         lambda: connect(
@@ -359,13 +360,13 @@ def test_agreement_and_chain() -> None:
             ("ConfigError", "ranks disagree about configuration: ranks 0, 1 have 'abc'; rank 2 has 'abd'"),
             (
                 "WireError",
-                "rank 2 expects 4 rows of activation float32 (5,), 2 slots from rank 1, "
-                "rank 1 sends 4 rows of activation float32 (4,), 2 slots",
+                "rank 2 expects 4 rows of activation float32 (5,) from rank 1, "
+                "rank 1 sends 4 rows of activation float32 (4,)",
             ),
             (
                 "WireError",
-                "rank 1 expects 4 rows of activation float32 (4,), 2 slots from rank 0, "
-                "rank 0 sends 4 rows of activation bfloat16 (4,), 2 slots",
+                "rank 1 expects 4 rows of activation float32 (4,) from rank 0, "
+                "rank 0 sends 4 rows of activation bfloat16 (4,)",
             ),
         ]
         assert (r.value["unread"], r.value["threads"]) == (0, 1)
@@ -384,7 +385,8 @@ def lose_a_peer(rank: int) -> Any:
     """Rank 1 is killed while rank 0 waits to be rid of a message and rank 2 waits for one."""
     store = start_group(rank, 3)
     specs = chain_specs(rank, 3, 4)
-    edges = connect(store, rank, 3, specs, slots=1, depth=1, deadline_s=10.0, device=CPU, backend="gloo")
+    slots = {"activation_slots": 1, "gradient_slots": 1}
+    edges = connect(store, rank, 3, specs, **slots, depth=1, deadline_s=10.0, device=CPU, backend="gloo")
     dist.barrier()
     if rank == 1:
         time.sleep(0.3)

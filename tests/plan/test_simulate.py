@@ -13,13 +13,13 @@ from pipeline.base.config import HierarchyConfig
 from pipeline.local.roles import ModulePlan, plan_hierarchy
 from pipeline.plan.placement import place
 from pipeline.plan.simulate import ModuleCost, Simulation, simulate
+from pipeline.stage.capacity import activations_held, gradients_held
 from pipeline.stage.events import SEND, WAIT, steady_state
 from pipeline.stage.schedule import (
     Action,
     Kind,
     messages_needed,
     messages_sent,
-    open_micro_batches,
     stage_schedule,
     steps_of,
 )
@@ -47,7 +47,7 @@ def reference(
     costs: Sequence[ModuleCost],
     steps: int,
     depth: int,
-    slots: int,
+    slots: dict[tuple[str, int], int],
     latency_s: float,
     bytes_per_s: float,
 ) -> list[list[tuple[float, float]]]:
@@ -108,8 +108,8 @@ def reference(
             free = 0.0
             for n, at in enumerate(listed):
                 begin = max(left[r][at], free)
-                if n >= slots:
-                    begin = max(begin, left[receiver][releases[edge][n - slots]])
+                if n >= slots[edge]:
+                    begin = max(begin, left[receiver][releases[edge][n - slots[edge]]])
                 free = begin + size / parts / bytes_per_s
                 arrived[edge][n] = free + latency_s
         if (repr(left), repr(arrived)) == before:
@@ -145,9 +145,12 @@ def draw(seed: int) -> tuple[Setting, list[ModuleCost], dict[str, float]]:
 def test_every_action_happens_when_the_reference_says(seed: int) -> None:
     (plans, schedules), costs, link = draw(seed)
     depth = 1 + seed % 2
-    held = max(map(open_micro_batches, schedules)) * max(1, *(len(plan.incoming) for plan in plans))
+    slots = {}
+    for rank, (above, below) in enumerate(itertools.pairwise(schedules)):
+        slots["down", rank] = depth + activations_held(below)
+        slots["up", rank + 1] = depth + gradients_held(above, plans, below)
     run = simulate(plans, schedules, costs, 6, depth=depth, **link)
-    assert_same(run, reference(plans, schedules, costs, 6, depth, depth + held, **link))
+    assert_same(run, reference(plans, schedules, costs, 6, depth, slots, **link))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -156,7 +159,8 @@ def test_small_queues_delay_as_the_reference_says(seed: int) -> None:
     dice = random.Random(seed)
     costs = [ModuleCost(*[dice.randint(1, 16) / 4 for _ in range(7)], activation_bytes=4) for _ in plans]
     run = simulate(plans, schedules, costs, 9, depth=1, slots=1, bytes_per_s=8.0)
-    assert_same(run, reference(plans, schedules, costs, 9, 1, 1, 0.0, 8.0))
+    one = dict.fromkeys(itertools.product(("down", "up"), range(4)), 1)
+    assert_same(run, reference(plans, schedules, costs, 9, 1, one, 0.0, 8.0))
 
 
 def test_the_step_of_equal_stages_is_one_hop_long_at_any_depth() -> None:

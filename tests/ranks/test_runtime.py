@@ -57,8 +57,8 @@ def job(mode: str, run_dir: str) -> None:
         print(f"pid {os.getpid()} rank {rank}", flush=True)
         desk.describe(f"modules {rank}-{rank} (block{rank})")
         edges = connect(
-            runtime.store, rank, WORLD, specs(rank), slots=2, depth=2, deadline_s=runtime.deadline_s,
-            device=runtime.device, backend=runtime.backend,
+            runtime.store, rank, WORLD, specs(rank), activation_slots=2, gradient_slots=2, depth=2,
+            deadline_s=runtime.deadline_s, device=runtime.device, backend=runtime.backend,
         )  # fmt: skip
         for end in vars(edges).values():
             if end is not None:

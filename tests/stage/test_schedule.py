@@ -9,7 +9,8 @@ import pytest
 from pipeline.base.config import HierarchyConfig
 from pipeline.local.roles import ModulePlan, plan_hierarchy
 from pipeline.plan.placement import place
-from pipeline.stage.schedule import Kind, check_schedules, lags, open_micro_batches, stage_schedule, steps_of
+from pipeline.stage.capacity import activations_held
+from pipeline.stage.schedule import Kind, check_schedules, lags, stage_schedule, steps_of
 
 PAPER = HierarchyConfig(cascade_span=2, independent_weight=1.0, cascade_weight=1.0)
 
@@ -160,7 +161,7 @@ def test_no_late_stage_waits_once_the_pipe_is_full() -> None:
 def test_a_stage_holds_d_more_batches_and_not_more_with_depth(depth: int) -> None:
     roles = plans(depth, 2)
     for delay in (0, 1, 2, 3):
-        held = [open_micro_batches(stage_schedule(roles, range(m, m + 1), 1, delay)) for m in range(depth)]
+        held = [activations_held(stage_schedule(roles, range(m, m + 1), 1, delay)) for m in range(depth)]
         assert max(held) == 1 + delay
 
 

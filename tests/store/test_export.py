@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import resource
 import runpy
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -140,6 +142,16 @@ def test_a_failed_write_leaves_nothing(run: Path, tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_export_has_left_is_removed_by_the_next(run: Path, tmp_path: Path) -> None:
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    for name in (f".other.safetensors.{int(gone.stdout)}.tmp", f".mine.pt.{os.getppid()}.tmp"):
+        (tmp_path / name).write_text("half of it")
+    (tmp_path / f".notes.txt.{int(gone.stdout)}.tmp").write_text("of another program")
+    export(run, tmp_path / "mine.pt")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"mine.pt", f".mine.pt.{os.getppid()}.tmp", f".notes.txt.{int(gone.stdout)}.tmp"}
 
 
 def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(

@@ -222,6 +222,10 @@ def test_where_a_run_starts(tmp_path: Path) -> None:
     assert choose_start("none", tmp_path, False, config).checkpoint is None
     with pytest.raises(ConfigError, match="does not exist"):
         choose_start(str(tmp_path / "nowhere"), tmp_path, False, config)
+    for name in (".model.pt", ".summary.json", ".writable"):  # of a process that was killed; no other has this number
+        (tmp_path / f"{name}.99999999.tmp").touch()
+    choose_start("auto", tmp_path, False, config)
+    assert list(tmp_path.iterdir()) == []
     (tmp_path / "summary.json").touch()
     with pytest.raises(ConfigError, match="without checkpoints"):
         choose_start("auto", tmp_path, False, config)
