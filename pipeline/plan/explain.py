@@ -160,7 +160,8 @@ def _task(config: Config) -> Task:
     data = config.data
     if data.name in TASKS:
         return TASKS[data.name]
-    cache_gib = 0.0 if Path(path_of(data.root)).expanduser().is_dir() else data.cache_gib  # decode no more than is needed
+    root = Path(path_of(data.root)).expanduser()
+    cache_gib = 0.0 if root.is_dir() else data.cache_gib  # decode no more than is needed
     opened = open_data(data.name, data.root, image_size=data.image_size, cache_gib=cache_gib)
     return Task(len(opened.classes), opened.image_shape)
 

@@ -18,6 +18,6 @@ def output_console(console: Console | None = None) -> Console:
     if console is not None:
         return console
     if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.encoding.lower().startswith("utf"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII terminal must not end a run over the name of a file
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file must not end a run
     console = Console()
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=LOG_WIDTH)
