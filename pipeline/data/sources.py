@@ -1,6 +1,6 @@
 """What feeds the first stage: batches of images and labels, from a data set of ours or from a user's loaders.
 
-Only the process that owns the first local module reads images; the others learn the :class:`Facts`.
+Only the process that owns the first local module reads images; the others are told its :class:`DataSpec`.
 """
 
 from __future__ import annotations
@@ -18,15 +18,13 @@ from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, stable_hash
 from pipeline.data import ImageStream, open_data
+from pipeline.data.catalogue import CIFAR_MEAN_ROUNDED, CIFAR_STD_ROUNDED
 from pipeline.stage.stage import Batch, Progress
-
-CIFAR_MEAN = (0.4914, 0.4824, 0.4467)
-CIFAR_STD = (0.2471, 0.2435, 0.2616)
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What every rank must know of the data.
+class DataSpec:
+    """What every rank must know of the data, whoever reads them.
 
     Attributes:
         classes: number of classes; 0 if only the network knows.
@@ -45,7 +43,7 @@ class Facts:
 class Source(Protocol):
     """Feeds the first stage."""
 
-    facts: Facts
+    data_spec: DataSpec
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of ``epoch`` (1-based) from number ``start`` on, at most ``data.batch_size`` images each. They do
@@ -110,7 +108,7 @@ class ImageSource:
         self._test = ImageStream(data, settings.batch_size // parts, seed, device)
         self._normalise = Normaliser(data.mean, data.std, numerics)
         images = len(data.train) - (short if drop_last else 0)
-        self.facts = Facts(
+        self.data_spec = DataSpec(
             len(data.classes), data.image_shape, self._train.train_batch_count, self._test.test_batch_count, images
         )
 
@@ -138,8 +136,8 @@ class LoaderData:
 
     train: Any
     test: Any
-    mean: tuple[float, ...] = CIFAR_MEAN
-    std: tuple[float, ...] = CIFAR_STD
+    mean: tuple[float, ...] = CIFAR_MEAN_ROUNDED
+    std: tuple[float, ...] = CIFAR_STD_ROUNDED
 
 
 class LoaderSource:
@@ -172,7 +170,7 @@ class LoaderSource:
         tests = counts["test"]
         if getattr(data.test, "batch_size", None) is None or data.test.batch_size > self._micro_batch:
             tests = sum(-(-len(y) // self._micro_batch) for _, y in data.test)  # batches that will be cut
-        self.facts = Facts(0, tuple(image.shape[1:]), counts["train"], tests, counts["train"] * rows)
+        self.data_spec = DataSpec(0, tuple(image.shape[1:]), counts["train"], tests, counts["train"] * rows)
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The training loader, once; a sampler with ``set_epoch`` is told the epoch. What the loader draws from the

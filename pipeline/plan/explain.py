@@ -19,7 +19,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, resolve_numerics
 from pipeline.base.paths import path_of
 from pipeline.base.validation import validate
-from pipeline.data import open_data
+from pipeline.data import CATALOGUE, open_data
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.methods import Task, levels_of
 from pipeline.models.backbones import Blocks, build_blocks
@@ -34,14 +34,6 @@ from pipeline.ranks.runtime import choose_device, keep_freed_memory, ranks_per_d
 from pipeline.stage.events import SteadyState
 from pipeline.stage.schedule import Kind
 
-# Classes and image shape of the data sets that torchvision reads, so that a plan needs no download.
-TASKS = {
-    "digits": Task(10, (3, 32, 32)),
-    "cifar10": Task(10, (3, 32, 32)),
-    "cifar100": Task(100, (3, 32, 32)),
-    "svhn": Task(10, (3, 32, 32)),
-    "stl10": Task(10, (3, 96, 96)),
-}
 STEPS = 24
 """Simulated steps besides those that late work needs; the first half fills the pipeline."""
 MARGIN = 4
@@ -158,8 +150,8 @@ def _plan_by_count(config: Config, network: _Network, ranks: int) -> Plan:
 def _task(config: Config) -> Task:
     """Classes and image shape; only of an image folder they are not known without opening it."""
     data = config.data
-    if data.name in TASKS:
-        return TASKS[data.name]
+    if data.name in CATALOGUE:
+        return Task(CATALOGUE[data.name].classes, CATALOGUE[data.name].image_shape)
     root = Path(path_of(data.root)).expanduser()
     cache_gib = 0.0 if root.is_dir() else data.cache_gib  # decode no more than is needed
     opened = open_data(data.name, data.root, image_size=data.image_size, cache_gib=cache_gib)

@@ -32,10 +32,11 @@ from pipeline.base.config import Config
 from pipeline.base.errors import CheckpointError, ConfigError
 from pipeline.base.numerics import Numerics, resolve_numerics
 from pipeline.base.recipes import load_config
-from pipeline.data.sources import Facts, ImageSource, LoaderData, LoaderSource
+from pipeline.data.sources import DataSpec, ImageSource, LoaderData, LoaderSource
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.local_module import LocalModule
 from pipeline.local.methods import Task
+from pipeline.local.weights import below, networks
 from pipeline.models.backbones import Blocks, blocks_of, build_blocks
 from pipeline.plan.assembly import Plan, build_modules, make_plan
 from pipeline.ranks.runtime import choose_device, set_threads
@@ -134,7 +135,7 @@ def evaluate(
             refuse_without_compiler(device)
         numerics = resolve_numerics(config.precision, device, blocks.values())
         images = LoaderSource(data, config, numerics) if data is not None else ImageSource(config, numerics)
-        _refuse_other_data(images.facts, task, config)
+        _refuse_other_data(images.data_spec, task, config)
         plan = make_plan(config, blocks, task, 1)
         work = _operations(plan, blocks)
         modules = _restored(saved, plan, blocks, numerics)
@@ -219,16 +220,16 @@ def _refuse_what_is_missing(
         )
 
 
-def _refuse_other_data(facts: Facts, task: Task, config: Config) -> None:
+def _refuse_other_data(data_spec: DataSpec, task: Task, config: Config) -> None:
     name = config.data.name
-    if facts.classes not in (0, task.classes):
+    if data_spec.classes not in (0, task.classes):
         raise ConfigError(
-            f"'{name}' has {facts.classes} classes, the checkpoint was trained for {task.classes}; set data.name and "
-            "data.root to data with the same classes"
+            f"'{name}' has {data_spec.classes} classes, the checkpoint was trained for {task.classes}; set data.name "
+            "and data.root to data with the same classes"
         )
-    if facts.image_shape != task.image_shape:
+    if data_spec.image_shape != task.image_shape:
         raise ConfigError(
-            f"'{name}' has images of shape {facts.image_shape}, the checkpoint was trained on {task.image_shape}; "
+            f"'{name}' has images of shape {data_spec.image_shape}, the checkpoint was trained on {task.image_shape}; "
             "set data.image_size, or use other data"
         )
 
@@ -260,18 +261,15 @@ def _restored(saved: Checkpoint, plan: Plan, blocks: Blocks, numerics: Numerics)
     modules = build_modules(plan, 0, blocks, numerics, fresh=False)
     for module in modules:
         state = saved.module_state(module.plan.index)
-        for kind, parts in (("blocks", module.blocks), ("heads", module.levels)):
-            for part, target in parts.items():
-                start = f"{kind}.{part}."
-                values = {name.removeprefix(start): state[name] for name in state if name.startswith(start)}
-                try:
-                    target.load_state_dict(values)
-                except RuntimeError as error:
-                    cause = " ".join(str(error).split())
-                    raise CheckpointError(
-                        f"checkpoint '{saved.path}' does not fit {kind} '{part}' of local module "
-                        f"{module.plan.index}; pass the network that was trained ({cause})"
-                    ) from error
+        for prefix, network in networks(module):
+            try:
+                network.load_state_dict(below(state, prefix))
+            except RuntimeError as error:
+                cause = " ".join(str(error).split())
+                raise CheckpointError(
+                    f"checkpoint '{saved.path}' does not fit {prefix[:-1]} of local module {module.plan.index}; pass "
+                    f"the network that was trained ({cause})"
+                ) from error
     return modules
 
 

@@ -22,9 +22,9 @@ import torch
 from pipeline.base.config import Config
 from pipeline.base.toml import to_toml
 from pipeline.base.version import VERSION
-from pipeline.data.sources import Facts, Source
+from pipeline.data.sources import DataSpec, Source
 from pipeline.edges.wire import Directive
-from pipeline.local.module_state import module_state
+from pipeline.local.module_state import BUSY, module_state
 from pipeline.local.optimiser import learning_rate
 from pipeline.plan.assembly import Plan
 from pipeline.ranks.runtime import Runtime
@@ -37,8 +37,6 @@ from pipeline.store.resume import Position
 from pipeline.store.run_directory import RunDirectory
 from pipeline.store.saver import Document, Saver
 
-BUSY = "busy_s"
-"""In the state of a module: seconds that it has been busy in the epoch at work."""
 SHOW_S = 0.25
 """Between two looks at the other ranks' live numbers: asking for them takes longer, the more ranks there are."""
 
@@ -51,7 +49,7 @@ class Run:
     runtime: Runtime
     plan: Plan
     stage: Stage
-    facts: Facts
+    data_spec: DataSpec
     source: Source | None
     telemetry: Telemetry
     directory: RunDirectory
@@ -61,9 +59,9 @@ class Run:
     custom_network: bool
 
 
-def total_steps(config: Config, facts: Facts) -> int:
+def total_steps(config: Config, data_spec: DataSpec) -> int:
     """Training steps of the whole run."""
-    total = config.train.epochs * facts.train_batches
+    total = config.train.epochs * data_spec.train_batches
     return min(total, config.train.max_steps) if config.train.max_steps else total
 
 
@@ -74,8 +72,8 @@ class Loop:
     def __init__(self, run: Run, start: Position, records: list[EpochRecord], saved: bool) -> None:
         self._run = run
         self._start = start
-        self.total = total_steps(run.config, run.facts)
-        self.epochs = -(-self.total // run.facts.train_batches)
+        self.total = total_steps(run.config, run.data_spec)
+        self.epochs = -(-self.total // run.data_spec.train_batches)
         self.step = start.step
         self._finished = min(start.finished_epochs, self._epoch_at_work() - 1)
         self.records = records[: self._finished]
@@ -90,8 +88,8 @@ class Loop:
         run, settings = self._run, self._run.config.train
         leader = run.runtime.rank == 0
         for epoch in range(self._epoch_at_work(), self.epochs + 1):
-            first = (epoch - 1) * run.facts.train_batches
-            end = min(first + run.facts.train_batches, self.total)
+            first = (epoch - 1) * run.data_spec.train_batches
+            end = min(first + run.data_spec.train_batches, self.total)
             rate = learning_rate(run.config.optim, epoch, settings.epochs)
             for module in run.stage.modules.values():
                 module.set_learning_rate(rate)
@@ -129,7 +127,7 @@ class Loop:
 
     def _epoch_at_work(self) -> int:
         """The epoch whose training, test or report comes next; one more than there are if there is none."""
-        batches = self._run.facts.train_batches
+        batches = self._run.data_spec.train_batches
         if self.step >= self.total:
             return self.epochs + (self._start.finished_epochs >= self.epochs)
         trained, inside = divmod(self.step, batches)
@@ -185,7 +183,7 @@ class Loop:
     def _test(self, epoch: int) -> Directive:
         run, stage = self._run, self._run.stage
         batches = run.source.test() if run.source is not None else None
-        for index in range(run.facts.test_batches):
+        for index in range(run.data_spec.test_batches):
             batch = stage.fetch(batches, epoch, self.step, "the test") if batches is not None else None
             order = run.conductor.during_test() if run.runtime.rank == 0 else Directive.GO
             stage.test_step(epoch, self.step + index, batch, order)
@@ -241,7 +239,7 @@ class Loop:
                 "epoch": epoch,
                 **dataclasses.asdict(position),
                 "total_steps": self.total,
-                "train_batches": run.facts.train_batches,
+                "train_batches": run.data_spec.train_batches,
                 "modules": [list(names) for names in plan.cut.modules],
                 "classes": plan.task.classes,
                 "image_shape": list(plan.task.image_shape),
@@ -261,7 +259,7 @@ class Loop:
         now = self._last_shown = time.monotonic()
         self._record(self._finished, wait=False)
         self._warn()
-        images = (step - first) * run.facts.train_images / run.facts.train_batches
+        images = (step - first) * run.data_spec.train_images / run.data_spec.train_batches
         run.view.progress(
             EpochProgress(
                 epoch=epoch,
@@ -288,7 +286,7 @@ class Loop:
                     reports,
                     epoch=epoch,
                     epochs=self.epochs,
-                    step=min(epoch * run.facts.train_batches, self.total),
+                    step=min(epoch * run.data_spec.train_batches, self.total),
                     learning_rate=learning_rate(run.config.optim, epoch, run.config.train.epochs),
                 )
                 self.records.append(record)

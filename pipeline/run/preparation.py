@@ -12,7 +12,7 @@ from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, resolve_numerics
 from pipeline.base.validation import validate
-from pipeline.data.sources import Facts, ImageSource, LoaderData, LoaderSource, Source
+from pipeline.data.sources import DataSpec, ImageSource, LoaderData, LoaderSource, Source
 from pipeline.edges.connect import Edges, EdgeSpecs, connect
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.methods import Task
@@ -47,7 +47,7 @@ def refuse_early(config: Config, network: nn.Sequential | None, runtime: Runtime
 
 def open_source(
     config: Config, data: LoaderData | None, numerics: Numerics, runtime: Runtime
-) -> tuple[Source | None, Facts]:
+) -> tuple[Source | None, DataSpec]:
     """The data on rank 0, and what all ranks must know of it. Collective."""
     source: Source | None = None
     if runtime.rank == 0:
@@ -55,18 +55,18 @@ def open_source(
             source = LoaderSource(data, config, numerics, runtime.desk.progress)
         else:
             source = ImageSource(config, numerics)
-    return source, runtime.broadcast(source.facts if source is not None else None)
+    return source, runtime.broadcast(source.data_spec if source is not None else None)
 
 
-def blocks_and_task(config: Config, network: nn.Sequential | None, facts: Facts) -> tuple[Blocks, Task]:
+def blocks_and_task(config: Config, network: nn.Sequential | None, data_spec: DataSpec) -> tuple[Blocks, Task]:
     """The network in blocks, and what it is for."""
     if network is None:
-        if facts.classes == 0:
+        if data_spec.classes == 0:
             raise ConfigError("your own loaders need your own network: pass network=nn.Sequential(...)")
-        blocks = build_blocks(config.model.name, facts.image_shape[0], facts.classes)
-        return blocks, Task(facts.classes, facts.image_shape)
+        blocks = build_blocks(config.model.name, data_spec.image_shape[0], data_spec.classes)
+        return blocks, Task(data_spec.classes, data_spec.image_shape)
     blocks = blocks_of(network)
-    return blocks, Task(facts.classes or _classes_of(blocks), facts.image_shape)
+    return blocks, Task(data_spec.classes or _classes_of(blocks), data_spec.image_shape)
 
 
 def connect_stage(config: Config, plan: Plan, numerics: Numerics, runtime: Runtime) -> Edges:

@@ -1,6 +1,6 @@
 """The whole run on one rank: agree, build, resume, train, report, save.
 
-    config -> checkpoint? -> data facts -> Plan -> Stage + edges -> Loop [train, test, report, save] -> weights
+    config -> checkpoint? -> DataSpec -> Plan -> Stage + edges -> Loop [train, test, report, save] -> weights
 
 Every rank runs the same code; only the first stage reads images and only rank 0 writes the screen and the files of the
 run (a checkpoint is written by all).
@@ -14,19 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.base.config import Config
 from pipeline.base.errors import LocalpipeError
 from pipeline.base.toml import to_toml
 from pipeline.base.validation import validate
 from pipeline.base.version import code_version
-from pipeline.data.sources import Facts, LoaderData, Source
+from pipeline.data.sources import DataSpec, LoaderData, Source
 from pipeline.edges.connect import agree, agree_on_config
 from pipeline.edges.wire import Directive
 from pipeline.local.local_module import LocalModule
-from pipeline.local.module_state import restore_module
-from pipeline.local.weights import merged_state, weights_sha256
+from pipeline.local.module_state import BUSY, restore_module
+from pipeline.local.weights import State, heads_state, model_state, module_weights, weights_sha256
 from pipeline.plan.assembly import build_modules, describe, write_plan
 from pipeline.plan.measured_placement import placed_plan
 from pipeline.plan.memory import explain_out_of_memory
@@ -34,7 +34,7 @@ from pipeline.ranks.runtime import Runtime
 from pipeline.report.view import open_view
 from pipeline.run import tracing
 from pipeline.run.conductor import Conductor
-from pipeline.run.loop import BUSY, Loop, Run, total_steps
+from pipeline.run.loop import Loop, Run, total_steps
 from pipeline.run.preparation import (
     blocks_and_task,
     connect_stage,
@@ -53,6 +53,7 @@ from pipeline.store.records import EpochRecord
 from pipeline.store.resume import Position, Start
 from pipeline.store.run_directory import RunDirectory, summarise
 from pipeline.store.saver import SaveFailed, Saver
+from pipeline.store.weights_file import HEADS, MODEL, write_weights
 
 ActionHook = Callable[[int, Action], None]
 
@@ -134,9 +135,9 @@ class _Trainer:
         self._agree()
         start = self._begin(run_dir, resume_from)
         runtime.desk.progress(-1, -1, "opening the data")
-        source, facts = open_source(config, self.data, self.numerics, runtime)
+        source, data_spec = open_source(config, self.data, self.numerics, runtime)
         runtime.desk.progress(-1, -1, "placing the local modules")
-        blocks, task = blocks_and_task(config, self.network, facts)
+        blocks, task = blocks_and_task(config, self.network, data_spec)
         self.plan, self._placement = placed_plan(config, blocks, task, self.numerics, runtime)
         if self.leader:
             write_plan(self.plan, self.directory.path / "plan.json")
@@ -150,12 +151,12 @@ class _Trainer:
                 self.plan, runtime.rank, blocks, self.numerics, fresh=self.network is None
             )
             del blocks  # the other stages' blocks
-            saved = self._open(start, facts)
+            saved = self._open(start, data_spec)
             self.stage = self._make_stage()
             position, records = self._restore(saved)
-            self._start_view(start, position, facts)
-            self.loop = self._make_loop(start, source, facts, position, records)
-            return self._train(start, facts)
+            self._start_view(start, position, data_spec)
+            self.loop = self._make_loop(start, source, data_spec, position, records)
+            return self._train(start, data_spec)
         except (LocalpipeError, KeyboardInterrupt):
             raise
         except Exception as error:
@@ -167,7 +168,7 @@ class _Trainer:
             if self._lock is not None:
                 self._lock.close()
 
-    def _train(self, start: Start, facts: Facts) -> dict[str, Any]:
+    def _train(self, start: Start, data_spec: DataSpec) -> dict[str, Any]:
         runtime = self.runtime
         asked = self._asked_to_stop()
         if asked is not None:
@@ -183,7 +184,7 @@ class _Trainer:
             return self._stopped(runtime.broadcast(self.conductor.reason), folder)
         summary = self._finish()
         if self.recorder is not None:
-            steps = min(facts.train_batches, self.loop.total)
+            steps = min(data_spec.train_batches, self.loop.total)
             for note in tracing.write(runtime, self.recorder, self.plan, self.directory.path, steps, self.draw):
                 print(note)
         if problem is not None:
@@ -220,14 +221,14 @@ class _Trainer:
         refuse_private_directory(runtime, self.directory.path)
         return start
 
-    def _open(self, start: Start, facts: Facts) -> Checkpoint | None:
+    def _open(self, start: Start, data_spec: DataSpec) -> Checkpoint | None:
         """The checkpoint to go on from; rank 0 has verified its bytes."""
         if start.checkpoint is None:
             return None
         saved = checkpoint.open_verified(start.checkpoint)
         names = [list(names) for names in self.plan.cut.modules]
-        task, total = self.plan.task, total_steps(self.config, facts)
-        resume.check_fits(saved, names, task.classes, task.image_shape, facts.train_batches, total)
+        task, total = self.plan.task, total_steps(self.config, data_spec)
+        resume.check_fits(saved, names, task.classes, task.image_shape, data_spec.train_batches, total)
         return saved
 
     def _make_stage(self) -> Stage:
@@ -258,7 +259,7 @@ class _Trainer:
         self.stage.restored()
         return Position.of(saved), resume.records_of(saved)
 
-    def _start_view(self, start: Start, position: Position, facts: Facts) -> None:
+    def _start_view(self, start: Start, position: Position, data_spec: DataSpec) -> None:
         devices = self.runtime.gather(str(self.runtime.device))
         live = False
         if self.view is not None and devices is not None:
@@ -284,7 +285,7 @@ class _Trainer:
         )
 
     def _make_loop(
-        self, start: Start, source: Source | None, facts: Facts, position: Position, records: list[EpochRecord]
+        self, start: Start, source: Source | None, data_spec: DataSpec, position: Position, records: list[EpochRecord]
     ) -> Loop:
         runtime, config = self.runtime, self.config
         folder = self.directory.path / checkpoint.FOLDER
@@ -297,7 +298,7 @@ class _Trainer:
             runtime=runtime,
             plan=self.plan,
             stage=self.stage,
-            facts=facts,
+            data_spec=data_spec,
             source=source,
             telemetry=self.telemetry,
             directory=self.directory,
@@ -338,20 +339,20 @@ class _Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Collect weights and write the run directory; returns the summary on every rank."""
-        states = {module.plan.index: module.state() for module in self.modules}
+        states = {module.plan.index: module_weights(module) for module in self.modules}
         gathered = self.runtime.gather(states)
         summary: dict[str, Any] | None = None
         if gathered is not None and self.view is not None:
             every = {index: state for part in gathered for index, state in part.items()}
             ordered = [every[index] for index in range(len(self.plan.modules))]
-            self.directory.write_state("model", merged_state(ordered, "blocks"))
-            self.directory.write_state("heads", merged_state(ordered, "heads"))
+            write_weights(self.directory.path / MODEL, model_state(ordered))
+            write_weights(self.directory.path / HEADS, heads_state(ordered))
             summary = summarise(self.loop.records, settings=self._settings(ordered))
             self.directory.write_summary(summary)
             self.view.finish(summary)
         return self.runtime.broadcast(summary)
 
-    def _settings(self, states: list[dict[str, dict[str, Tensor]]]) -> dict[str, Any]:
+    def _settings(self, states: list[State]) -> dict[str, Any]:
         config = self.config
         return {
             "name": config.model.name,

@@ -118,12 +118,6 @@ class RunDirectory:
         write_atomically(target, lambda file: file.write(text.encode()))
         return target
 
-    def write_state(self, name: str, state_dict: Mapping[str, Any]) -> Path:
-        """Save ``state_dict`` with ``torch.save`` in one go as ``<name>.pt`` and return its path."""
-        target = self.path / (name if name.endswith(".pt") else f"{name}.pt")
-        write_atomically(target, lambda file: torch.save(dict(state_dict), file))
-        return target
-
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read a metrics.jsonl, one dict per epoch; a last line cut short by a killed run is left out.

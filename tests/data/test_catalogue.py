@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
+from pipeline.base.config import DATA_SETS
 from pipeline.base.errors import ConfigError
-from pipeline.data import Augmentation, open_data
+from pipeline.data import CATALOGUE, Augmentation, open_data
+from pipeline.data.catalogue import NAMES
 
 CIFAR_MEAN = (0.49137, 0.48235, 0.44667)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -115,9 +117,16 @@ def test_svhn_and_stl10(
     data = open_data(name, str(tmp_path))
 
     assert asked == [("train", False), ("test", False)]
-    assert data.image_shape == (3, size, size) and len(data.classes) == 10
+    assert data.image_shape == CATALOGUE[name].image_shape == (3, size, size)
+    assert len(data.classes) == CATALOGUE[name].classes == 10
     assert data.mean == data.std == (0.5, 0.5, 0.5)
     assert data.augmentation == policy
+
+
+def test_the_catalogue_knows_digits_before_they_are_opened() -> None:
+    data = open_data("digits")
+    assert data.image_shape == CATALOGUE["digits"].image_shape
+    assert len(data.classes) == CATALOGUE["digits"].classes
 
 
 def test_digits_recipe() -> None:
@@ -137,3 +146,7 @@ def test_folder_recipe(size: int, mean: tuple[float, ...], padding: int, tmp_pat
 
     assert data.mean == pytest.approx(mean, abs=1e-5)
     assert data.augmentation == Augmentation(padding, "reflect", flip=True)
+
+
+def test_the_configuration_knows_the_names_of_the_catalogue() -> None:
+    assert set(DATA_SETS) == set(NAMES)

@@ -16,9 +16,8 @@ from rich.console import Console
 from pipeline import load_config
 from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
-from pipeline.data import open_data
 from pipeline.plan.cost_profile import Profile
-from pipeline.plan.explain import TASKS, explain, measure
+from pipeline.plan.explain import explain, measure
 from pipeline.plan.report import PlanReport
 from pipeline.plan.simulate import ModuleCost
 from pipeline.report.plan_view import schedule_text, show_plan
@@ -130,12 +129,6 @@ def test_what_would_stop_a_run_stops_the_plan(assignments: list[str], ranks: int
 def test_a_profile_without_times_is_refused() -> None:
     with pytest.raises(ConfigError, match="has no time for any action"):
         explain(config(), 2, Profile((ModuleCost(),) * 4, 32, 32))
-
-
-def test_facts_about_named_data_sets_are_those_of_the_data() -> None:
-    digits = open_data("digits")
-    assert TASKS["digits"].classes == len(digits.classes)
-    assert TASKS["digits"].image_shape == digits.image_shape
 
 
 def test_the_tables_name_modules_ranks_and_totals(report: PlanReport) -> None:

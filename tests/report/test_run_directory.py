@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from pipeline.base.errors import ConfigError
 from pipeline.report.curve import plot_curve
@@ -111,14 +110,9 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_litter(tmp_path, monkey
     assert (tmp_path / "summary.json").read_text() == before
 
 
-def test_config_and_state_are_written(tmp_path):
+def test_the_configuration_is_written(tmp_path):
     directory = RunDirectory(tmp_path)
     assert directory.write_config("name = 'é'\n").read_text(encoding="utf-8") == "name = 'é'\n"
-    weight = torch.arange(3.0)
-    path = directory.write_state("rank0", {"weight": weight})
-    assert path == tmp_path / "rank0.pt"
-    assert torch.equal(torch.load(path, weights_only=True)["weight"], weight)
-    assert directory.write_state("rank1.pt", {}).name == "rank1.pt"
 
 
 def test_summary_reports_the_last_epoch_and_adds_up_the_ranks(sample_run):
