@@ -110,7 +110,7 @@ class Setting:
         if isinstance(value, tuple) and bounds.length not in (0, len(value)):
             raise ConfigError(f"{self.name} = {shown(list(value))} must be {bounds.length} numbers, {self.valid()}")
         for entry in value if isinstance(value, tuple) else (value,):
-            whole = shown(list(value)) if isinstance(value, tuple) else shown(value)
+            whole = f"{shown(list(value))}: each" if isinstance(value, tuple) else shown(value)
             if isinstance(entry, str):
                 self._check_text(entry)
             elif not isinstance(entry, bool) and not self._inside(entry):

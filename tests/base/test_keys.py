@@ -57,7 +57,7 @@ def test_nan_infinity_and_what_no_machine_can_do_are_refused_by_name(name: str, 
     [
         ("optim.lr=nan", "optim.lr = nan must be a finite number"),
         ("method.temperature=nan", "method.temperature = nan must be a finite number"),
-        ("method.reconstruction=[nan, 1]", "method.reconstruction = [nan, 1.0] must be a finite number"),
+        ("method.reconstruction=[nan, 1]", "method.reconstruction = [nan, 1.0]: each must be a finite number"),
         ("runtime.deadline_s=nan", "runtime.deadline_s = nan must be a finite number"),
         ("data.cache_gib=inf", "data.cache_gib = inf must be a finite number"),
         ("optim.lr=inf", "optim.lr = inf must be a finite number"),
