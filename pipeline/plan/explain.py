@@ -14,9 +14,11 @@ from pathlib import Path
 
 import torch
 
-from pipeline.base.config import Config, validate
+from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, resolve_numerics
+from pipeline.base.paths import path_of
+from pipeline.base.validation import validate
 from pipeline.data import CATALOGUE, open_data
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.methods import Task, levels_of
@@ -161,7 +163,8 @@ def _task(config: Config) -> Task:
     data = config.data
     if data.name in CATALOGUE:
         return Task(CATALOGUE[data.name].classes, CATALOGUE[data.name].image_shape)
-    cache_gib = 0.0 if Path(data.root).expanduser().is_dir() else data.cache_gib  # decode no more than is needed
+    root = Path(path_of(data.root)).expanduser()
+    cache_gib = 0.0 if root.is_dir() else data.cache_gib  # decode no more than is needed
     opened = open_data(data.name, data.root, image_size=data.image_size, cache_gib=cache_gib)
     return Task(len(opened.classes), opened.image_shape)
 
