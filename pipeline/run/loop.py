@@ -123,7 +123,7 @@ class Loop:
         self._run.runtime.desk.progress(self.epochs, self.step, "waiting for its last checkpoint")
         self._run.saver.join()
         self._warn()
-        return self._run.runtime.broadcast(self._run.saver.error())
+        return self._run.runtime.team.broadcast(self._run.saver.error())
 
     # --- an epoch -----------------------------------------------------------------------------------------------------
 
@@ -179,7 +179,7 @@ class Loop:
             self.step = end
             return last
         # Only the first stage's steps count, and only it knows where a stop has cut the epoch short.
-        self.step = run.runtime.broadcast(step) if stage.directive is Directive.STOP else end
+        self.step = run.runtime.team.broadcast(step) if stage.directive is Directive.STOP else end
         return stage.directive
 
     def _test(self, epoch: int) -> Directive:

@@ -20,6 +20,7 @@ from pipeline.plan.assembly import Plan
 from pipeline.plan.cut import make_cut
 from pipeline.plan.placement import given, place
 from pipeline.ranks.runtime import Runtime
+from pipeline.ranks.team import Team
 
 
 def named_after(config: Config, network: nn.Sequential | None, data: LoaderData | None) -> Config:
@@ -54,7 +55,7 @@ def open_source(
             source = LoaderSource(data, config, numerics, runtime.desk.progress)
         else:
             source = ImageSource(config, numerics)
-    return source, runtime.broadcast(source.data_spec if source is not None else None)
+    return source, runtime.team.broadcast(source.data_spec if source is not None else None)
 
 
 def blocks_and_task(config: Config, network: nn.Sequential | None, data_spec: DataSpec) -> tuple[Blocks, Task]:
@@ -70,9 +71,7 @@ def blocks_and_task(config: Config, network: nn.Sequential | None, data_spec: Da
 
 def connect_stage(config: Config, plan: Plan, numerics: Numerics, runtime: Runtime) -> Edges:
     """The edges of this rank. Collective."""
-    if runtime.store is None:
-        return Edges()
-    rank, last = runtime.rank, runtime.world_size - 1
+    rank, last = runtime.team.rank, runtime.team.size - 1
     wire = (numerics.dtype, numerics.channels_last)
 
     def gradients(sender: int) -> Any:
@@ -86,31 +85,27 @@ def connect_stage(config: Config, plan: Plan, numerics: Numerics, runtime: Runti
     )
     settings = config.runtime
     return connect(
-        runtime.store,
-        rank,
-        runtime.world_size,
+        runtime.team,
         specs,
         activation_slots=plan.activation_slots(rank),
         gradient_slots=plan.gradient_slots(rank),
         depth=settings.queue_depth,
-        deadline_s=settings.deadline_s,
         device=runtime.device,
         backend=runtime.backend,
         ring=config.schedule.ring if config.schedule.kind == "free" else 0,
         max_uses=config.schedule.max_uses,
-        patience=runtime.patience,
     )
 
 
-def refuse_private_directory(runtime: Runtime, run_dir: Path) -> None:
+def refuse_private_directory(team: Team, run_dir: Path) -> None:
     """All ranks write their checkpoints below the run directory, so on several machines it must be one. Collective.
 
     Raises:
         ConfigError: a rank does not see what rank 0 has written there.
     """
-    seen = runtime.gather((run_dir / "config.toml").is_file())
+    seen = team.gather((run_dir / "config.toml").is_file())
     blind = [str(rank) for rank, there in enumerate(seen or ()) if not there]
-    blind = runtime.broadcast(blind)
+    blind = team.broadcast(blind)
     if blind:
         raise ConfigError(
             f"run directory '{run_dir}' of rank 0 is not visible on rank {', '.join(blind)}; on several machines use "

@@ -19,7 +19,6 @@ from pipeline.base.config import Config, to_toml, validate
 from pipeline.base.errors import LocalpipeError
 from pipeline.base.version import code_version
 from pipeline.data.sources import DataSpec, LoaderData, Source
-from pipeline.edges.connect import agree, agree_on_config
 from pipeline.edges.wire import Directive
 from pipeline.local.local_module import LocalModule
 from pipeline.local.module_state import BUSY, restore_module
@@ -27,6 +26,8 @@ from pipeline.local.weights import State, heads_state, model_state, module_weigh
 from pipeline.plan.assembly import build_modules, describe, write_plan
 from pipeline.plan.measured_placement import placed_plan
 from pipeline.plan.memory import explain_out_of_memory
+from pipeline.ranks.agreement import agree_on_config
+from pipeline.ranks.keys import Key
 from pipeline.ranks.runtime import Runtime
 from pipeline.report.view import open_view
 from pipeline.run import tracing
@@ -179,7 +180,7 @@ class _Trainer:
             if problem is not None:
                 raise SaveFailed(f"stopped at step {self.loop.step}, but {_unsaved(problem)}")
             folder = checkpoint.step_folder(self.directory.path / checkpoint.FOLDER, self.loop.step)
-            return self._stopped(runtime.broadcast(self.conductor.reason), folder)
+            return self._stopped(runtime.team.broadcast(self.conductor.reason), folder)
         summary = self._finish()
         if self.recorder is not None:
             steps = min(data_spec.train_batches, self.loop.total)
@@ -192,19 +193,17 @@ class _Trainer:
     # --- before step 0 ------------------------------------------------------------------------------------------------
 
     def _agree(self) -> None:
-        runtime, deadline_s = self.runtime, self.config.runtime.deadline_s
-        ranks = (runtime.store, runtime.rank, runtime.world_size)
-        agree(*ranks, "the version of the code", code_version(), deadline_s, runtime.patience)
-        agree_on_config(*ranks, self.config, deadline_s, runtime.patience)
+        self.runtime.team.agree("the version of the code", code_version())
+        agree_on_config(self.runtime.team, self.config)
 
     def _begin(self, run_dir: Path | None, resume_from: str) -> Start:
         """Choose run directory and checkpoint on rank 0 and tell all ranks. Collective."""
         runtime, config = self.runtime, self.config
         start, path = Start(None), None
         if self.leader:
-            known = _recall(runtime.job_store)
+            known = runtime.team.recall(Key.RUN_DIRECTORY())
             if known is not None:  # torchrun has restarted the workers
-                run_dir = known
+                run_dir = Path(known)
             name = f"{config.model.name}-{config.data.name}"
             going_on = known is not None or resume_from == "auto"
             directory = RunDirectory.create(run_dir, name, going_on)
@@ -212,11 +211,12 @@ class _Trainer:
             path = str(directory.path.absolute())
             start = resume.choose_start(resume_from, directory.path.absolute(), known is not None, config)
             directory.write_config(to_toml(config))
-            _remember(runtime.job_store, path)  # not before: what is refused now must not be done by a restart
-        start, path = runtime.broadcast((start, path))
+            # Not before: what is refused now must not be done by a restart.
+            runtime.team.remember(Key.RUN_DIRECTORY(), path)
+        start, path = runtime.team.broadcast((start, path))
         runtime.desk.run_dir = Path(path)
         self.directory = RunDirectory(Path(path))
-        refuse_private_directory(runtime, self.directory.path)
+        refuse_private_directory(runtime.team, self.directory.path)
         return start
 
     def _open(self, start: Start, data_spec: DataSpec) -> Checkpoint | None:
@@ -258,7 +258,7 @@ class _Trainer:
         return Position.of(saved), resume.records_of(saved)
 
     def _start_view(self, start: Start, position: Position, data_spec: DataSpec) -> None:
-        devices = self.runtime.gather(str(self.runtime.device))
+        devices = self.runtime.team.gather(str(self.runtime.device))
         live = False
         if self.view is not None and devices is not None:
             for warning in start.warnings:
@@ -272,24 +272,15 @@ class _Trainer:
             labels = [self.plan.cut.label(index) for index in range(len(self.plan.modules))]
             self.view.start(header, lines, labels)
             live = not self.quiet
-        self.telemetry = Telemetry(
-            self.runtime.store,
-            self.runtime.rank,
-            self.plan,
-            self.runtime.device,
-            self.runtime.broadcast(live),
-            self.config.runtime.deadline_s,
-            self.runtime.patience,
-        )
+        team = self.runtime.team
+        self.telemetry = Telemetry(team, self.plan, self.runtime.device, team.broadcast(live))
 
     def _make_loop(
         self, start: Start, source: Source | None, data_spec: DataSpec, position: Position, records: list[EpochRecord]
     ) -> Loop:
         runtime, config = self.runtime, self.config
         folder = self.directory.path / checkpoint.FOLDER
-        ranks = (runtime.store, runtime.rank, runtime.world_size)
-        deadline_s = config.runtime.deadline_s
-        saver = Saver(*ranks, folder, config.checkpoint, deadline_s, runtime.patience)
+        saver = Saver(runtime.team, folder, config.checkpoint)
         self.conductor = Conductor(config.checkpoint, runtime.desk.stop_request)
         run = Run(
             config=config,
@@ -315,8 +306,8 @@ class _Trainer:
 
     def _asked_to_stop(self) -> str | None:
         """Which signal came to any rank while everything was being set up. Collective."""
-        requests = self.runtime.gather(self.runtime.desk.stop_request())
-        return self.runtime.broadcast(next((request for request in requests or () if request), None))
+        requests = self.runtime.team.gather(self.runtime.desk.stop_request())
+        return self.runtime.team.broadcast(next((request for request in requests or () if request), None))
 
     def _stopped(self, reason: str, folder: Path | None) -> dict[str, Any]:
         """Say that a signal has ended the run early, in order."""
@@ -339,7 +330,7 @@ class _Trainer:
     def _finish(self) -> dict[str, Any]:
         """Collect weights and write the run directory; returns the summary on every rank."""
         states = {module.plan.index: module_weights(module) for module in self.modules}
-        gathered = self.runtime.gather(states)
+        gathered = self.runtime.team.gather(states)
         summary: dict[str, Any] | None = None
         if gathered is not None and self.view is not None:
             every = {index: state for part in gathered for index, state in part.items()}
@@ -350,7 +341,7 @@ class _Trainer:
             summary = summarise(self.loop.records, settings=self._settings(ordered))
             self.directory.write_summary(summary)
             self.view.finish(summary)
-        return self.runtime.broadcast(summary)
+        return self.runtime.team.broadcast(summary)
 
     def _settings(self, states: list[State]) -> dict[str, Any]:
         config = self.config
@@ -380,16 +371,3 @@ class _Trainer:
 
 def _unsaved(problem: str) -> str:
     return f"its last checkpoint was not saved: {problem}; older ones are untouched"
-
-
-def _recall(store: Any) -> Path | None:
-    """The run directory of earlier attempts of this job."""
-    return Path(store.get(DIRECTORY).decode()) if store is not None and store.check([DIRECTORY]) else None
-
-
-def _remember(store: Any, path: str) -> None:
-    if store is not None:
-        store.set(DIRECTORY, path)
-
-
-DIRECTORY = "run_directory"
