@@ -30,6 +30,7 @@ from pipeline.base.numerics import Numerics
 from pipeline.base.version import VERSION
 from pipeline.local.local_module import LocalModule
 from pipeline.models.backbones import Blocks
+from pipeline.models.unbuilt import is_planned
 from pipeline.plan.assembly import Plan, build_modules
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.simulate import ModuleCost
@@ -51,7 +52,7 @@ def profile_modules(
 
     Args:
         plan: of any placement; every module is measured by itself.
-        blocks: the network; it is copied.
+        blocks: the network; it is copied, and planned blocks get weights in the copy.
         numerics: device, dtype, layout.
         warmup: steps of one micro-batch before those that count; the first one, always done, measures memory.
         steps: steps that count; times are their medians.
@@ -159,7 +160,7 @@ def _profile_one(
     alone: Plan, index: int, blocks: Blocks, numerics: Numerics, warmup: int, steps: int
 ) -> ModuleCost:
     copies = OrderedDict((name, copy.deepcopy(blocks[name])) for name in alone.cut.modules[index])
-    (module,) = build_modules(alone, index, copies, numerics, fresh=False)
+    (module,) = build_modules(alone, index, copies, numerics, fresh=any(map(is_planned, copies.values())))
     module.set_learning_rate(0.0)  # random labels must not drive the weights to where arithmetic is slow
     item = _random_input(alone, index, numerics, module.needs_image)
     scale = 1.0 / alone.config.schedule.micro_batches

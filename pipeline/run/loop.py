@@ -88,7 +88,7 @@ class Loop:
     def run(self) -> Directive:
         """Train to the end, or until told to stop: GO or STOP. After STOP the state is saved."""
         run, settings = self._run, self._run.config.train
-        leader = run.runtime.rank == 0
+        leader = run.runtime.team.leads
         for epoch in range(self._epoch_at_work(), self.epochs + 1):
             first = (epoch - 1) * run.data_spec.train_batches
             end = min(first + run.data_spec.train_batches, self.total)
@@ -147,7 +147,7 @@ class Loop:
     def _train(self, epoch: int, first: int, end: int) -> Directive:
         """Train ``epoch`` up to step ``end``, unless told to stop. Returns the last directive."""
         run, stage = self._run, self._run.stage
-        leader, free = run.runtime.rank == 0, run.config.schedule.kind == "free"
+        leader, free = run.runtime.team.leads, run.config.schedule.kind == "free"
         began = self.step
         batches = run.source.train(epoch, began - first) if run.source is not None else None
         stage.begin_epoch(self._start.late_since if first < began == self._start.step else first, began)
@@ -187,7 +187,7 @@ class Loop:
         batches = run.source.test() if run.source is not None else None
         for index in range(run.data_spec.test_batches):
             batch = stage.fetch(batches, epoch, self.step, "the test") if batches is not None else None
-            order = run.conductor.during_test() if run.runtime.rank == 0 else Directive.GO
+            order = run.conductor.during_test() if run.runtime.team.leads else Directive.GO
             stage.test_step(epoch, self.step + index, batch, order)
             if stage.directive is Directive.STOP:
                 return Directive.STOP
@@ -213,7 +213,7 @@ class Loop:
         for index, busy_s in stage.counters.busy_s.items():
             states[index][BUSY] = torch.tensor(busy_s, dtype=torch.float64)
         document = None
-        if run.runtime.rank == 0:
+        if run.runtime.team.leads:
             with contextlib.suppress(OSError):  # the save will say so
                 self.keep_directory()
             inside = self._finished < epoch

@@ -121,7 +121,7 @@ class _Trainer:
         self.before_action = before_action
         self.trace = trace
         self.draw = draw
-        self.leader = runtime.rank == 0
+        self.leader = runtime.team.leads
         self._lock: RunLock | None = None
         self.modules: list[LocalModule] = []
         self.stage: Stage | None = None
@@ -140,14 +140,14 @@ class _Trainer:
         self.plan, self._placement = placed_plan(config, blocks, task, self.numerics, runtime)
         if self.leader:
             write_plan(self.plan, self.directory.path / PLAN)
-        runtime.desk.describe(self.plan.stage_label(runtime.rank))
+        runtime.desk.describe(self.plan.stage_label(runtime.team.rank))
         runtime.desk.progress(-1, -1, "building the local modules")
         self.view = open_view(quiet=self.quiet) if self.leader else None
         if self.view is not None:
             runtime.desk.before_exit = self.view.close  # a live view hides the cursor
         try:
             self.modules = build_modules(
-                self.plan, runtime.rank, blocks, self.numerics, fresh=self.network is None
+                self.plan, runtime.team.rank, blocks, self.numerics, fresh=self.network is None
             )
             del blocks  # the other stages' blocks
             saved = self._open(start, data_spec)
@@ -159,7 +159,7 @@ class _Trainer:
         except (LocalpipeError, KeyboardInterrupt):
             raise
         except Exception as error:
-            explained = explain_out_of_memory(error, self.plan, runtime.rank, self.numerics, self.modules)
+            explained = explain_out_of_memory(error, self.plan, runtime.team.rank, self.numerics, self.modules)
             runtime.desk.report(explained or error, self._module_at_work())
         finally:
             if self.view is not None:
@@ -236,11 +236,11 @@ class _Trainer:
         make_stage = FreeStage if config.schedule.kind == "free" else Stage
         return make_stage(
             self.modules,
-            plan.schedules[runtime.rank],
-            plan.gradient_order(runtime.rank + 1) if runtime.rank + 1 < runtime.world_size else (),
+            plan.schedules[runtime.team.rank],
+            plan.gradient_order(runtime.team.rank + 1) if runtime.team.rank + 1 < runtime.team.size else (),
             config.schedule.micro_batches,
             edges,
-            plan.image_crosses(runtime.rank),
+            plan.image_crosses(runtime.team.rank),
             runtime.desk.progress,
             self.before_action,
             self.recorder,
@@ -354,7 +354,7 @@ class _Trainer:
             "schedule": config.schedule.kind,
             "micro_batches": config.schedule.micro_batches,
             "modules": len(self.plan.modules),
-            "world_size": self.runtime.world_size,
+            "world_size": self.runtime.team.size,
             "seed": config.train.seed,
             "precision": str(self.numerics.dtype).removeprefix("torch."),
             "config_sha256": config.fingerprint(),
