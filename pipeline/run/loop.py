@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from pipeline.base.config import Config, to_toml
+from pipeline.base.config import Config
+from pipeline.base.toml import to_toml
 from pipeline.base.version import VERSION
 from pipeline.data.sources import DataSpec, Source
 from pipeline.edges.wire import Directive

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.base.config import Config, validate
+from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, resolve_numerics
+from pipeline.base.validation import validate
 from pipeline.data.sources import DataSpec, ImageSource, LoaderData, LoaderSource, Source
 from pipeline.edges.connect import Edges, EdgeSpecs, connect
 from pipeline.local.compilation import refuse_without_compiler

@@ -15,8 +15,11 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.base.config import Config, to_toml, validate
+from pipeline.base.config import Config
 from pipeline.base.errors import LocalpipeError
+from pipeline.base.paths import path_of, text_of
+from pipeline.base.toml import to_toml
+from pipeline.base.validation import validate
 from pipeline.base.version import code_version
 from pipeline.data.sources import DataSpec, LoaderData, Source
 from pipeline.edges.wire import Directive
@@ -203,7 +206,7 @@ class _Trainer:
         if self.leader:
             known = runtime.team.recall(Key.RUN_DIRECTORY())
             if known is not None:  # torchrun has restarted the workers
-                run_dir = Path(known)
+                run_dir = Path(path_of(known))
             name = f"{config.model.name}-{config.data.name}"
             going_on = known is not None or resume_from == "auto"
             directory = RunDirectory.create(run_dir, name, going_on)
@@ -212,7 +215,7 @@ class _Trainer:
             start = resume.choose_start(resume_from, directory.path.absolute(), known is not None, config)
             directory.write_config(to_toml(config))
             # Not before: what is refused now must not be done by a restart.
-            runtime.team.remember(Key.RUN_DIRECTORY(), path)
+            runtime.team.remember(Key.RUN_DIRECTORY(), text_of(path))
         start, path = runtime.team.broadcast((start, path))
         runtime.desk.run_dir = Path(path)
         self.directory = RunDirectory(Path(path))

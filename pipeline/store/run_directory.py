@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from pipeline.base.errors import ConfigError
+from pipeline.base.errors import ConfigError, shown
+from pipeline.base.paths import is_text
 from pipeline.store.atomic import temporary_of, write_atomically
 from pipeline.store.records import EpochRecord
 
@@ -42,6 +43,8 @@ class RunDirectory:
 
         With ``resume`` it may hold a run. Raises ConfigError (one line) when it does otherwise, or cannot be written.
         """
+        if path is not None and not is_text(path):
+            raise ConfigError(f"run directory {shown(str(path))} is not text in UTF-8; give --run-dir a name that is")
         try:
             path = _make_default(name) if path is None else path
             path.mkdir(parents=True, exist_ok=True)

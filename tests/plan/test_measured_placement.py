@@ -93,7 +93,7 @@ def test_measuring_leaves_the_network_and_the_random_state_alone(monkeypatch: py
     [
         ({"kind": "given"}, "stages belong to kind 'given'"),
         ({"kind": "count", "stages": [2, 2]}, "stages belong to kind 'given'"),
-        ({"kind": "given", "stages": [2, 0]}, "list of positive integers"),
+        ({"kind": "given", "stages": [2, 0]}, "each must be at least 1"),
         ({"kind": "balanced"}, "partition.kind = 'balanced' is not known"),
     ],
 )
