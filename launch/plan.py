@@ -30,15 +30,14 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE.json", type=Path, help="write the plan")
     arguments = parser.parse_args()
     config = pipeline.load_config(arguments.recipe, arguments.config, arguments.set)
-    ranks = arguments.ranks
-    profile = pipeline.Profile.read(arguments.profile) if arguments.profile else pipeline.measure(config, ranks)
+    profile = pipeline.Profile.read(arguments.profile) if arguments.profile else None  # None: measured here
     link = {"latency_s": arguments.latency_us * 1e-6, "bytes_per_s": arguments.gbit * 1e9 / 8}
-    report = pipeline.explain(config, ranks, profile, count=True, **link)
+    report = pipeline.explain(config, arguments.ranks, profile, count=True, **link)
     pipeline.show_plan(report)
     if arguments.schedule:
         print(f"\n{pipeline.schedule_text(report)}")
     if arguments.save_profile:
-        profile.write(arguments.save_profile)
+        report.profile.write(arguments.save_profile)
     if arguments.chart:
         pipeline.plot_timeline(report.events, arguments.chart, report.first_step, title=report.lines[0])
     if arguments.json:

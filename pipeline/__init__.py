@@ -10,13 +10,17 @@ first used: a command can parse its arguments, refuse a configuration and note a
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from pipeline.base.config import Config, from_dict, load_config, recipe_names, to_toml
+from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError, LocalpipeError
+from pipeline.base.recipes import load_config, recipe_names, recipes_text
+from pipeline.base.reference import keys_markdown
+from pipeline.base.toml import to_toml
+from pipeline.base.validation import from_dict
 from pipeline.base.version import VERSION as __version__
 from pipeline.ranks.command import command
 
 if TYPE_CHECKING:
-    from pipeline.data.sources import LoaderData
+    from pipeline.data.loader_source import LoaderData
     from pipeline.local.methods import Task, Term, register_method
     from pipeline.local.weights import load_model, weights_sha256
     from pipeline.models.backbones import UncutModel, backbone_names, build_blocks, register_backbone
@@ -57,6 +61,7 @@ __all__ = [
     "explain",
     "export",
     "from_dict",
+    "keys_markdown",
     "load_config",
     "load_model",
     "measure",
@@ -65,6 +70,7 @@ __all__ = [
     "read_metrics",
     "read_trace",
     "recipe_names",
+    "recipes_text",
     "register_backbone",
     "register_method",
     "schedule_text",
@@ -78,7 +84,7 @@ __all__ = [
 ]
 
 _NEED_TORCH = {
-    "pipeline.data.sources": ("LoaderData",),
+    "pipeline.data.loader_source": ("LoaderData",),
     "pipeline.local.methods": ("Task", "Term", "register_method"),
     "pipeline.local.weights": ("load_model", "weights_sha256"),
     "pipeline.models.backbones": ("UncutModel", "backbone_names", "build_blocks", "register_backbone"),

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from pipeline.base.errors import ConfigError, InUseError, LocalpipeError, is_noted, one_line
+from pipeline.base.errors import ConfigError, InUseError, LocalpipeError, is_noted, line_of
 from pipeline.ranks import launcher
 from pipeline.ranks.start_up import StartUp
 
@@ -40,7 +40,7 @@ def command(main: Callable[[], int], *, trains: bool = False) -> int:
     except BaseException as error:
         if not _is_told(error):
             raise
-        line, refused = one_line(error), isinstance(error, ConfigError) and not isinstance(error, InUseError)
+        line, refused = line_of(error), isinstance(error, ConfigError) and not isinstance(error, InUseError)
         if os.environ.get("RANK", "0") == "0":
             print(line, file=sys.stderr, flush=True)
         launcher.tell(line, refused)

@@ -8,14 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.base.config import Config, validate
+from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, resolve_numerics
+from pipeline.base.validation import validate
 from pipeline.data.sources import DataSpec, ImageSource, LoaderData, LoaderSource, Source
 from pipeline.edges.connect import Edges, EdgeSpecs, connect
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.methods import Task
-from pipeline.models.backbones import Blocks, blocks_of, build_blocks
+from pipeline.models.backbones import Blocks, blocks_of
+from pipeline.models.unbuilt import planned_blocks
 from pipeline.plan.assembly import Plan
 from pipeline.plan.cut import make_cut
 from pipeline.plan.placement import given, place
@@ -35,11 +37,11 @@ def named_after(config: Config, network: nn.Sequential | None, data: LoaderData 
 
 def refuse_early(config: Config, network: nn.Sequential | None, runtime: Runtime) -> Numerics:
     """Refusals that need no data: more modules than blocks, more ranks than modules, a layout that cannot work."""
-    blocks = blocks_of(network) if network is not None else build_blocks(config.model.name, 3, 10)
+    blocks = blocks_of(network) if network is not None else planned_blocks(config.model.name, 3, 10)
     count = len(make_cut(list(blocks), config.model))
     if config.partition.kind == "given":
-        given(config.partition.stages, count, runtime.world_size)
-    place(count, runtime.world_size)
+        given(config.partition.stages, count, runtime.team.size)
+    place(count, runtime.team.size)
     if config.precision.compile:
         refuse_without_compiler(runtime.device)
     return resolve_numerics(config.precision, runtime.device, blocks.values())
@@ -50,7 +52,7 @@ def open_source(
 ) -> tuple[Source | None, DataSpec]:
     """The data on rank 0, and what all ranks must know of it. Collective."""
     source: Source | None = None
-    if runtime.rank == 0:
+    if runtime.team.leads:
         if data is not None:
             source = LoaderSource(data, config, numerics, runtime.desk.progress)
         else:
@@ -59,11 +61,11 @@ def open_source(
 
 
 def blocks_and_task(config: Config, network: nn.Sequential | None, data_spec: DataSpec) -> tuple[Blocks, Task]:
-    """The network in blocks, and what it is for."""
+    """The network in blocks, without weights unless it is the user's own, and what it is for."""
     if network is None:
         if data_spec.classes == 0:
             raise ConfigError("your own loaders need your own network: pass network=nn.Sequential(...)")
-        blocks = build_blocks(config.model.name, data_spec.image_shape[0], data_spec.classes)
+        blocks = planned_blocks(config.model.name, data_spec.image_shape[0], data_spec.classes, config.train.seed)
         return blocks, Task(data_spec.classes, data_spec.image_shape)
     blocks = blocks_of(network)
     return blocks, Task(data_spec.classes or _classes_of(blocks), data_spec.image_shape)

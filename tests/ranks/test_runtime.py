@@ -24,7 +24,7 @@ import torch.distributed as dist
 from helpers_spawn import RankResult, run_ranks
 from helpers_torchrun import run_agents
 
-from pipeline.base.errors import ConfigError, one_line
+from pipeline.base.errors import ConfigError, line_of
 from pipeline.edges.connect import EdgeSpecs, connect
 from pipeline.edges.wire import FieldSpec, Header, MessageKind, MessageSpec
 from pipeline.ranks import runtime as runtime_module
@@ -387,7 +387,7 @@ def no_gpus(rank: int) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() >= 2, reason="this machine has the GPUs asked for")
-def test_too_few_gpus_is_one_line() -> None:
+def test_too_few_gpus_is_line_of() -> None:
     ranks = run_ranks(no_gpus, 2)
     lines = our_lines(ranks)
     assert len(lines) == 1
@@ -418,7 +418,7 @@ def test_one_process_raises_what_happened_with_the_line_as_a_note(alone: None, t
         raise error
     assert caught.value is error
     path = tmp_path / "failure-rank0.txt"
-    assert one_line(error) == f"localpipe: rank 0, before the first step: KeyError: 'labels' (traceback: {path})"
+    assert line_of(error) == f"localpipe: rank 0, before the first step: KeyError: 'labels' (traceback: {path})"
     assert "raise error" in path.read_text()
 
 
@@ -426,7 +426,7 @@ def test_ctrl_c_is_raised_and_says_where(alone: None) -> None:
     with pytest.raises(KeyboardInterrupt) as caught, Runtime("cpu", threads=1) as runtime:
         runtime.desk.progress(3, 4, "computing")
         raise KeyboardInterrupt
-    assert one_line(caught.value) == "localpipe: stopped by ctrl-C at epoch 3 step 4"
+    assert line_of(caught.value) == "localpipe: stopped by ctrl-C at epoch 3 step 4"
 
 
 def test_one_process_stops_when_asked(alone: None) -> None:
@@ -441,7 +441,7 @@ def test_one_process_stops_when_asked(alone: None) -> None:
         runtime.desk.stop_gracefully()
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
-    assert one_line(caught.value) == "localpipe: stopped by ctrl-C before the first step"
+    assert line_of(caught.value) == "localpipe: stopped by ctrl-C before the first step"
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
@@ -463,7 +463,7 @@ def test_one_process_raises_a_refusal_as_it_is(tmp_path: Path, capfd: pytest.Cap
     refusal = ConfigError("data.root = '/nowhere': no such folder")
     with pytest.raises(ConfigError) as caught:
         desk.report(refusal)
-    assert caught.value is refusal and one_line(refusal) == "localpipe: data.root = '/nowhere': no such folder"
+    assert caught.value is refusal and line_of(refusal) == "localpipe: data.root = '/nowhere': no such folder"
     assert capfd.readouterr().err == ""
     assert not list(tmp_path.iterdir())
 
