@@ -103,9 +103,7 @@ def test_torchrun_refuses_once_and_ends_with_our_line() -> None:
     assert len(ended.lines) == 1 and "method.name = 'xx'" in ended.lines[0]
     below = [line for line in ended.output.partition(ended.lines[0])[2].splitlines() if line]
     assert "method.name = 'xx'" in below[-2] and set(below[-1]) == {"="}
-    report = below[next(index for index, line in enumerate(below) if line.startswith("Traceback")) :]
-    assert len(report) <= 32, ended.output
-    assert "<NO_OTHER_FAILURES>" in ended.output  # the other rank is not listed
+    assert sum("rank      : " in line for line in below) == 1, ended.output  # the other rank is not listed
 
 
 @pytest.mark.slow
