@@ -28,11 +28,12 @@ from pipeline.plan.assembly import Plan, describe, make_plan
 from pipeline.plan.cost import StepCost, step_cost
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.placement import choose_stages, given, place, split_by_cost
-from pipeline.plan.profiling import profile_modules, rank_memory, refuse_too_large, work_of
+from pipeline.plan.profiling import profile_modules, work_of
+from pipeline.plan.rank_memory import rank_memory, refuse_too_large
 from pipeline.plan.report import Placement, PlannedModule, PlannedRank, PlanReport
 from pipeline.plan.simulate import ModuleCost, Simulation, simulate
 from pipeline.ranks.runtime import choose_device, keep_freed_memory, ranks_per_device, set_threads
-from pipeline.stage.events import SteadyState
+from pipeline.stage.events import SteadyState, steady_state
 from pipeline.stage.schedule import Kind
 
 STEPS = 24
@@ -194,7 +195,7 @@ def _run(
         bytes_per_s=bytes_per_s,
         replay=plan.config.schedule.kind == "free",
     )
-    return simulation, simulation.steady_state(STEPS // 2, STEPS - 1)
+    return simulation, steady_state(simulation.events(), STEPS // 2, STEPS - 1)
 
 
 def _modules(

@@ -9,7 +9,8 @@ from pipeline.models.backbones import Blocks
 from pipeline.plan.assembly import Plan, make_plan
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.placement import choose_stages, place
-from pipeline.plan.profiling import profile_modules, rank_memory, refuse_too_large
+from pipeline.plan.profiling import profile_modules
+from pipeline.plan.rank_memory import rank_memory, refuse_too_large
 from pipeline.ranks.runtime import Runtime, ranks_per_device
 
 MEBI = 2**20
