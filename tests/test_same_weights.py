@@ -290,14 +290,6 @@ def recorded_rows() -> dict[str, Result] | None:
     return next((record["rows"] for record in read_records() if record["machine"] == machine), None)
 
 
-RECORDED = recorded_rows()
-only_where_recorded = pytest.mark.skipif(
-    RECORDED is None,
-    reason=f"same_weights.json has no record of this machine ({' '.join(this_machine().values())}); to make one, on a "
-    "commit that is right: python tests/test_same_weights.py --record",
-)
-
-
 def record() -> None:
     """Run every row and keep the results as those of this machine."""
     torch.set_num_threads(1)
@@ -334,18 +326,24 @@ def test_records_are_complete_and_every_row_shows_something(number: int) -> None
     check_rows(read_records()[number]["rows"])
 
 
-@only_where_recorded
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, Result]:
+    if (rows := recorded_rows()) is None:
+        pytest.skip(
+            f"{RECORDS.name} has no record of this machine ({' '.join(this_machine().values())}); to make one, on a "
+            f"commit that is right: python tests/{Path(__file__).name} --record"
+        )
+    return rows
+
+
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row.ranks == 1])
-def test_a_run_ends_with_the_recorded_weights(name: str, tmp_path: Path) -> None:
-    assert RECORDED is not None
-    assert run(ROWS[name], tmp_path) == RECORDED[name]
+def test_a_run_ends_with_the_recorded_weights(name: str, recorded: dict[str, Result], tmp_path: Path) -> None:
+    assert run(ROWS[name], tmp_path) == recorded[name]
 
 
-@only_where_recorded
-def test_runs_on_two_ranks_end_with_the_recorded_weights(tmp_path: Path) -> None:
-    assert RECORDED is not None
+def test_runs_on_two_ranks_end_with_the_recorded_weights(recorded: dict[str, Result], tmp_path: Path) -> None:
     found = run_on_two_ranks(tmp_path)
-    assert found == {name: RECORDED[name] for name in found}
+    assert found == {name: recorded[name] for name in found}
 
 
 if __name__ == "__main__":
