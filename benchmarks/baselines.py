@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from bursts import Burst, System
+from networks import sgd
 from ranks import Rank
 from torch import Tensor, nn
 from torch.distributed import pipelining
@@ -22,7 +24,6 @@ from torch.utils.checkpoint import checkpoint
 
 Step = Callable[[Tensor, Tensor], float | None]
 """(inputs, labels) of a whole batch -> its loss, None where this rank does not see it."""
-Optimiser = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,14 @@ class TorchSchedule:
         row, place = divmod(part, ranks)
         return ranks - 1 - place if self.vee and row % 2 else place
 
+    def loads(self, seconds: Sequence[float]) -> list[float]:
+        """Work of every rank, from that of one module per rank: each is cut into as many parts as a rank owns."""
+        ranks, each = len(seconds), self.parts_per_rank
+        loads = [0.0] * ranks
+        for part in range(ranks * each):
+            loads[self.owner(part, ranks)] += seconds[part // each] / each
+        return loads
+
     def fits(self, micro_batches: int, ranks: int) -> bool:
         """Whether torch accepts this number of micro-batches."""
         if self.make is pipelining.Schedule1F1B:
@@ -57,7 +66,19 @@ ONE_F_ONE_B = TorchSchedule("1F1B", pipelining.Schedule1F1B)
 INTERLEAVED = TorchSchedule("Interleaved1F1B", pipelining.ScheduleInterleaved1F1B, 2)
 ZERO_BUBBLE = TorchSchedule("InterleavedZeroBubble", pipelining.ScheduleInterleavedZeroBubble, 2)
 ZBV = TorchSchedule("ZBVZeroBubble", pipelining.ScheduleZBVZeroBubble, 2, vee=True)
-TORCH_SCHEDULES = (GPIPE, ONE_F_ONE_B, INTERLEAVED, ZERO_BUBBLE, ZBV)
+TORCH_SCHEDULES = {schedule.name: schedule for schedule in (GPIPE, ONE_F_ONE_B, INTERLEAVED, ZERO_BUBBLE, ZBV)}
+
+
+def torch_systems(
+    names: Sequence[str], ranks: int, counts: Sequence[int], burst: Callable[[Any, System], Burst | None]
+) -> list[System]:
+    """For every named schedule those numbers of micro-batches that it accepts."""
+    return [
+        System(f"torch {name}", "bp", name, ranks, ranks * TORCH_SCHEDULES[name].parts_per_rank, micro_batches, burst)
+        for name in names
+        for micro_batches in counts
+        if TORCH_SCHEDULES[name].fits(micro_batches, ranks)
+    ]
 
 
 def wire(x: Tensor) -> Tensor:
@@ -108,7 +129,6 @@ def torch_pipeline(
     parts: Sequence[Sequence[nn.Module]],
     micro_batches: int,
     inputs: Tensor,
-    optimiser: Optimiser,
     backend: str,
 ) -> Iterator[tuple[Step, int]]:
     """A pipeline over all ranks.
@@ -140,7 +160,7 @@ def torch_pipeline(
         ]
         single = schedule.parts_per_rank == 1
         pipeline = schedule.make(stages[0] if single else stages, micro_batches, loss_fn=cross_entropy)
-        trained = optimiser([parameter for part in mine for parameter in modules[part].parameters()])
+        trained = sgd([parameter for part in mine for parameter in modules[part].parameters()])
         first, last = 0 in mine, len(parts) - 1 in mine
 
         def step(batch: Tensor, labels: Tensor) -> float | None:
@@ -169,13 +189,13 @@ def _boundaries(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     return [tensor.detach().clone() for tensor in tensors]
 
 
-def one_device(network: nn.Sequential, optimiser: Optimiser, micro_batches: int, checkpointing: bool) -> Step:
+def one_device(network: nn.Sequential, micro_batches: int = 1, checkpointing: bool = False) -> Step:
     """Backpropagation in one process; gradients of micro-batches are accumulated.
 
     Args:
         checkpointing: keep only the inputs of blocks, and run their forward passes again in the backward pass.
     """
-    trained = optimiser(list(network.parameters()))
+    trained = sgd(list(network.parameters()))
 
     def forward(x: Tensor) -> Tensor:
         for block in network:
@@ -196,9 +216,7 @@ def one_device(network: nn.Sequential, optimiser: Optimiser, micro_batches: int,
 
 
 @contextmanager
-def data_parallel(
-    rank: Rank, network: nn.Sequential, optimiser: Optimiser, backend: str
-) -> Iterator[tuple[Step, float]]:
+def data_parallel(rank: Rank, network: nn.Sequential, backend: str) -> Iterator[tuple[Step, float]]:
     """DistributedDataParallel.
 
     Yields:
@@ -207,7 +225,7 @@ def data_parallel(
     with rank.group(backend):
         copy = DistributedDataParallel(network)
         parameters = list(network.parameters())
-        trained = optimiser(parameters)
+        trained = sgd(parameters)
 
         def step(batch: Tensor, labels: Tensor) -> float:
             loss = cross_entropy(copy(batch), labels)

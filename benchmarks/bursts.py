@@ -11,9 +11,10 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from ranks import Rank
+from ranks import Rank, run_ranks
 
 NEIGHBOURS = 8
 
@@ -23,13 +24,13 @@ class Burst:
     """What one rank knows of a burst.
 
     Attributes:
-        step_s: seconds of one step, by rank.
+        step_s: seconds of one step, of the slowest rank that it knows.
         work_s: seconds of work in one step, by rank; empty where it is not known.
         sent: bytes sent in one step.
         losses: mean loss of the batch, step by step, of the part of the network that ends in logits.
     """
 
-    step_s: tuple[float, ...]
+    step_s: float
     work_s: tuple[float, ...]
     sent: float = 0.0
     losses: tuple[float, ...] = ()
@@ -40,23 +41,23 @@ class System:
     """Something that trains.
 
     Attributes:
-        name, method, schedule, ranks, modules, micro_batches: as in :class:`tables.Row`.
-        burst: runs on every rank; None where a rank has nothing to say.
+        system, method, span, schedule, ranks, modules, micro_batches: as in :func:`tables.make_row`.
+        burst: runs on every rank, given the bench there and this; None where the rank has nothing to say.
     """
 
-    name: str
+    system: str
     method: str
     schedule: str
     ranks: int
     modules: int
     micro_batches: int
-    burst: Callable[[Rank], Burst | None]
+    burst: Callable[[Any, System], Burst | None]
+    span: int = 1
 
     @property
-    def label(self) -> str:
-        """For people: ``dgl, async``, ``torch 1F1B, M = 4``."""
-        what = self.name if self.method == "bp" else f"{self.method}, {self.schedule}"
-        return what if self.micro_batches == 1 else f"{what}, M = {self.micro_batches}"
+    def row(self) -> dict[str, Any]:
+        """The part of a row that names it."""
+        return {key: value for key, value in vars(self).items() if key != "burst"}
 
 
 def time_steps(rank: Rank, step: Callable[[], float | None], warmup: int, steps: int, cores: int = 1) -> Burst:
@@ -73,44 +74,18 @@ def time_steps(rank: Rank, step: Callable[[], float | None], warmup: int, steps:
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     kept = tuple(loss for loss in losses if loss is not None)
     work_s = () if torch.cuda.is_initialized() else (min(cpu / cores, wall) / steps,)
-    return Burst((wall / steps,), work_s, losses=kept)
-
-
-def take_turns(rank: Rank, systems: Sequence[System], rounds: int) -> list[tuple[int, Burst | None]]:
-    """All rounds on one rank: (index of the system, burst), in the order in which they were run.
-
-    System 0 is the reference. The others take turns in another order in every round.
-    """
-    done: list[tuple[int, Burst | None]] = []
-    for number in range(rounds):
-        order = list(range(1, len(systems)))
-        random.Random(number).shuffle(order)
-        turns = [0]
-        for start in range(0, len(order), NEIGHBOURS):
-            turns += [*order[start : start + NEIGHBOURS], 0]
-        for index in turns:
-            rank.meet()
-            done.append((index, systems[index].burst(rank)))
-        if rank.leader:
-            print(f"round {number + 1} of {rounds}: {len(turns)} bursts", flush=True)
-    return done
+    return Burst(wall / steps, work_s, losses=kept)
 
 
 @dataclass(frozen=True)
-class Turn:
-    """One burst of all ranks together.
+class Turn(Burst):
+    """One burst of all ranks together: as a :class:`Burst`, of them all.
 
     Attributes:
-        step_s: seconds of one step, of the slowest rank.
-        work_s: by rank.
         ratio: of its speed to the neighbouring references.
     """
 
-    step_s: float
-    work_s: tuple[float, ...]
-    sent: float
-    losses: tuple[float, ...]
-    ratio: float
+    ratio: float = 1.0
 
 
 def merge(by_rank: Sequence[Sequence[tuple[int, Burst | None]]]) -> dict[int, list[Turn]]:
@@ -119,7 +94,7 @@ def merge(by_rank: Sequence[Sequence[tuple[int, Burst | None]]]) -> dict[int, li
     for entries in zip(*by_rank, strict=True):
         parts = [burst for _, burst in entries if burst is not None]
         whole = Burst(
-            tuple(value for part in parts for value in part.step_s),
+            max(part.step_s for part in parts),
             tuple(value for part in parts for value in part.work_s),
             sum(part.sent for part in parts),
             tuple(value for part in parts for value in part.losses),
@@ -130,8 +105,44 @@ def merge(by_rank: Sequence[Sequence[tuple[int, Burst | None]]]) -> dict[int, li
     for at, (index, burst) in enumerate(joined):
         before = max(place for place in references if place <= at)
         after = min(place for place in references if place >= at)
-        reference_s = statistics.harmonic_mean(max(joined[place][1].step_s) for place in (before, after))
-        step_s = max(burst.step_s)
-        turn = Turn(step_s, burst.work_s, burst.sent, burst.losses, reference_s / step_s)
-        turns.setdefault(index, []).append(turn)
+        reference_s = statistics.harmonic_mean(joined[place][1].step_s for place in (before, after))
+        turns.setdefault(index, []).append(Turn(**vars(burst), ratio=reference_s / burst.step_s))
     return turns
+
+
+def compete(
+    settings: Any, systems: Callable[[Any, int], list[System]], bench: Callable[..., Any], ranks: int, deadline_s: float
+) -> tuple[list[tuple[System, list[Turn]]], list[Any]]:
+    """Let ``systems(settings, ranks)`` take turns for ``settings.rounds`` rounds. System 0 is the reference.
+
+    Args:
+        bench: ``bench(settings, rank)`` is made once on every rank and given to all bursts there; what is to be known
+            of it afterwards is its ``record``.
+
+    Returns:
+        Every system with its turns, and the records by rank.
+    """
+    values = run_ranks(_take_turns, ranks, settings, systems, bench, deadline_s=deadline_s)
+    turns = merge([done for done, _ in values])
+    found = [(system, turns[index]) for index, system in enumerate(systems(settings, ranks))]
+    return found, [record for _, record in values]
+
+
+def _take_turns(
+    rank: Rank, settings: Any, systems: Callable[[Any, int], list[System]], bench: Callable[..., Any]
+) -> tuple[list[tuple[int, Burst | None]], Any]:
+    """All rounds on one rank, each in another order: (index of the system, burst), as they were run."""
+    found, here = systems(settings, rank.count), bench(settings, rank)
+    done: list[tuple[int, Burst | None]] = []
+    for number in range(settings.rounds):
+        order = list(range(1, len(found)))
+        random.Random(number).shuffle(order)
+        turns = [0]
+        for start in range(0, len(order), NEIGHBOURS):
+            turns += [*order[start : start + NEIGHBOURS], 0]
+        for index in turns:
+            rank.meet()
+            done.append((index, found[index].burst(here, found[index])))
+        if rank.leader:
+            print(f"round {number + 1} of {settings.rounds}: {len(turns)} bursts", flush=True)
+    return done, here.record

@@ -1,4 +1,4 @@
-"""The real network of throughput.py: the same weights for everybody, and its cut into parts of equal time."""
+"""The real networks and images of the benchmarks: the same for everybody, and the cut into parts of equal time."""
 
 from __future__ import annotations
 
@@ -23,18 +23,17 @@ def sgd(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, **SGD)
 
 
-def network(model: str, device: torch.device) -> nn.Sequential:
-    """The backbone ``model`` with weights that are equal on all ranks, channels last."""
+def network(model: str) -> nn.Sequential:
+    """The backbone ``model`` with weights that are equal on all ranks."""
     torch.manual_seed(0)
-    blocks = nn.Sequential(*build_blocks(model, IMAGE[0], CLASSES).values())
-    return blocks.to(device=device, memory_format=torch.channels_last)
+    return nn.Sequential(*build_blocks(model, IMAGE[0], CLASSES).values())
 
 
-def random_images(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """uint8 images and labels."""
-    generator = torch.Generator().manual_seed(rows)
-    images = torch.randint(256, (rows, *IMAGE), generator=generator, dtype=torch.uint8)
-    return images.to(device), torch.randint(CLASSES, (rows,), generator=generator).to(device)
+def random_images(count: int, image: tuple[int, ...] = IMAGE) -> tuple[Tensor, Tensor]:
+    """(count, *image) uint8 images and (count,) labels, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (count, *image), generator=generator, dtype=torch.uint8)
+    return images, torch.randint(CLASSES, (count,), generator=generator)
 
 
 def normalise(images: Tensor) -> Tensor:

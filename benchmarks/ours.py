@@ -6,16 +6,55 @@ import contextlib
 import io
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bursts import Burst
+from bursts import Burst, System
+from networks import SGD
 from ranks import Rank
 from torch import Tensor, nn
 
-from pipeline import Event, LoaderData, from_dict, read_metrics, read_trace, steady_state, train
+from pipeline import LoaderData, from_dict, read_metrics, read_trace, steady_state, train
+
+Sections = dict[str, dict[str, Any]]
+
+
+def sections(modules: int, method: str, kind: str, batch: int, span: int = 1, micro_batches: int = 1) -> Sections:
+    """The configuration of a burst: one epoch at a constant learning rate, fp32, one thread.
+
+    Args:
+        span: cascade span; a benchmark adds patches where it wants them.
+    """
+    return {
+        "model": {"modules": modules},
+        "method": {"name": method},
+        "hierarchy": {"cascade_span": span},
+        "schedule": {"kind": kind, "micro_batches": micro_batches},
+        "data": {"batch_size": batch},
+        "optim": {"name": "sgd", "schedule": "constant", "warmup_epochs": 0, **SGD},
+        "train": {"epochs": 1},
+        "checkpoint": {"every_epochs": 0},
+        "precision": {"compute": "fp32"},
+        "runtime": {"device": "cpu", "threads": 1, "deadline_s": 300.0},
+    }
+
+
+def local_systems(
+    methods: Sequence[tuple[str, int]],
+    ranks: int,
+    modules: int,
+    quick: bool,
+    burst: Callable[[Any, System], Burst | None],
+) -> list[System]:
+    """For every (method, cascade span): exact with M = 1, 2, 4 and async; a quick run takes M = 1 only."""
+    schedules = [("exact", 1), ("async", 1)] if quick else [("exact", 1), ("exact", 2), ("exact", 4), ("async", 1)]
+    return [
+        System("localpipe", method, kind, ranks, modules, micro_batches, burst, span)
+        for method, span in methods
+        for kind, micro_batches in schedules
+    ]
 
 
 class Repeated:
@@ -45,50 +84,35 @@ class LocalPipeline:
     steps: int
     _numbers: Any = field(default_factory=itertools.count)
 
-    @property
-    def batches(self) -> int:
-        """Batches of a burst. The last one is not timed: while a pipeline drains, its first ranks wait."""
-        return self.warmup + self.steps + 1
+    def data(self, inputs: Tensor, labels: Tensor, **normalisation: Any) -> LoaderData:
+        """An epoch of always the same batch, and a tiny test. Its last batch is not timed: while a pipeline drains, its
+        first ranks wait."""
+        train_loader = Repeated(self.warmup + self.steps + 1, inputs, labels)
+        return LoaderData(train_loader, Repeated(1, inputs[:2], labels[:2]), **normalisation)
 
-    def burst(
-        self, sections: Mapping[str, Mapping[str, Any]], data: LoaderData, network: nn.Sequential
-    ) -> Burst | None:
-        """Train :attr:`batches` steps, which must be one epoch; what rank 0 reads in the run's files."""
-        folder = self._train(sections, data, network)
+    def burst(self, config: Mapping[str, Mapping[str, Any]], data: LoaderData, network: nn.Module) -> Burst | None:
+        """Train on :meth:`data`; what rank 0 reads in the run's files, None elsewhere."""
+        folder = self._train(config, data, network)
         if not self.rank.leader:
             return None
-        step_s, work_s = rates(read_trace(folder / "trace.json"), self.warmup, self.steps)
+        steady = steady_state(read_trace(folder / "trace.json"), self.warmup - 1, self.warmup - 1 + self.steps)
         (epoch,) = read_metrics(folder / "metrics.jsonl")
-        sent = sum(stage["bytes_sent"] for stage in epoch["stages"]) / self.batches
+        sent = sum(stage["bytes_sent"] for stage in epoch["stages"]) / (self.warmup + self.steps + 1)
         loss = epoch["train_loss"]
         if not math.isfinite(loss):
-            raise RuntimeError(f"the loss of {dict(sections)} is {loss}")
-        return Burst(step_s, work_s, sent, (loss,))
+            raise RuntimeError(f"the loss of {dict(config)} is {loss}")
+        return Burst(steady.step_s, steady.stage_s, sent, (loss,))
 
     def epoch(
-        self, sections: Mapping[str, Mapping[str, Any]], data: LoaderData, network: nn.Sequential
+        self, config: Mapping[str, Mapping[str, Any]], data: LoaderData, network: nn.Module
     ) -> dict[str, Any] | None:
-        """Train one epoch; its line of metrics.jsonl on rank 0, None elsewhere."""
-        folder = self._train(sections, data, network)
+        """Train one epoch of any length; its line of metrics.jsonl on rank 0, None elsewhere."""
+        folder = self._train(config, data, network)
         return read_metrics(folder / "metrics.jsonl")[0] if self.rank.leader else None
 
-    def _train(self, sections: Mapping[str, Mapping[str, Any]], data: LoaderData, network: nn.Sequential) -> Path:
+    def _train(self, config: Mapping[str, Mapping[str, Any]], data: LoaderData, network: nn.Module) -> Path:
         folder = self.rank.folder / f"run{next(self._numbers)}"
-        sections = {**sections, "checkpoint": {"every_epochs": 0}}
         with contextlib.redirect_stdout(io.StringIO()):
-            train(from_dict(sections), network=network, data=data, run_dir=folder, quiet=True, trace=True, draw=False)
+            train(from_dict(config), network=network, data=data, run_dir=folder, quiet=True, trace=True, draw=False)
         self.rank.pin()
         return folder
-
-
-def rates(events: tuple[Event, ...], warmup: int, steps: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Seconds and seconds of work of one step, by rank, each over its own ``steps`` steps after ``warmup``.
-
-    A rank before the slowest one may run ahead until the queues are full; the slowest rank is the speed.
-    """
-    step_s, work_s = [], []
-    for rank in range(1 + max(event.rank for event in events)):
-        own = steady_state([event for event in events if event.rank == rank], warmup - 1, warmup - 1 + steps)
-        step_s.append(own.step_s)
-        work_s.append(own.bound_s)
-    return tuple(step_s), tuple(work_s)

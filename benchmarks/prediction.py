@@ -9,216 +9,135 @@ rest, the plan predicts the step of both placements, and both then run. Rounds a
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-from ours import LocalPipeline, Repeated
-from ranks import Rank, RanksFailed, available_cores, run_ranks
-from step_cost import CLASSES, IMAGE
-from tables import (
-    Row,
-    at_least,
-    check_targets,
-    document,
-    markdown,
-    number,
-    output_options,
-    per_rank,
-    provenance,
-    show,
-    write_json,
-)
-from torch import nn
+from bursts import Burst
+from networks import network, random_images
+from ours import LocalPipeline, sections
+from ranks import Rank, available_cores, run_ranks
+from runner import Report, Target, main, option
+from tables import BUSY, Column, Row, Table, make_row, medians, system_name
 
-from pipeline import ConfigError, LoaderData, backbone_names, build_blocks, explain, from_dict, measure
+from pipeline import ConfigError, backbone_names, explain, from_dict
+from pipeline import measure as profile_of
 
 METHODS = (("dgl", 1, "exact"), ("infopro", 1, "exact"), ("infopro", 2, "exact"), ("infopro", 2, "async"))
 """(method, cascade span, schedule)."""
 PLACEMENTS = ("count", "measured")
 COLUMNS = (
-    "method", "schedule", "placement", "modules", "predicted ms", "measured ms", "low", "high", "measured / predicted",
-    "busy",
-)  # fmt: skip
+    Column("method", "method"),
+    Column("schedule", "schedule"),
+    Column("placement", "placement"),
+    Column("modules", lambda row: "/".join(map(str, row["sizes"]))),
+    Column("predicted ms", lambda row: 1e3 * row["predicted_s"], ".0f"),
+    Column("measured ms", lambda row: 1e3 * row["batch"] / row["images_per_s"], ".0f"),
+    Column("low", lambda row: 1e3 * row["batch"] / row["high"], ".0f"),
+    Column("high", lambda row: 1e3 * row["batch"] / row["low"], ".0f"),
+    Column("measured / predicted", "ratio", ".2f"),
+    BUSY,
+)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """One benchmark; a burst is ``warmup`` and ``steps`` timed steps."""
+    """Of one run of this tool; a burst is ``warmup`` and ``steps`` timed steps."""
 
-    model: str = "resnet32"
-    modules: int = 8
-    ranks: int = 2
-    batch: int = 64
-    rounds: int = 5
+    model: str = option("resnet32", "backbone", choices=backbone_names())
+    modules: int = option(8, "local modules", "K", above=1)
+    ranks: int = option(2, "processes", "P", above=1)
+    batch: int = option(64, "images per step", "N", above=1)
+    rounds: int = option(5, "interleaved rounds", "N")
     warmup: int = 2
     steps: int = 4
     deadline_s: float = 1200.0
 
 
 @dataclass(frozen=True)
-class PredictedRow(Row):
-    """A :class:`tables.Row` with what the plan said.
-
-    Attributes:
-        placement: ``partition.kind``. sizes: modules of every rank.
-        predicted_s: seconds of a step, median of the plans of all rounds.
-        ratio: measured / predicted, median over rounds.
-    """
-
-    placement: str
-    sizes: tuple[int, ...]
-    predicted_s: float
-    ratio: float
-
-
-@dataclass(frozen=True)
 class Sample:
-    """One plan and one run of it (rank 0)."""
+    """One plan and one run of it: modules of every rank, seconds of a step as predicted, and what was measured."""
 
     sizes: tuple[int, ...]
     predicted_s: float
-    step_s: float
-    work_s: tuple[float, ...]
-    sent: float
+    burst: Burst
 
 
-def sections(settings: Settings, method: str, span: int, kind: str) -> dict[str, dict[str, Any]]:
-    """The configuration without a placement."""
-    return {
-        "model": {"name": settings.model, "modules": settings.modules, "cuts": "even"},
-        "method": {"name": method},
-        "hierarchy": {"cascade_span": span},
-        "patches": {"grid": span},
-        "schedule": {"kind": kind},
-        "data": {"name": "cifar10", "batch_size": settings.batch},
-        "optim": {"schedule": "constant", "warmup_epochs": 0},
-        "train": {"epochs": 1},
-        "precision": {"compute": "fp32"},
-        "runtime": {"device": "cpu", "threads": 1, "deadline_s": 300.0},
-    }
+Key = tuple[str, int, str, str]
+"""(method, cascade span, schedule, placement)."""
 
 
-def work(rank: Rank, settings: Settings) -> list[tuple[tuple[str, int, str, str], Sample]]:
+def work(rank: Rank, settings: Settings) -> dict[Key, list[Sample]]:
     """All rounds on one rank; rank 0 hands back the samples."""
     runner = LocalPipeline(rank, settings.warmup, settings.steps)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (settings.batch, *IMAGE), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(CLASSES, (settings.batch,), generator=generator)
-    data = LoaderData(Repeated(runner.batches, images, labels), Repeated(1, images[:2], labels[:2]))
-    found = []
+    data = runner.data(*random_images(settings.batch))
+    found: dict[Key, list[Sample]] = {(*what, placement): [] for what in METHODS for placement in PLACEMENTS}
     for _ in range(settings.rounds):
-        for what in METHODS:
-            base = sections(settings, *what)
-            profile = measure(from_dict(base), settings.ranks) if rank.leader else None
+        for method, span, kind in METHODS:
+            base = sections(settings.modules, method, kind, settings.batch, span)
+            base["model"] |= {"name": settings.model, "cuts": "even"}
+            base["patches"] = {"grid": span}
+            profile = profile_of(from_dict(base), settings.ranks) if rank.leader else None
             for placement in PLACEMENTS:
                 plan = None
                 if profile is not None:
                     plan = explain(from_dict({**base, "partition": {"kind": placement}}), settings.ranks, profile)
                 sizes, predicted_s = rank.share(plan and (plan.placements[0].sizes, plan.step_s))
-                torch.manual_seed(0)
-                network = nn.Sequential(*build_blocks(settings.model, IMAGE[0], CLASSES).values())
-                given = {**base, "partition": {"kind": "given", "stages": list(sizes)}}
-                burst = runner.burst(given, data, network)
+                config = {**base, "partition": {"kind": "given", "stages": list(sizes)}}
+                burst = runner.burst(config, data, network(settings.model))
                 if burst is not None:
-                    sample = Sample(tuple(sizes), predicted_s, max(burst.step_s), burst.work_s, burst.sent)
-                    found.append(((*what, placement), sample))
+                    found[method, span, kind, placement].append(Sample(sizes, predicted_s, burst))
     return found
 
 
-def rows_of(settings: Settings, found: Sequence[tuple[tuple[str, int, str, str], Sample]]) -> list[PredictedRow]:
-    """One row per method, schedule and placement."""
-    rows = []
-    for key in dict.fromkeys(key for key, _ in found):
-        method, span, kind, placement = key
-        mine = [sample for other, sample in found if other == key]
-        step_s = statistics.median(sample.step_s for sample in mine)
-        work_s = tuple(map(statistics.median, zip(*(sample.work_s for sample in mine), strict=True)))
-        rows.append(
-            PredictedRow(
-                system="localpipe",
-                method=method if span == 1 else f"{method} + hpff",
-                schedule=kind,
-                ranks=settings.ranks,
-                modules=settings.modules,
-                micro_batches=1,
-                images_per_s=settings.batch / step_s,
-                low=settings.batch / max(sample.step_s for sample in mine),
-                high=settings.batch / min(sample.step_s for sample in mine),
-                ratio_to_bp=None,
-                bound=settings.batch / max(work_s),
-                efficiency=max(work_s) / step_s,
-                busy=tuple(seconds / step_s for seconds in work_s),
-                bytes_per_step=mine[0].sent,
-                placement=placement,
-                sizes=mine[-1].sizes,
-                predicted_s=statistics.median(sample.predicted_s for sample in mine),
-                ratio=statistics.median(sample.step_s / sample.predicted_s for sample in mine),
-            )
-        )
-    return rows
+def row_of(settings: Settings, key: Key, samples: Sequence[Sample]) -> Row:
+    """One method, schedule and placement. ``predicted_s`` and ``ratio`` (measured / predicted) are medians over all
+    rounds, ``sizes`` are the modules of every rank in the last one."""
+    method, span, kind, placement = key
+    return make_row(
+        method,
+        settings.modules,
+        settings.batch,
+        [sample.burst.step_s for sample in samples],
+        span=span,
+        schedule=kind,
+        ranks=settings.ranks,
+        work_s=medians([sample.burst.work_s for sample in samples]),
+        bytes_per_step=samples[0].burst.sent,
+        placement=placement,
+        batch=settings.batch,
+        sizes=list(samples[-1].sizes),
+        predicted_s=statistics.median(sample.predicted_s for sample in samples),
+        ratio=statistics.median(sample.burst.step_s / sample.predicted_s for sample in samples),
+    )
 
 
-def cells(settings: Settings, rows: Sequence[PredictedRow]) -> list[list[str]]:
-    """The table as text."""
-    return [
-        [
-            row.method,
-            row.schedule,
-            row.placement,
-            "/".join(map(str, row.sizes)),
-            *(number(1e3 * seconds, ".0f") for seconds in (row.predicted_s, settings.batch / row.images_per_s)),
-            *(number(1e3 * settings.batch / rate, ".0f") for rate in (row.high, row.low)),
-            number(row.ratio, ".2f"),
-            per_rank(row.busy, ".2f"),
-        ]
-        for row in rows
-    ]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Settings()
-    parser.add_argument("--model", choices=backbone_names(), default=default.model, help="backbone")
-    parser.add_argument("--modules", type=at_least(2), metavar="K", default=default.modules, help="local modules")
-    parser.add_argument("--ranks", type=at_least(2), metavar="P", default=default.ranks, help="processes")
-    parser.add_argument("--batch", type=at_least(2), metavar="N", default=default.batch, help="images per step")
-    parser.add_argument("--rounds", type=at_least(1), metavar="N", default=default.rounds, help="interleaved rounds")
-    parser.add_argument("--quick", action="store_true", help="one round at batch 8: less than a minute")
-    output_options(parser)
-    options = vars(parser.parse_args())
-    targets = {name: options.pop(name) for name in ("json", "output")}
-    check_targets(**targets)
-    if options.pop("quick"):
-        options |= {"batch": 8, "rounds": 1}
-    settings = Settings(**options)
+def measure(settings: Settings) -> Report:
+    """One row for every method, schedule and placement."""
     if settings.ranks > (cores := len(available_cores())):
         raise ConfigError(f"--ranks {settings.ranks} on {cores} cores: every rank needs one of its own; use fewer")
     found = run_ranks(work, settings.ranks, settings, deadline_s=settings.deadline_s)[0]
-    rows = rows_of(settings, found)
-    result = document(asdict(settings), [asdict(row) for row in rows])
-    show("predicted and measured steps", COLUMNS, cells(settings, rows))
-    if targets["json"] is not None:
-        write_json(targets["json"], result)
-    if targets["output"] is not None:
-        text = [
-            "# Predicted and measured",
-            provenance(result, " ".join(["python benchmarks/prediction.py", *sys.argv[1:]])),
-            f"{settings.model}, K = {settings.modules}, {settings.ranks} ranks of one core and one thread each, batch "
-            f"{settings.batch}; {settings.rounds} interleaved rounds of {settings.warmup} + {settings.steps} steps. "
-            "Predicted: by the plan, from a profile taken in the same round on one core while the others rested. "
-            "Expected: within 10 %, and a step by measured cost never slower than one by number.",
-            markdown(COLUMNS, cells(settings, rows)) + "\n",
-        ]
-        targets["output"].write_text("\n\n".join(text), encoding="utf-8")
+    rows = {key: row_of(settings, key, samples) for key, samples in found.items()}
+    ratios = {f"{row['method']}, {row['schedule']}, {row['placement']}": row["ratio"] for row in rows.values()}
+    gains = {}
+    for what in METHODS:
+        count, measured = rows[*what, "count"], rows[*what, "measured"]
+        gains[system_name(count)] = measured["images_per_s"] / count["images_per_s"]
+    about = (
+        f"{settings.model}, K = {settings.modules}, {settings.ranks} ranks of one core and one thread each, batch "
+        f"{settings.batch}; {settings.rounds} interleaved rounds of {settings.warmup} + {settings.steps} steps. "
+        "Predicted: by the plan, from a profile taken in the same round on one core while the others rested."
+    )
+    return Report(
+        "Predicted and measured steps",
+        [Table(COLUMNS, list(rows.values()))],
+        [about],
+        [
+            Target("measured / predicted", ratios, 0.9, 1.1),
+            Target("speed with a placement by measured cost to that with one by number", gains, least=1.0),
+        ],
+    )
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ConfigError, RanksFailed) as error:
-        sys.exit(f"prediction.py: {error}")
+    main(__doc__, Settings, measure, quick={"batch": 8, "rounds": 1})

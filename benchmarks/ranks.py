@@ -12,28 +12,27 @@ import contextlib
 import multiprocessing
 import os
 import pickle
-import socket
 import sys
 import tempfile
 import threading
-import time
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from processes import free_port, run_processes
 
-PRELOAD = ["torch", "torch.distributed", "torch.distributed.pipelining", "pipeline"]
+from pipeline import LocalpipeError
+
 GRACE_S = 5.0
 
 
-class RanksFailed(Exception):
+class RanksFailed(LocalpipeError):
     """A rank raised, died or was too slow; the message holds the last line of what it wrote."""
 
 
@@ -93,22 +92,11 @@ class Rank:
         self.meet()
         dist.destroy_process_group()
 
-    @contextlib.contextmanager
-    def threads(self, count: int) -> Iterator[None]:
-        """``count`` threads on as many cores, from this rank's own core on; afterwards one thread on its core."""
-        with contextlib.suppress(AttributeError):  # macOS cannot pin
-            os.sched_setaffinity(0, {self.cores[(self.index + other) % len(self.cores)] for other in range(count)})
-        torch.set_num_threads(count)
-        try:
-            yield
-        finally:
-            self.pin()
-
-    def pin(self) -> None:
-        """One thread, on this rank's core."""
-        with contextlib.suppress(AttributeError):
-            os.sched_setaffinity(0, {self.cores[self.index % len(self.cores)]})
-        torch.set_num_threads(1)
+    def pin(self, threads: int = 1) -> None:
+        """From now on ``threads`` threads on as many cores, from this rank's own core on."""
+        if hasattr(os, "sched_setaffinity"):  # macOS cannot pin
+            os.sched_setaffinity(0, {self.cores[(self.index + other) % len(self.cores)] for other in range(threads)})
+        torch.set_num_threads(threads)
 
 
 def run_ranks(work: Callable[..., Any], count: int, *args: Any, deadline_s: float) -> list[Any]:
@@ -122,29 +110,21 @@ def run_ranks(work: Callable[..., Any], count: int, *args: Any, deadline_s: floa
         RanksFailed: see there.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    cores = available_cores()
-    barrier = context.Barrier(count)
-    ports = _free_ports(2)
-    pipes = [context.Pipe(duplex=False) for _ in range(count)]
     alive, keep = context.Pipe(duplex=False)
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = []
-        for index, (_, result) in enumerate(pipes):
-            rank = (index, count, cores, folder, deadline_s, barrier)
-            ranks.append(context.Process(target=_enter, args=(work, rank, ports, result, alive, args), daemon=True))
+    with tempfile.TemporaryDirectory() as folder, alive, keep:
+        rank = Rank(-1, count, available_cores(), Path(folder), deadline_s, context.Barrier(count), free_port())
         try:
-            for process in ranks:
-                process.start()
-            for _, result in pipes:
-                result.close()  # so that a dead rank reads as end of file
-            alive.close()
-            return _collect(ranks, [pipe for pipe, _ in pipes], Path(folder), deadline_s)
-        finally:
-            keep.close()
-            for process in ranks:
-                process.kill()
-                process.join()
+            results = run_processes(_enter, count, rank, alive, work, args, timeout_s=deadline_s, grace_s=GRACE_S)
+        except TimeoutError:
+            raise RanksFailed(f"the ranks are not done after {deadline_s:g} s; use fewer rounds or steps") from None
+        failure = Path(folder, "failure")
+        if failure.exists():
+            raise RanksFailed(failure.read_text())
+    for result in sorted(results, key=lambda result: result.ended_s):
+        if result.exit_code:
+            *_, line = ["it wrote nothing", *result.stderr.strip().splitlines()]
+            raise RanksFailed(f"rank {result.rank} ended with code {result.exit_code}: {line}")
+    return [result.value for result in results]
 
 
 def available_cores() -> tuple[int, ...]:
@@ -154,76 +134,21 @@ def available_cores() -> tuple[int, ...]:
     return tuple(range(os.cpu_count() or 1))
 
 
-def _free_ports(count: int) -> list[int]:
-    """TCP ports that were free a moment ago."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
-def _collect(ranks: Sequence[Any], pipes: Sequence[Connection], folder: Path, deadline_s: float) -> list[Any]:
-    """Values by rank, read as they come; the first rank that ends badly gives the others a moment, then all end."""
-    end = time.monotonic() + deadline_s
-    values: dict[int, Any] = {}
-    waiting = dict(enumerate(pipes))
-    while waiting:
-        left = end - time.monotonic()
-        if left <= 0:
-            raise RanksFailed(f"ranks {sorted(waiting)} are not done after {deadline_s:g} s; use fewer rounds or steps")
-        ready = wait(list(waiting.values()), timeout=left)
-        for index in [i for i, pipe in waiting.items() if pipe in ready]:
-            try:
-                values[index] = waiting.pop(index).recv()
-            except EOFError:
-                ranks[index].join(GRACE_S)
-                raise RanksFailed(_reason(folder, index, ranks[index].exitcode)) from None
-    return [values[index] for index in range(len(ranks))]
-
-
-def _reason(folder: Path, index: int, code: int | None) -> str:
-    """Why the ranks ended: the last line of the first rank that wrote any; ``index`` was seen to end first."""
-    for log in sorted(folder.glob("stderr*"), key=lambda path: path.stat().st_mtime_ns):
-        if lines := log.read_text(errors="replace").strip().splitlines():
-            return f"rank {log.name.removeprefix('stderr')}: {lines[-1]}"
-    return f"rank {index} ended with code {code} and wrote nothing"
-
-
-def _enter(
-    work: Callable[..., Any],
-    rank: tuple[int, int, tuple[int, ...], str, float, Barrier],
-    ports: Sequence[int],
-    result: Connection,
-    alive: Connection,
-    args: tuple[Any, ...],
-) -> None:
-    index, count, cores, folder, deadline_s, barrier = rank
-    log = os.open(f"{folder}/stderr{index}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 2)
+def _enter(index: int, rank: Rank, alive: Connection, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     threading.Thread(target=_end_with_caller, args=(alive,), daemon=True).start()
-    os.environ.update(
-        RANK=str(index),
-        WORLD_SIZE=str(count),
-        LOCAL_RANK=str(index),
-        LOCAL_WORLD_SIZE=str(count),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(ports[0]),
-    )
-    mine = Rank(index, count, cores, Path(folder), deadline_s, barrier, ports[1])
-    mine.pin()
+    rank = replace(rank, index=index)
+    rank.pin()
     try:
-        result.send(work(mine, *args))
-        mine.meet()  # rank 0 serves the stores: it leaves when nobody needs them any more
+        value = work(rank, *args)
+        rank.meet()  # rank 0 serves the stores: it leaves when nobody needs them any more
+        return value
     except threading.BrokenBarrierError:
-        time.sleep(GRACE_S)  # the rank that failed says why
-        sys.exit(1)
+        sys.exit(1)  # the rank that failed says why
     except Exception as error:
-        traceback.print_exc()
-        print(f"{type(error).__name__}: {error}".replace("\n", " "), file=sys.stderr)
-        result.close()
-        barrier.abort()
-        sys.exit(1)
+        with contextlib.suppress(FileExistsError), (rank.folder / "failure").open("x") as file:  # the first one counts
+            file.write(f"rank {index}: {type(error).__name__}: {error}".replace("\n", " "))
+        rank._barrier.abort()
+        raise
 
 
 def _end_with_caller(alive: Connection) -> None:

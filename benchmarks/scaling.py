@@ -10,55 +10,80 @@ schedules of torch.distributed.pipelining run on the same blocks, costs and batc
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import statistics
-import sys
 import tempfile
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from baselines import GPIPE, ONE_F_ONE_B, ZBV, ZERO_BUBBLE, TorchSchedule, torch_pipeline
-from bursts import Burst, System, Turn, merge, take_turns, time_steps
-from charts import ChartError
-from ours import LocalPipeline
-from ranks import Rank, RanksFailed, available_cores, run_ranks
-from scaling_page import CURVES, ScalingRow, chart, large_batches, page, show_rows
-from tables import at_least, check_targets, document, output_options, positive, spread, write_json
+from baselines import TORCH_SCHEDULES, torch_pipeline, torch_systems
+from bursts import Burst, System, Turn, compete, time_steps
+from charts import lines
+from ours import LocalPipeline, local_systems, sections
+from ranks import Rank, available_cores
+from runner import Report, Target, main, option
+from tables import BUSY, SPEED, Column, M, P, Row, Table, label, make_row, medians, system_name
 from torch import nn
 from virtual import (
     CLASSES,
     METHOD,
     Clock,
     Costs,
-    batches,
     equal_costs,
+    features,
     profiled_costs,
     register_virtual_heads,
     virtual_blocks,
 )
 
-from pipeline import ConfigError, LoaderData, Profile, explain, from_dict, register_backbone
+from pipeline import ConfigError, Profile, explain, from_dict, register_backbone
 
-LOCAL = tuple(
-    (span, kind, micro_batches)
-    for span in (1, 2)
-    for kind, micro_batches in (("exact", 1), ("exact", 2), ("exact", 4), ("async", 1))
-)
-"""(cascade span, schedule, micro-batches) of our rows."""
-TORCH_BY_NAME = {schedule.name: schedule for schedule in (GPIPE, ONE_F_ONE_B, ZERO_BUBBLE, ZBV)}
-MICRO_BATCHES = (1, 2, 4, 8)
+METHODS = (("dgl", 1), ("dgl", 2))
+"""What the virtual heads stand for, and cascade spans."""
+FILLED = ("GPipe", "1F1B")
+"""Schedules of torch whose time is known in a closed form. M = P is run of the second one too."""
 SIMULATED = (2, 4, 8, 16, 32, 64, 256, 1024, 4096)
-PLAIN, WITH_CASCADE = "dgl", "dgl + hpff"
-PROFILE_FORMAT = "localpipe-profile-1"
 WIDTH = 8
 """Features per row: messages are small, as in a pipeline that computes much more than it sends."""
-SGD = {"lr": 1e-3, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
+COLUMNS = (
+    Column("system", system_name),
+    P,
+    M,
+    *SPEED,
+    Column("x one device", "ratio_to_bp", ".2f"),
+    Column("optimum", "optimum", ".1f"),
+    Column("of optimum", "of_optimum", ".3f"),
+    Column("of bound", "efficiency", ".3f"),
+    BUSY,
+    Column("DGL / this", lambda row: f"{row['local_ratio']:.2f}" + " *" * ((row["host_load"] or 0) > 0.5)),
+)
+LEGEND = (
+    "x one device: speed to backpropagation of the whole network on one device, 1 / (sum of its costs). Optimum: the "
+    "same schedule and costs with free messages, simulated (ours) or by the closed form (GPipe, 1F1B with equal "
+    "modules). Of bound: to 1 / max stage time. Busy: virtual compute per step / step; of many ranks the lowest and "
+    "highest. DGL / this: speed of plain DGL, exact, M = 1 to this in the same round. *: the processes used more than "
+    "half of this machine's cores, so the machine and not the schedule may limit the row."
+)
+SIMULATED_COLUMNS = (
+    Column("schedule", "schedule"),
+    P,
+    Column("images/s", "images_per_s", ".1f"),
+    Column("of bound", "efficiency", ".3f"),
+)
+CURVES = {
+    "dgl, exact": ("#1f6fb2", "o"),
+    "dgl + hpff, async": ("#1b9e77", "s"),
+    "dgl + hpff, exact": ("#66b3a1", "D"),
+    "torch ZBVZeroBubble, M = 8": ("#8c6bb1", "v"),
+    "torch GPipe, M = 8": ("#e08214", "^"),
+    "torch GPipe, M = 4": ("#d9534f", "<"),
+    "torch GPipe": ("#7f7f7f", "x"),
+}
 
 
 @dataclass(frozen=True)
@@ -66,27 +91,21 @@ class Settings:
     """Of one run of this tool.
 
     Attributes:
-        ranks: numbers of ranks.
-        unit_ms: one unit of time; forward, input gradient and weight gradient of a module take one each.
-        head: units of one level of heads, forward and backward.
-        profile: file with the costs of every module instead; "" for equal modules.
         batch: rows of a batch.
-        rounds: rounds of every number of ranks.
         warmup, steps: of a burst of the local pipeline, which fills only once.
         torch_steps: timed steps of a burst of torch's pipelines, which fill and drain in every step.
-        simulate_to: largest number of ranks that is simulated.
     """
 
-    ranks: tuple[int, ...] = (2, 4, 8, 16, 32)
-    unit_ms: float = 50.0
-    head: float = 0.3
-    profile: str = ""
+    ranks: tuple[int, ...] = option((2, 4, 8, 16, 32), "numbers of ranks to run", "P", above=1)
+    unit_ms: float = option(50.0, "forward, input gradient and weight gradient of a module take one unit each", "MS")
+    head: float = option(0.3, "units of one level of heads, forward and backward", "UNITS")
+    profile: str = option("", "costs of every module instead, from launch/plan.py", "FILE")
+    rounds: int = option(3, "interleaved rounds of every number of ranks", "N")
+    simulate_to: int = option(4096, "largest number of ranks that is simulated", "P", above=1)
     batch: int = 64
-    rounds: int = 3
     warmup: int = 4
     steps: int = 8
     torch_steps: int = 2
-    simulate_to: int = 4096
     quick: bool = False
     deadline_s: float = 900.0
 
@@ -103,124 +122,70 @@ class Settings:
         if not self.profile:
             return 1.0
         costs = profiled_costs(Profile.read(Path(self.profile)))
-        return self.unit_ms / 1e3 / (sum(cost.forward for cost in costs) / len(costs))
+        return self.unit_ms / 1e3 / statistics.mean(cost.forward for cost in costs)
 
 
-QUICK = Settings(
-    ranks=(2,),
-    unit_ms=20.0,
-    batch=8,
-    rounds=1,
-    warmup=2,
-    steps=4,
-    torch_steps=1,
-    simulate_to=64,
-    quick=True,
-    deadline_s=120.0,
-)
-
-
-def sections(settings: Settings, ranks: int, span: int, kind: str, micro_batches: int) -> dict[str, dict[str, Any]]:
-    """Our configuration."""
-    return {
-        "model": {"modules": ranks},
-        "method": {"name": METHOD},
-        "hierarchy": {"cascade_span": span, "independent_weight": 1.0, "cascade_weight": 1.0},
-        "schedule": {"kind": kind, "micro_batches": micro_batches},
-        "data": {"batch_size": settings.batch},
-        "optim": {"name": "sgd", "schedule": "constant", "warmup_epochs": 0, **SGD},
-        "train": {"epochs": 1},
-        "precision": {"compute": "fp32"},
-        "runtime": {"device": "cpu", "threads": 1, "deadline_s": settings.deadline_s},
-    }
-
-
-def systems(
-    settings: Settings, ranks: int, costs: Sequence[Costs], clock: Clock, runner: LocalPipeline | None
-) -> list[System]:
-    """Everything that is run on ``ranks`` ranks; the first is the reference of all ratios: exact, M = 1, plain.
-
-    ``runner`` is None where they are only named and not run.
-    """
-    found = []
-    for span, kind, micro_batches in [x for x in LOCAL if x[2] == 1] if settings.quick else LOCAL:
-
-        def local(_rank: Rank, config: tuple[int, str, int] = (span, kind, micro_batches)) -> Burst | None:
-            assert runner is not None
-            network = nn.Sequential(*virtual_blocks(costs, clock, WIDTH, settings.batch))
-            train = batches(runner.batches, settings.batch, WIDTH)
-            data = LoaderData(train, batches(1, 2, WIDTH))
-            return runner.burst(sections(settings, ranks, *config), data, network)
-
-        name = PLAIN if span == 1 else WITH_CASCADE
-        found.append(System("localpipe", name, kind, ranks, ranks, micro_batches, local))
-    for schedule in TORCH_BY_NAME.values():
-        counts = {*MICRO_BATCHES, ranks} if schedule is ONE_F_ONE_B else set(MICRO_BATCHES)
-        counts = {2} if settings.quick else counts
-        for micro_batches in sorted(counts):
-            if settings.batch % micro_batches or not schedule.fits(micro_batches, ranks):
-                continue
-
-            def torch_burst(rank: Rank, schedule: TorchSchedule = schedule, count: int = micro_batches) -> Burst:
-                return _torch_burst(settings, rank, costs, clock, schedule, count)
-
-            parts = ranks * schedule.parts_per_rank
-            found.append(System("torch", "bp", schedule.name, ranks, parts, micro_batches, torch_burst))
+def systems(settings: Settings, ranks: int) -> list[System]:
+    """Everything that is run on ``ranks`` ranks; the first is the reference of all ratios: exact, M = 1, plain."""
+    found = local_systems(METHODS, ranks, ranks, settings.quick, Bench.ours)
+    for name in ("GPipe", "1F1B", "InterleavedZeroBubble", "ZBVZeroBubble"):
+        counts = {2} if settings.quick else {1, 2, 4, 8, ranks} if name == "1F1B" else {1, 2, 4, 8}
+        counts = {count for count in counts if settings.batch % count == 0}
+        found += torch_systems([name], ranks, sorted(counts), Bench.torch)
     return found
 
 
-def _torch_burst(
-    settings: Settings, rank: Rank, costs: Sequence[Costs], clock: Clock, schedule: TorchSchedule, micro_batches: int
-) -> Burst:
-    shares = schedule.parts_per_rank
-    parts = [cost.scaled(1 / shares) for cost in costs for _ in range(shares)]
-    blocks = [[block] for block in virtual_blocks(parts, clock, WIDTH, settings.batch)]
-    data = batches(1, settings.batch, WIDTH)
+class Bench:
+    """The virtual device of one rank, and what runs on it."""
 
-    def sgd(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameters, **SGD)
+    def __init__(self, settings: Settings, rank: Rank) -> None:
+        self.settings, self.rank, self.clock = settings, rank, Clock()
+        self.costs = settings.costs(rank.count)
+        register_virtual_heads(self.costs[rank.index], self.clock, settings.batch)
+        self.local = LocalPipeline(rank, settings.warmup, settings.steps)
+        self.batch = features(settings.batch, WIDTH)
 
-    with torch_pipeline(rank, schedule, blocks, micro_batches, data.inputs, sgd, "gloo") as (step, sent):
-        burst = time_steps(rank, lambda: step(data.inputs, data.labels), 1, settings.torch_steps)
-    return replace(burst, sent=sent)
+    @property
+    def record(self) -> float:
+        """How much longer its waits were than asked for, as a ratio."""
+        return self.clock.waited / self.clock.asked - 1
 
+    def ours(self, system: System) -> Burst | None:
+        """A burst of the local pipeline."""
+        network = nn.Sequential(*virtual_blocks(self.costs, self.clock, WIDTH, self.settings.batch))
+        return self.local.burst(configuration(self.settings, system), self.local.data(*self.batch), network)
 
-def work(rank: Rank, settings: Settings) -> tuple[list[tuple[int, Burst | None]], float]:
-    """All rounds on one rank, and how much longer its waits were than asked for, as a ratio."""
-    clock = Clock()
-    costs = settings.costs(rank.count)
-    register_virtual_heads(costs[rank.index], clock, settings.batch)
-    runner = LocalPipeline(rank, settings.warmup, settings.steps)
-    done = take_turns(rank, systems(settings, rank.count, costs, clock, runner), settings.rounds)
-    return done, clock.waited / clock.asked - 1
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """Of the simulator: seconds of a step, and of the busiest stage."""
-
-    step_s: float
-    bound_s: float
-    stage_s: tuple[float, ...]
+    def torch(self, system: System) -> Burst:
+        """A burst of torch.distributed.pipelining."""
+        schedule = TORCH_SCHEDULES[system.schedule]
+        shares = schedule.parts_per_rank
+        parts = [cost.scaled(1 / shares) for cost in self.costs for _ in range(shares)]
+        blocks = [[block] for block in virtual_blocks(parts, self.clock, WIDTH, self.settings.batch)]
+        job = (self.rank, schedule, blocks, system.micro_batches, self.batch[0])
+        with torch_pipeline(*job, "gloo") as (step, sent):
+            burst = time_steps(self.rank, lambda: step(*self.batch), 1, self.settings.torch_steps)
+        return replace(burst, sent=sent)
 
 
-def predict(settings: Settings, ranks: int, span: int, kind: str, micro_batches: int) -> Prediction:
-    """Our schedule with free messages. Registers what the simulator needs under names of its own."""
-    costs = settings.costs(ranks)
-    name = f"virtual{ranks}"
+def configuration(settings: Settings, system: System) -> dict[str, dict[str, Any]]:
+    """Of one of our systems."""
+    return sections(system.ranks, METHOD, system.schedule, settings.batch, system.span, system.micro_batches)
+
+
+def predict(settings: Settings, system: System) -> Any:
+    """The plan of one of our systems with free messages. Registers what it needs under names of its own."""
+    costs, config = settings.costs(system.ranks), configuration(settings, system)
+    config["model"]["name"] = f"virtual{system.ranks}"
     with contextlib.suppress(ConfigError):  # registered by an earlier call
-        register_backbone(name, lambda _channels, _classes: _shapes_only(ranks))
+        register_backbone(config["model"]["name"], lambda _channels, _classes: _shapes_only(system.ranks))
     with contextlib.suppress(ConfigError):
         register_virtual_heads(costs[0], Clock(), settings.batch)
-    values = sections(settings, ranks, span, kind, micro_batches)
-    values["model"]["name"] = name
     modules = [cost.as_entry() for cost in costs]
-    entries = {"format": PROFILE_FORMAT, "batch_size": settings.batch, "modules": modules}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "profile.json"
-        path.write_text(json.dumps(entries), encoding="utf-8")
-        report = explain(from_dict(values), ranks, Profile.read(path))
-    return Prediction(report.step_s, report.bound_s, tuple(rank.work_s for rank in report.ranks))
+        profile = {"format": "localpipe-profile-1", "batch_size": settings.batch, "modules": modules}
+        path.write_text(json.dumps(profile), encoding="utf-8")
+        return explain(from_dict(config), system.ranks, Profile.read(path))
 
 
 def _shapes_only(ranks: int) -> OrderedDict[str, nn.Module]:
@@ -231,114 +196,114 @@ def _shapes_only(ranks: int) -> OrderedDict[str, nn.Module]:
     return blocks
 
 
-def rows_of(settings: Settings, ranks: int, turns: Mapping[int, Sequence[Turn]]) -> list[ScalingRow]:
-    """One row per system."""
-    costs = settings.costs(ranks)
-    alone_s = sum(cost.module for cost in costs)
-    rows = []
-    for index, system in enumerate(systems(settings, ranks, costs, Clock(), None)):
-        mine = turns[index]
-        rates = [settings.batch * settings.stretch / turn.step_s for turn in mine]
-        rate, low, high = spread(rates)
-        step_s = settings.batch * settings.stretch / rate
-        host_load = optimum_s = None
-        if system.name == "torch":
-            stage_s = worked_s = _stage_seconds(TORCH_BY_NAME[system.schedule], costs)
-            host_load = statistics.median(sum(t.work_s) / t.step_s for t in mine) / len(available_cores())
-            if not settings.profile and system.schedule in (GPIPE.name, ONE_F_ONE_B.name):
-                optimum_s = stage_s[0] * (system.micro_batches + ranks - 1) / system.micro_batches
-        else:
-            span = 1 if system.method == PLAIN else 2
-            prediction = predict(settings, ranks, span, system.schedule, system.micro_batches)
-            stage_s, optimum_s = prediction.stage_s, prediction.step_s
-            worked_s = tuple(map(statistics.median, zip(*(turn.work_s for turn in mine), strict=True)))
-        rows.append(
-            ScalingRow(
-                system=system.name,
-                method=system.method,
-                schedule=system.schedule,
-                ranks=ranks,
-                modules=system.modules,
-                micro_batches=system.micro_batches,
-                images_per_s=rate,
-                low=low,
-                high=high,
-                ratio_to_bp=alone_s / step_s,
-                bound=settings.batch * settings.stretch / max(stage_s),
-                efficiency=max(stage_s) / step_s,
-                busy=tuple(seconds / step_s for seconds in worked_s),
-                bytes_per_step=mine[0].sent,
-                optimum=None if optimum_s is None else settings.batch * settings.stretch / optimum_s,
-                of_optimum=None if optimum_s is None else optimum_s / step_s,
-                local_ratio=1 / statistics.median(turn.ratio for turn in mine),
-                host_load=host_load,
-            )
-        )
-    return rows
+def row_of(settings: Settings, system: System, turns: Sequence[Turn]) -> Row:
+    """One system, with four keys of its own:
+
+    optimum      images/s of this schedule with these costs and free messages: simulated for ours, the closed form for
+                 GPipe and 1F1B with equal modules, else None
+    of_optimum   images_per_s / optimum
+    local_ratio  median over rounds of the speed of plain DGL (exact, M = 1) to this in the same round
+    host_load    share of the cores of this machine that the processes really used; above a half, they and not the
+                 schedule may limit a row. None for ours, whose processes start and end within a burst
+    """
+    ranks, costs = system.ranks, settings.costs(system.ranks)
+    images = settings.batch * settings.stretch
+    step_s = statistics.median(turn.step_s for turn in turns)
+    optimum_s = host_load = None
+    if system.method == "bp":
+        stage_s = work_s = TORCH_SCHEDULES[system.schedule].loads([cost.module for cost in costs])
+        host_load = statistics.median(sum(turn.work_s) / turn.step_s for turn in turns) / len(available_cores())
+        if not settings.profile and system.schedule in FILLED:
+            optimum_s = stage_s[0] * (system.micro_batches + ranks - 1) / system.micro_batches
+    else:
+        plan = predict(settings, system)
+        stage_s, optimum_s = [rank.work_s for rank in plan.ranks], plan.step_s
+        work_s = list(medians([turn.work_s for turn in turns]))
+    return make_row(
+        **system.row,
+        images=images,
+        steps_s=[turn.step_s for turn in turns],
+        ratio_to_bp=sum(cost.module for cost in costs) / step_s,
+        work_s=work_s,
+        stage_s=stage_s,
+        bytes_per_step=turns[0].sent,
+        optimum=None if optimum_s is None else images / optimum_s,
+        of_optimum=None if optimum_s is None else optimum_s / step_s,
+        local_ratio=1 / statistics.median(turn.ratio for turn in turns),
+        host_load=host_load,
+    )
 
 
-def _stage_seconds(schedule: TorchSchedule, costs: Sequence[Costs]) -> tuple[float, ...]:
-    """Work of every rank: interleaved schedules cut every module into as many parts as a rank owns."""
-    ranks, each = len(costs), schedule.parts_per_rank
-    seconds = [0.0] * ranks
-    for part in range(ranks * each):
-        seconds[schedule.owner(part, ranks)] += costs[part // each].module / each
-    return tuple(seconds)
-
-
-def simulated(settings: Settings) -> list[dict[str, Any]]:
+def simulated(settings: Settings) -> list[Row]:
     """Our schedules from the simulator and GPipe by the closed form, up to ``simulate_to`` ranks."""
-    entries = []
-    sizes = [ranks for ranks in SIMULATED if ranks <= settings.simulate_to]
-    for ranks in sizes:
-        for span, kind in ((1, "exact"), (2, "exact"), (2, "async")):
-            found = predict(settings, ranks, span, kind, 1)
-            method = PLAIN if span == 1 else WITH_CASCADE
-            entries.append((f"{method}, {kind}", ranks, found.step_s, found.bound_s))
-        module_s = 3 * settings.unit_ms / 1e3
-        for micro_batches in (1, 4, 8):
-            name = f"torch GPipe, M = {micro_batches}"
-            entries.append((name, ranks, module_s * (micro_batches + ranks - 1) / micro_batches, module_s))
+    found: dict[str, list[tuple[int, float, float]]] = {curve: [] for curve in CURVES}
+    for ranks in [ranks for ranks in SIMULATED if ranks <= settings.simulate_to]:
+        for system in local_systems(METHODS, ranks, ranks, True, Bench.ours):
+            if (curve := label(make_row(**system.row, images=1, steps_s=[1.0]))) in CURVES:
+                plan = predict(settings, system)
+                found[curve].append((ranks, plan.step_s, plan.bound_s))
+        for count in (1, 4, 8):
+            curve = "torch GPipe" if count == 1 else f"torch GPipe, M = {count}"
+            module_s = 3 * settings.unit_ms / 1e3
+            found[curve].append((ranks, module_s * (count + ranks - 1) / count, module_s))
     return [
-        {"schedule": name, "ranks": p, "images_per_s": settings.batch / step_s, "efficiency": bound_s / step_s}
-        for name, p, step_s, bound_s in sorted(entries, key=lambda entry: (list(CURVES).index(entry[0]), entry[1]))
+        {"schedule": curve, "ranks": ranks, "images_per_s": settings.batch / step_s, "efficiency": bound_s / step_s}
+        for curve, entries in found.items()
+        for ranks, step_s, bound_s in entries
     ]
 
 
-def expected(settings: Settings) -> list[str]:
-    """What must come out, from the costs alone, written down before anything is measured."""
+def targets(settings: Settings, rows: Sequence[Row]) -> list[Target]:
+    """What must come out, from the costs alone."""
+    plain = {row["ranks"]: row for row in rows if label(row) == "dgl, exact"}
+    optimum = {f"P = {ranks}": row["of_optimum"] for ranks, row in plain.items()}
+    reached = Target("plain DGL, exact, M = 1: share of the simulated optimum", optimum, least=0.97)
     if settings.profile:
-        return ["the simulator's optimum for this profile"]
-    head = settings.head
+        return [reached]
+    late = {f"{system_name(row)}, P = {row['ranks']}": row["efficiency"] for row in rows if row["schedule"] == "async"}
+    few = [row for row in rows if row["schedule"] in FILLED and row["micro_batches"] <= row["ranks"]]
+    change = {}
+    if {4, 16} <= set(plain):
+        change["P = 16 to P = 4"] = plain[16]["images_per_s"] / plain[4]["images_per_s"]
     return [
-        f"exact, M = 1, plain: one step takes 3 + {head:g} units at any P; >= 0.97 of that, and P = 16 within 3 % of "
-        "P = 4",
-        "async: >= 0.97 of 1 / max stage time",
-        f"GPipe and 1F1B: 3 (M + P - 1) / M units; at M = P the ratio to plain DGL tends to 6 / {3 + head:g} = "
-        f"{6 / (3 + head):.2f}, and it must be >= 1.3 at every M <= P",
+        replace(reached, text=f"{reached.text}, {3 + settings.head:g} units a step at any P,"),
+        Target("plain DGL, exact, M = 1: images/s do not depend on P; their ratio", change, 0.97, 1.03),
+        Target("async: share of 1 / max stage time", late, least=0.97),
+        Target(
+            "plain DGL, exact, M = 1: speed to GPipe and 1F1B at M <= P, which take 3 (M + P - 1) / M units (at M = P "
+            f"it tends to 6 / {3 + settings.head:g} = {6 / (3 + settings.head):.2f})",
+            {f"{label(row)}, P = {row['ranks']}": row["local_ratio"] for row in few},
+            least=1.3,
+        ),
     ]
 
 
-def measure(settings: Settings) -> dict[str, Any]:
-    """Everything; returns the document."""
-    notes = {"expected": expected(settings)}
-    rows: list[ScalingRow] = []
-    overshoot = 0.0
-    for ranks in settings.ranks:
-        print(f"P = {ranks}", flush=True)
-        values = run_ranks(work, ranks, settings, deadline_s=settings.deadline_s * settings.rounds)
-        rows += rows_of(settings, ranks, merge([done for done, _ in values]))
-        overshoot = max(overshoot, *(abs(late) for _, late in values))
-    notes["explained"] = explained(settings, overshoot)
-    notes["limits"] = [] if settings.profile else [large_batches(settings.head, settings.ranks)]
-    notes["simulated"] = [] if settings.profile else simulated(settings)
-    notes["overshoot"] = overshoot
-    result = document({**asdict(settings), **notes}, [asdict(row) for row in rows])
-    show_rows(rows)
-    return result
+def findings(settings: Settings, rows: Sequence[Row]) -> list[str]:
+    """What the rows say besides, the good and the bad."""
+    cascade = [row for row in rows if label(row) == "dgl + hpff, exact"]
+    reached = ", ".join(f"P = {row['ranks']}: {row['of_optimum']:.3f}" for row in cascade)
+    found = [f"With HPFF's cascade, exact, M = 1, the share of the simulated optimum is {reached}."]
+    sizes = sorted({row["ranks"] for row in rows})
+    for ranks in sizes:
+        faster = [
+            f"{label(row)} ({1 / row['local_ratio']:.2f} times as fast)"
+            for row in rows
+            if row["ranks"] == ranks and row["method"] == "bp" and row["local_ratio"] < 1
+        ]
+        found.append(f"P = {ranks}, faster than plain DGL: {', '.join(faster) or 'none'}.")
+    if not settings.profile:
+        many = ", ".join(f"{3 * (ranks - 1) / settings.head:.0f} for P = {ranks}" for ranks in sizes)
+        zero = ", ".join(f"{(ranks - 1) / (2 * settings.head):.0f} for P = {ranks}" for ranks in sizes)
+        found.append(
+            "A synchronous pipeline computes no heads, so with enough micro-batches it is faster than local learning. "
+            f"By the closed forms, GPipe and 1F1B pass plain DGL at M > 3 (P - 1) / head: {many}; ZBV at M > (P - 1) / "
+            f"(2 head): {zero}. On one device backpropagation needs no heads either: P devices give less than P times "
+            "its speed."
+        )
+    return found
 
 
-def explained(settings: Settings, overshoot: float) -> list[str]:
+def about(settings: Settings, overshoot: float) -> list[str]:
     """The conditions, for the page."""
     costs = (
         f"Costs of `{settings.profile}`, stretched {settings.stretch:.3g} times; rates are in its own time. "
@@ -356,51 +321,60 @@ def explained(settings: Settings, overshoot: float) -> list[str]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = Settings()
-    parser.add_argument("--ranks", type=at_least(2), nargs="+", metavar="P", default=default.ranks, help="to run")
-    parser.add_argument("--unit-ms", type=positive, metavar="MS", default=default.unit_ms, help="one unit of time")
-    parser.add_argument("--head", type=positive, metavar="UNITS", default=default.head, help="units of heads")
-    parser.add_argument("--profile", metavar="FILE", default="", help="costs of every module, from launch/plan.py")
-    parser.add_argument("--rounds", type=at_least(1), metavar="N", default=default.rounds, help="interleaved rounds")
-    parser.add_argument("--simulate-to", type=at_least(2), metavar="P", default=default.simulate_to, help="to simulate")
-    parser.add_argument("--quick", action="store_true", help="two ranks, fixed settings: less than a minute")
-    output_options(parser, chart="draw images/s against P")
-    options = vars(parser.parse_args())
-    targets = {name: options.pop(name) for name in ("json", "output", "chart")}
-    settings = QUICK if options["quick"] else Settings(**{**options, "ranks": tuple(options["ranks"])})
-    if settings.profile:
-        settings = replace(settings, **profile_shape(settings))
-    check_targets(**targets)
-    command = " ".join(["python benchmarks/scaling.py", *sys.argv[1:]])
-    result = measure(settings)
-    rows = [ScalingRow(**row) for row in result["rows"]]
-    if targets["json"] is not None:
-        write_json(targets["json"], result)
-    if targets["output"] is not None:
-        picture = targets["chart"].name if targets["chart"] is not None else None
-        targets["output"].write_text(page(result, rows, command, picture), encoding="utf-8")
-    if targets["chart"] is not None:
-        chart(targets["chart"], result, rows)
-
-
-def profile_shape(settings: Settings) -> dict[str, Any]:
+def profile_shape(path: str) -> dict[str, Any]:
     """The number of ranks and the batch that a profile is for.
 
     Raises:
         ConfigError: a profile of one module, or without times of forward passes.
     """
-    profile = Profile.read(Path(settings.profile))
+    profile = Profile.read(Path(path))
     if len(profile.modules) < 2 or not any(module.forward_s for module in profile.modules):
         raise ConfigError(
-            f"--profile {settings.profile}: {len(profile.modules)} modules; give two or more, with their forward_s"
+            f"--profile {path}: {len(profile.modules)} modules; give two or more, with their forward_s"
         )
     return {"ranks": (len(profile.modules),), "batch": profile.batch_size}
 
 
+def measure(settings: Settings) -> Report:
+    """Everything."""
+    shape = profile_shape(settings.profile) if settings.profile else {}
+    settings = replace(settings, **shape)
+    rows: list[Row] = []
+    overshoot = 0.0
+    for ranks in settings.ranks:
+        print(f"P = {ranks}", flush=True)
+        found, late = compete(settings, systems, Bench, ranks, settings.deadline_s * settings.rounds)
+        rows += [row_of(settings, system, turns) for system, turns in found]
+        overshoot = max(overshoot, *map(abs, late))
+    tables, entries = [Table(COLUMNS, rows)], [] if settings.profile else simulated(settings)
+    if entries:
+        tables.append(Table(SIMULATED_COLUMNS, entries, "Simulated (ours) and by the closed form (GPipe)"))
+    return Report(
+        "Scaling on virtual devices",
+        tables,
+        about(settings, overshoot),
+        targets(settings, rows),
+        findings(settings, rows),
+        LEGEND,
+        {**shape, "simulated": entries, "overshoot": overshoot},
+        draw=partial(chart, rows=rows, entries=entries),
+    )
+
+
+def chart(path: Path, rows: Sequence[Row], entries: Sequence[Row]) -> None:
+    """images/s against P, measured and predicted."""
+    measured: dict[str, list[tuple[int, float]]] = {curve: [] for curve in CURVES}
+    predicted: dict[str, list[tuple[int, float]]] = {curve: [] for curve in CURVES}
+    for row in rows:
+        measured.setdefault(label(row), []).append((row["ranks"], row["images_per_s"]))
+    for entry in entries:
+        predicted[entry["schedule"]].append((entry["ranks"], entry["images_per_s"]))
+    title = "Virtual devices: one local module per rank; dashed: simulated or closed form"
+    lines(path, title, measured, predicted, CURVES, "images/s through every rank")
+
+
+QUICK = {"ranks": (2,), "unit_ms": 20.0, "batch": 8, "rounds": 1, "warmup": 2, "steps": 4, "torch_steps": 1}
+QUICK |= {"simulate_to": 64, "quick": True, "deadline_s": 120.0}
+
 if __name__ == "__main__":
-    try:
-        main()
-    except (ConfigError, RanksFailed, ChartError) as error:
-        sys.exit(f"scaling.py: {error}")
+    main(__doc__, Settings, measure, QUICK, chart="images/s against P")

@@ -1,133 +1,81 @@
-"""What every benchmark writes: hardware, versions, date, settings and rows, as JSON, Markdown and on a screen."""
+"""Rows of measurements, and tables of them: a list of columns, as Markdown and on a screen."""
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import importlib.util
-import json
-import math
-import os
-import platform
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as Screen
 
-from pipeline import ConfigError, __version__
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One measured configuration of a benchmark of speed.
+def make_row(
+    method: str,
+    modules: int,
+    images: float,
+    steps_s: Sequence[float],
+    *,
+    system: str = "localpipe",
+    span: int = 1,
+    schedule: str = "exact",
+    ranks: int = 1,
+    micro_batches: int = 1,
+    ratio_to_bp: float | None = None,
+    work_s: Sequence[float] = (),
+    stage_s: Sequence[float] = (),
+    bytes_per_step: float = 0.0,
+    **more: Any,
+) -> Row:
+    """One measured configuration of a benchmark of speed, with these keys and those of ``more``:
 
-    Attributes:
-        system: who runs it.
-        method: what a local module learns from; "bp" for backpropagation.
-        schedule: order of work.
-        ranks, modules, micro_batches: P, K, M. A baseline has as many modules as parts that its schedule places.
-        images_per_s, low, high: median, smallest and largest of all rounds.
-        ratio_to_bp: median over rounds of the ratio to BP on one device in the same round; None where it was not run.
-        bound: images/s if the busiest rank never waited: batch / max stage time; None where its work is not known.
-        efficiency: images_per_s / bound.
-        busy: by rank, share of the time in which it works.
-        bytes_per_step: sent by all ranks together.
+        system, method     who runs it; what a local module learns from, "bp" for backpropagation
+        schedule           order of work
+        ranks, modules, micro_batches    P, K, M; a baseline has as many modules as parts that its schedule places
+        images_per_s, low, high          median, smallest and largest of all rounds
+        ratio_to_bp        median ratio to BP on one device in the same round; None where that was not run
+        bound, efficiency  images/s if the busiest rank never waited; images_per_s / bound; None where not known
+        busy               by rank, share of the time in which it works
+        bytes_per_step     sent by all ranks together
+
+    Args:
+        images: of one step. steps_s: seconds of one step, in every round.
+        span: cascade span.
+        work_s: seconds of work in a step, by rank, where they are known.
+        stage_s: the same as it should be, where that is another than what was measured.
     """
-
-    system: str
-    method: str
-    schedule: str
-    ranks: int
-    modules: int
-    micro_batches: int
-    images_per_s: float
-    low: float
-    high: float
-    ratio_to_bp: float | None
-    bound: float | None
-    efficiency: float | None
-    busy: tuple[float, ...]
-    bytes_per_step: float
-
-
-def processor() -> str:
-    """Name of the CPU and its widest vector units, as torch sees them."""
-    names: list[str] = []
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
-    return f"{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def hardware(device: str = "cpu") -> str:
-    """Processor and cores that this process may use; the GPUs too for ``device`` "cuda"."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    text = f"{processor()}, {cores} cores"
-    if device == "cuda":
-        text += f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return text
-
-
-def document(settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], device: str = "cpu") -> dict[str, Any]:
-    """One object with everything that a reader of the rows must know."""
+    rate, low, high = spread([images / step_s for step_s in steps_s])
+    bound = images / max(stage_s or work_s) if stage_s or work_s else None
     return {
-        "hardware": hardware(device),
-        "versions": {"torch": torch.__version__, "python": platform.python_version(), "localpipe": __version__},
-        "date": datetime.date.today().isoformat(),
-        "settings": dict(settings),
-        "rows": [dict(row) for row in rows],
+        "system": system,
+        "method": method if span == 1 else f"{method} + hpff",
+        "schedule": schedule,
+        "ranks": ranks,
+        "modules": modules,
+        "micro_batches": micro_batches,
+        "images_per_s": rate,
+        "low": low,
+        "high": high,
+        "ratio_to_bp": ratio_to_bp,
+        "bound": bound,
+        "efficiency": None if bound is None else rate / bound,
+        "busy": [min(1.0, seconds * rate / images) for seconds in work_s],
+        "bytes_per_step": bytes_per_step,
+        **more,
     }
 
 
-def provenance(result: Mapping[str, Any], command: str) -> str:
-    """The paragraph above a table: command, date, machine, versions."""
-    versions = result["versions"]
-    return (
-        f"`{command}`, {result['date']}. {result['hardware']}, torch {versions['torch']}, "
-        f"localpipe {versions['localpipe']}."
-    )
+def system_name(row: Row) -> str:
+    """For people, without M: ``dgl, async``, ``torch 1F1B``."""
+    return row["system"] if row["method"] == "bp" else f"{row['method']}, {row['schedule']}"
 
 
-def write_json(path: Path, result: Mapping[str, Any]) -> None:
-    """Write a document."""
-    path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def output_options(parser: argparse.ArgumentParser, chart: str | None = None) -> None:
-    """Add --json and --output, which every benchmark has, and --chart with the help text ``chart``."""
-    parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON")
-    parser.add_argument("--output", metavar="FILE.md", type=Path, help="write the result as a Markdown page")
-    if chart is not None:
-        parser.add_argument("--chart", metavar="FILE.png", type=Path, help=chart)
-
-
-def check_targets(chart: Path | None = None, **files: Path | None) -> None:
-    """Refuse, before anything is measured, what could not be written afterwards.
-
-    Raises:
-        ConfigError: the folder of a file does not exist; a chart without matplotlib.
-    """
-    for option, path in {**files, "chart": chart}.items():
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"--{option} {path}: there is no folder '{path.parent}'; make it first")
-    if chart is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError(f"--chart {chart} needs matplotlib; run: pip install localpipe[plot]")
-
-
-def positive(text: str) -> float:
-    """Type of an option: a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is no number") from None
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+def label(row: Row) -> str:
+    """For people: ``dgl, async``, ``torch 1F1B, M = 4``."""
+    return system_name(row) if row["micro_batches"] == 1 else f"{system_name(row)}, M = {row['micro_batches']}"
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
@@ -135,45 +83,67 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(values), min(values), max(values)
 
 
-def number(value: float | None, form: str) -> str:
-    """A number for a cell; empty where there is none."""
-    return "" if value is None else format(value, form)
+def medians(records: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """The median at every place over all records, such as by rank over all rounds."""
+    return tuple(map(statistics.median, zip(*records, strict=True)))
 
 
-def per_rank(values: Sequence[float], form: str) -> str:
-    """Numbers of all ranks for a cell; of many ranks the lowest and the highest."""
-    if len(values) <= 4:
-        return " / ".join(format(value, form) for value in values)
-    return f"{min(values):{form}} ... {max(values):{form}}"
+@dataclass(frozen=True)
+class Column:
+    """One column of a table.
+
+    Attributes:
+        title: above it.
+        value: key of the row, or a function of the row.
+        form: of a number, as in ``format``.
+    """
+
+    title: str
+    value: str | Callable[[Row], Any]
+    form: str = ""
+
+    def cell(self, row: Row) -> str:
+        """The text for a row; empty where there is no value. Of the numbers of many ranks the lowest and highest."""
+        value = row[self.value] if isinstance(self.value, str) else self.value(row)
+        if value is None:
+            return ""
+        if not isinstance(value, list):
+            return format(value, self.form)
+        if len(value) <= 4:
+            return " / ".join(format(number, self.form) for number in value)
+        return f"{min(value):{self.form}} ... {max(value):{self.form}}"
 
 
-def markdown(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in cells)])
+P, K, M = Column("P", "ranks"), Column("K", "modules"), Column("M", "micro_batches")
+SPEED = (Column("images/s", "images_per_s", ".1f"), Column("low", "low", ".1f"), Column("high", "high", ".1f"))
+BUSY = Column("busy", "busy", ".2f")
 
 
-def show(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
-    """The same table on the screen."""
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in cells:
-        table.add_row(*row)
-    console = Console()
-    Console(width=None if console.is_terminal else 200).print(table)
+@dataclass(frozen=True)
+class Table:
+    """Rows under a title, which may be empty."""
 
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+    title: str = ""
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """Type of an option: an integer of ``minimum`` or more."""
+    @property
+    def cells(self) -> list[list[str]]:
+        """The table as text."""
+        return [[column.cell(row) for column in self.columns] for row in self.rows]
 
-    def integer(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is no integer") from None
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{value} is too small; use {minimum} or more")
-        return value
+    @property
+    def markdown(self) -> str:
+        """The title and the table."""
+        lines = ["| " + " | ".join(column.title for column in self.columns) + " |", "|" + "---|" * len(self.columns)]
+        lines += ["| " + " | ".join(cells) + " |" for cells in self.cells]
+        return "\n".join([f"### {self.title}\n"] * bool(self.title) + lines)
 
-    return integer
+    def show(self, title: str) -> None:
+        """The same on the screen; ``title`` is for a table that has none."""
+        screen = Screen(title=self.title or title, title_justify="left")
+        for index, column in enumerate(self.columns):
+            screen.add_column(column.title, justify="left" if index == 0 else "right", no_wrap=True)
+        for cells in self.cells:
+            screen.add_row(*cells)
+        Console(width=None if Console().is_terminal else 200).print(screen)

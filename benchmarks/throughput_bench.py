@@ -1,21 +1,21 @@
-"""The systems of throughput.py on one rank: where everybody's network is cut, and a burst of each."""
+"""The systems of throughput.py, where everybody's network is cut, and a burst of each on one rank."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from baselines import GPIPE, INTERLEAVED, Step, TorchSchedule, data_parallel, one_device, torch_pipeline
-from bursts import Burst, time_steps
-from networks import SGD, block_seconds, grouped, network, normalise, random_images, sgd, split, split_twice
-from ours import LocalPipeline, Repeated
-from ranks import Rank, RanksFailed
+from baselines import TORCH_SCHEDULES, Step, data_parallel, one_device, torch_pipeline, torch_systems
+from bursts import Burst, System, time_steps
+from networks import block_seconds, grouped, network, normalise, random_images, split, split_twice
+from ours import LocalPipeline, local_systems, sections
+from ranks import Rank, RanksFailed, available_cores
+from runner import option
 from torch import Tensor, nn
 
-from pipeline import LoaderData
+from pipeline import backbone_names
 
 METHODS = ("dgl", "infopro", "predsim")
 WEIGHTS = (1.0, 1.15, 1.3, 0.85)
@@ -26,28 +26,19 @@ CHECKED_STEPS = 2
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one run of this tool.
+    """Of one run of this tool."""
 
-    Attributes:
-        model, modules, ranks, batch: backbone, K, P, images per step of all ranks together.
-        device: "cpu" or "cuda".
-        rounds: in each, all systems take turns.
-        warmup, steps: of a burst; only the latter are timed.
-        cores: of this machine that the ranks may use.
-        methods: of local learning. baselines: whether other ways than BP on one device are run.
-    """
-
-    model: str = "resnet32"
-    modules: int = 4
-    ranks: int = 2
-    batch: int = 128
-    device: str = "cpu"
-    rounds: int = 5
+    model: str = option("resnet32", "backbone", choices=backbone_names())
+    modules: int = option(4, "local modules", "K", above=1)
+    ranks: int = option(2, "processes", "P", above=1)
+    batch: int = option(128, "images per step of all ranks together", "N", above=7)
+    device: str = option("cpu", "cuda: one GPU per rank", choices=("cpu", "cuda"))
+    rounds: int = option(5, "interleaved rounds, in each of which all systems take turns", "N")
+    steps: int = option(4, "timed steps of a burst", "N")
+    methods: tuple[str, ...] = option(METHODS, "methods of local learning", choices=METHODS)
+    ours_only: bool = option(False, "no baseline but BP on one device")
     warmup: int = 1
-    steps: int = 4
-    cores: int = 1
-    methods: tuple[str, ...] = METHODS
-    baselines: bool = True
+    cores: int = field(default_factory=lambda: len(available_cores()))
     quick: bool = False
     deadline_s: float = 3600.0
 
@@ -56,75 +47,76 @@ class Settings:
         """M of torch's pipelines."""
         return (2,) if self.quick else (2, 4, 8)
 
-    @property
-    def backend(self) -> str:
-        """Of the baselines' process groups."""
-        return "nccl" if self.device == "cuda" else "gloo"
 
-    def device_of(self, rank: Rank) -> torch.device:
-        """The device of a rank."""
-        return torch.device("cuda", rank.index) if self.device == "cuda" else torch.device("cpu")
+def systems(settings: Settings, ranks: int) -> list[System]:
+    """Everything that is run; the first is the reference."""
+    alone = "bp", "", 1, 1, 1
+    found = [System("BP, one device", *alone, lambda bench, _: bench.alone())]
+    if not settings.ours_only:
+        threads = min(ranks, settings.cores)
+        if settings.device == "cpu" and threads > 1:
+            found.append(System(f"BP, {threads} threads", *alone, lambda bench, _: bench.alone(threads=threads)))
+        if not settings.quick:
+            found.append(System("BP, checkpointing", *alone, lambda bench, _: bench.alone(checkpointing=True)))
+        found.append(System("DDP", "bp", "", ranks, 1, 1, Bench.copies))
+        found.append(System("naive model parallel", "bp", "GPipe", ranks, ranks, 1, Bench.pipeline))
+        names = list(TORCH_SCHEDULES)[:: 2 if settings.quick else 1]
+        found += torch_systems(names, ranks, settings.torch_micro_batches, Bench.pipeline)
+    methods = settings.methods[:1] if settings.quick else settings.methods
+    spans = [(method, span) for method in methods for span in (1, 2)]
+    return found + local_systems(spans, ranks, settings.modules, settings.quick, Bench.ours)
 
 
-Cut = tuple[tuple[int, ...], ...]
-"""By rank: blocks of every local module."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where everybody's network is cut, by time measured here.
-
-    Attributes:
-        parts: blocks of every part of a torch pipeline, by (number of parts, M).
-        cuts: of ours, by (method, cascade span, schedule).
-    """
-
-    parts: Mapping[tuple[int, int], tuple[int, ...]]
-    cuts: Mapping[tuple[str, int, str], Cut]
+def cut_key(system: System) -> tuple[Any, ...]:
+    """Systems of one key share a cut: those of torch with as many parts and micro-batches, ours with equal work."""
+    if system.method == "bp":
+        return system.modules, system.micro_batches
+    return system.method, system.span, system.schedule if system.span > 1 else ""
 
 
 class Bench:
-    """Runs the systems on one rank."""
+    """Runs the systems on one rank.
+
+    Attributes:
+        cuts: by :func:`cut_key`, chosen by time measured here: blocks of every part of a torch pipeline; of ours, by
+            rank, blocks of every local module.
+        losses: the first losses of one process that accumulates M micro-batches, by M (rank 0).
+    """
 
     def __init__(self, settings: Settings, rank: Rank) -> None:
         self.settings = settings
         self.rank = rank
-        self.device = settings.device_of(rank)
+        self.device = torch.device("cpu")
         if settings.device == "cuda":
+            self.device = torch.device("cuda", rank.index)
             torch.cuda.set_device(self.device)
-        self.images, self.labels = random_images(settings.batch, self.device)
+        self.backend = "nccl" if settings.device == "cuda" else "gloo"
+        self.images, self.labels = (tensor.to(self.device) for tensor in random_images(settings.batch))
         self.local = LocalPipeline(rank, settings.warmup, settings.steps)
+        self.cuts: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        for system in systems(settings, rank.count):
+            if system.modules > 1 and cut_key(system) not in self.cuts:
+                self.cuts[cut_key(system)] = self.fastest_cut(system)
+        self.losses: dict[int, list[float]] = {}
+        for micro_batches in {1, settings.ranks, *settings.torch_micro_batches} if rank.leader else ():
+            step = one_device(self.fresh(), micro_batches)
+            found = [step(normalise(self.images), self.labels) for _ in range(CHECKED_STEPS)]
+            self.losses[micro_batches] = found
 
-    def place(self) -> Placement:
-        """Find the cut of everybody: splits by measured time of the blocks; the fastest in a short run wins."""
-        settings, ranks = self.settings, self.settings.ranks
-        parts: dict[tuple[int, int], tuple[int, ...]] = {}
-        cuts: dict[tuple[str, int, str], Cut] = {}
-        whole = normalise(self.images)
-        for micro_batches in (1, *settings.torch_micro_batches) if settings.baselines else ():
-            seconds = self.seconds(whole[: settings.batch // micro_batches])
-            for count, schedule in ((ranks, GPIPE), (2 * ranks, INTERLEAVED)):
-                if schedule.fits(micro_batches, ranks):
-                    parts[count, micro_batches] = self.fastest(
-                        [split(seconds, count, weight) for weight in WEIGHTS],
-                        lambda counts, how=(schedule, micro_batches): self.pipeline(*how, counts),
-                    )
-        seconds = self.seconds(whole)
-        for method, span in method_spans(settings):
-            for kind in ("exact", "async"):
-                cuts[method, span, kind] = cuts[method, 1, "exact"] if (span, kind) == (1, "async") else self.fastest(
-                    [split_twice(seconds, settings.modules, ranks, weight) for weight in WEIGHTS],
-                    lambda cut, what=(method, span, kind): self.ours(*what, 1, cut),
-                )
-        return Placement(parts, cuts)
+    @property
+    def record(self) -> tuple[dict[tuple[Any, ...], tuple[Any, ...]], dict[int, list[float]]]:
+        """Cuts and losses."""
+        return self.cuts, self.losses
 
-    def seconds(self, x: Tensor) -> list[float]:
-        """Times of the blocks on ``x``, measured by rank 0."""
-        return self.rank.share(block_seconds(self.fresh(), x) if self.rank.leader else [])
-
-    def fastest(self, candidates: Sequence[Any], burst: Callable[[Any], Burst | None]) -> Any:
-        """The candidate with the fastest bursts, by their median of three in turns: one burst may be lucky. A quick run
-        shows that all runs, and takes the first."""
+    def fastest_cut(self, system: System) -> tuple[Any, ...]:
+        """Of splits by measured time of the blocks the one with the fastest bursts, by their median of three in turns:
+        one burst may be lucky. A quick run shows that all runs, and takes the first."""
+        rank, images = self.rank, normalise(self.images[: self.settings.batch // system.micro_batches])
+        seconds = rank.share(block_seconds(self.fresh(), images) if rank.leader else [])
+        if system.method == "bp":
+            candidates = [split(seconds, system.modules, weight) for weight in WEIGHTS]
+        else:
+            candidates = [split_twice(seconds, system.modules, system.ranks, weight) for weight in WEIGHTS]
         different = [candidate for candidate in dict.fromkeys(candidates) if candidate]
         if not different:
             raise RanksFailed(
@@ -133,90 +125,58 @@ class Bench:
             )
         if len(different) == 1 or self.settings.quick:
             return different[0]
-        times: dict[Any, list[float]] = {candidate: [] for candidate in different}
+        times: dict[tuple[Any, ...], list[float]] = {candidate: [] for candidate in different}
         for candidate in different * 3:
-            found = burst(candidate)
-            if found is not None:
-                times[candidate].append(max(found.step_s))
-        return self.rank.share(
-            min(different, key=lambda candidate: statistics.median(times[candidate])) if self.rank.leader else None
+            self.cuts[cut_key(system)] = candidate
+            burst = system.burst(self, system)
+            times[candidate].append(burst.step_s if burst is not None else 0.0)
+        return rank.share(min(different, key=lambda candidate: statistics.median(times[candidate])))
+
+    def ours(self, system: System) -> Burst | None:
+        """The local pipeline. HPFF is a cascade over two modules and 2 x 2 patches."""
+        settings, cut = self.settings, self.cuts[cut_key(system)]
+        config = sections(
+            settings.modules, system.method, system.schedule, settings.batch, system.span, system.micro_batches
         )
-
-    def data(self) -> LoaderData:
-        """Our loaders: the images of a burst, and a tiny test."""
-        steps = self.local.batches
-        test = Repeated(1, self.images[:2], self.labels[:2])
-        return LoaderData(Repeated(steps, self.images, self.labels), test, mean=(0.5,) * 3, std=(0.25,) * 3)
-
-    def sections(self, method: str, span: int, kind: str, micro_batches: int) -> dict[str, dict[str, Any]]:
-        """Our configuration, without a placement. HPFF is a cascade over two modules and 2 x 2 patches."""
-        settings = self.settings
-        return {
-            "model": {"name": settings.model, "modules": settings.modules},
-            "method": {"name": method},
-            "hierarchy": {"cascade_span": span},
-            "patches": {"grid": span},
-            "schedule": {"kind": kind, "micro_batches": micro_batches},
-            "data": {"batch_size": settings.batch},
-            "optim": {"name": "sgd", "schedule": "constant", "warmup_epochs": 0, **SGD},
-            "train": {"epochs": 1},
-            "precision": {"compute": "fp32", "channels_last": "auto"},
-            "runtime": {"device": settings.device, "threads": 1, "deadline_s": 120.0},
-        }
-
-    def ours(self, method: str, span: int, kind: str, micro_batches: int, cut: Cut) -> Burst | None:
-        """A burst of the local pipeline."""
-        sections = self.sections(method, span, kind, micro_batches)
-        sections["partition"] = {"kind": "given", "stages": [len(modules) for modules in cut]}
+        config["model"]["name"] = settings.model
+        config["patches"] = {"grid": system.span}
+        config["partition"] = {"kind": "given", "stages": [len(modules) for modules in cut]}
+        config["precision"]["channels_last"] = "auto"
+        config["runtime"]["device"] = settings.device
         modules = grouped(self.fresh(), [blocks for modules in cut for blocks in modules])
-        return self.local.burst(sections, self.data(), nn.Sequential(*(nn.Sequential(*blocks) for blocks in modules)))
+        data = self.local.data(self.images, self.labels, mean=(0.5,) * 3, std=(0.25,) * 3)
+        return self.local.burst(config, data, nn.Sequential(*(nn.Sequential(*blocks) for blocks in modules)))
 
     def fresh(self) -> nn.Sequential:
-        """The network with its first weights."""
-        return network(self.settings.model, self.device)
+        """The network with its first weights, channels last."""
+        return network(self.settings.model).to(device=self.device, memory_format=torch.channels_last)
 
     def time(self, step: Step, images: Tensor, labels: Tensor, sent: float = 0.0, cores: int = 1) -> Burst:
         """A burst of a baseline on ``images``, which are normalised in every step."""
         settings = self.settings
+        burst = time_steps(self.rank, lambda: step(normalise(images), labels), settings.warmup, settings.steps, cores)
+        return replace(burst, sent=sent)
 
-        def whole() -> float | None:
-            return step(normalise(images), labels)
-
-        return replace(time_steps(self.rank, whole, settings.warmup, settings.steps, cores), sent=sent)
-
-    def alone(self, checkpointing: bool, threads: int = 1) -> Burst | None:
+    def alone(self, checkpointing: bool = False, threads: int = 1) -> Burst | None:
         """One process; the other ranks wait."""
         if not self.rank.leader:
             self.rank.meet()
             return None
-        with self.rank.threads(threads):
-            return self.time(one_device(self.fresh(), sgd, 1, checkpointing), self.images, self.labels, cores=threads)
+        self.rank.pin(threads)
+        step = one_device(self.fresh(), checkpointing=checkpointing)
+        burst = self.time(step, self.images, self.labels, cores=threads)
+        self.rank.pin()
+        return burst
 
-    def copies(self) -> Burst:
+    def copies(self, system: System) -> Burst:
         """DDP."""
-        images, labels = (batch.chunk(self.rank.count)[self.rank.index] for batch in (self.images, self.labels))
-        with data_parallel(self.rank, self.fresh(), sgd, self.settings.backend) as (step, sent):
+        images, labels = (batch.chunk(system.ranks)[self.rank.index] for batch in (self.images, self.labels))
+        with data_parallel(self.rank, self.fresh(), self.backend) as (step, sent):
             return self.time(step, images, labels, sent)
 
-    def pipeline(self, schedule: TorchSchedule, micro_batches: int, counts: Sequence[int]) -> Burst:
+    def pipeline(self, system: System) -> Burst:
         """torch.distributed.pipelining."""
-        parts, backend = grouped(self.fresh(), counts), self.settings.backend
-        inputs = normalise(self.images)
-        with torch_pipeline(self.rank, schedule, parts, micro_batches, inputs, sgd, backend) as (step, sent):
+        parts = grouped(self.fresh(), self.cuts[cut_key(system)])
+        job = (self.rank, TORCH_SCHEDULES[system.schedule], parts, system.micro_batches, normalise(self.images))
+        with torch_pipeline(*job, self.backend) as (step, sent):
             return self.time(step, self.images if self.rank.leader else self.images[:0], self.labels, sent)
-
-    def reference_losses(self) -> dict[int, list[float]]:
-        """The first losses of one process that accumulates M micro-batches, by M (rank 0)."""
-        if not self.rank.leader:
-            return {}
-        found = {}
-        for micro_batches in sorted({1, self.settings.ranks, *self.settings.torch_micro_batches}):
-            step = one_device(self.fresh(), sgd, micro_batches, False)
-            found[micro_batches] = [step(normalise(self.images), self.labels) for _ in range(CHECKED_STEPS)]
-        return found
-
-
-def method_spans(settings: Settings) -> list[tuple[str, int]]:
-    """Methods, each plain and with HPFF's cascade."""
-    methods = settings.methods[:1] if settings.quick else settings.methods
-    return [(method, span) for method in methods for span in (1, 2)]

@@ -18,7 +18,6 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
-from ours import Repeated
 from torch import Tensor, nn
 
 from pipeline import AuxiliaryHead, Profile, Task, Term, register_method
@@ -34,24 +33,18 @@ class Costs:
 
     Attributes:
         forward: F. input_gradient: I. weight_gradient: W; a full backward pass takes I + W.
-        head_forward, head_backward: of one level of heads.
+        head: of one level of heads, a third of it forward.
     """
 
     forward: float
     input_gradient: float
     weight_gradient: float
-    head_forward: float
-    head_backward: float
+    head: float
 
     @property
     def module(self) -> float:
         """A step without heads."""
         return self.forward + self.input_gradient + self.weight_gradient
-
-    @property
-    def head(self) -> float:
-        """One level of heads."""
-        return self.head_forward + self.head_backward
 
     def scaled(self, factor: float) -> Costs:
         """All times multiplied by ``factor``."""
@@ -69,8 +62,8 @@ class Costs:
 
 
 def equal_costs(modules: int, unit_s: float, head: float) -> tuple[Costs, ...]:
-    """Modules with F = I = W = ``unit_s`` seconds and levels of heads of ``head`` units, a third of it forward."""
-    return (Costs(unit_s, unit_s, unit_s, head * unit_s / 3, 2 * head * unit_s / 3),) * modules
+    """Modules with F = I = W = ``unit_s`` seconds and levels of heads of ``head`` units."""
+    return (Costs(unit_s, unit_s, unit_s, head * unit_s),) * modules
 
 
 def profiled_costs(profile: Profile) -> tuple[Costs, ...]:
@@ -82,7 +75,7 @@ def profiled_costs(profile: Profile) -> tuple[Costs, ...]:
     for module in profile.modules:
         inputs = module.relay_s or module.backward_s / 2
         head = module.independent_s or module.cascade_s
-        costs.append(Costs(module.forward_s, inputs, max(0.0, module.backward_s - inputs), head / 3, 2 * head / 3))
+        costs.append(Costs(module.forward_s, inputs, max(0.0, module.backward_s - inputs), head))
     return tuple(costs)
 
 
@@ -151,18 +144,17 @@ class VirtualBlock(nn.Module):
 
 
 class VirtualHead(AuxiliaryHead):
-    """A head whose loss is the mean square of the feature, after a wait."""
+    """A head whose loss is the mean square of the feature, after a wait of ``seconds`` in all."""
 
-    def __init__(self, costs: Costs, clock: Clock, batch_rows: int) -> None:
+    def __init__(self, seconds: float, clock: Clock, batch_rows: int) -> None:
         super().__init__()
-        self._costs = costs
+        self._seconds = seconds
         self._clock = clock
         self._batch_rows = batch_rows
 
     def loss(self, feature: Tensor, labels: Tensor, image: Tensor | None) -> Tensor:
         share = len(labels) / self._batch_rows
-        timed = _Timed.apply(feature, self._clock, self._costs.head_forward, self._costs.head_backward, share)
-        return timed.square().mean()
+        return _Timed.apply(feature, self._clock, self._seconds / 3, 2 * self._seconds / 3, share).square().mean()
 
 
 def virtual_blocks(costs: Sequence[Costs], clock: Clock, width: int, batch_rows: int) -> list[nn.Sequential]:
@@ -177,13 +169,12 @@ def register_virtual_heads(costs: Costs, clock: Clock, batch_rows: int, name: st
     """Make ``method.name = name`` known in this process: one virtual head per level, of equal costs everywhere."""
 
     def terms(_config: object, _task: Task, _position: float) -> list[Term]:
-        return [Term("task", 1.0, lambda _shape: VirtualHead(costs, clock, batch_rows))]
+        return [Term("task", 1.0, lambda _shape: VirtualHead(costs.head, clock, batch_rows))]
 
     register_method(name, terms)
 
 
-def batches(count: int, rows: int, width: int) -> Repeated:
-    """``count`` times the same random (rows, width) features."""
+def features(rows: int, width: int) -> tuple[Tensor, Tensor]:
+    """(rows, width) random features and (rows,) labels, always the same."""
     generator = torch.Generator().manual_seed(1)
-    features = torch.randn(rows, width, generator=generator)
-    return Repeated(count, features, torch.randint(CLASSES, (rows,), generator=generator))
+    return torch.randn(rows, width, generator=generator), torch.randint(CLASSES, (rows,), generator=generator)

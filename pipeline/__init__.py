@@ -6,22 +6,25 @@
 The names below are the public interface; everything else may change.
 """
 
-from pipeline.backbones import UncutModel, backbone_names, build_blocks, register_backbone
-from pipeline.config import Config, from_dict, load_config, recipe_names, to_toml
-from pipeline.cost import StepCost, step_cost
-from pipeline.cost_profile import Profile
-from pipeline.errors import ConfigError, LocalpipeError
-from pipeline.evaluation import Evaluation, ExitRow, evaluate, show_evaluation
-from pipeline.exporting import Exported, export
-from pipeline.heads import AuxiliaryHead
-from pipeline.methods import Task, Term, register_method
-from pipeline.planning import explain, measure
-from pipeline.report import plot_curve, plot_timeline, read_metrics, schedule_text, show_plan
-from pipeline.sources import LoaderData
-from pipeline.timeline import Event, SteadyState, read_trace, steady_state
-from pipeline.trainer import train
-from pipeline.version import VERSION as __version__
-from pipeline.weights import load_model, weights_sha256
+from pipeline.base.config import Config, from_dict, load_config, recipe_names, to_toml
+from pipeline.base.errors import ConfigError, LocalpipeError
+from pipeline.base.version import VERSION as __version__
+from pipeline.data.sources import LoaderData
+from pipeline.local.methods import Task, Term, register_method
+from pipeline.local.weights import load_model, weights_sha256
+from pipeline.models.backbones import UncutModel, backbone_names, build_blocks, register_backbone
+from pipeline.models.heads import AuxiliaryHead
+from pipeline.plan.cost import StepCost, step_cost
+from pipeline.plan.cost_profile import Profile
+from pipeline.plan.explain import explain, measure
+from pipeline.report.curve import plot_curve
+from pipeline.report.plan_view import schedule_text, show_plan
+from pipeline.report.timeline_chart import plot_timeline
+from pipeline.run.evaluation import Evaluation, ExitRow, evaluate, show_evaluation
+from pipeline.run.train import train
+from pipeline.stage.events import Event, SteadyState, read_trace, steady_state
+from pipeline.store.exporting import Exported, export
+from pipeline.store.run_directory import read_metrics
 
 __all__ = [
     "AuxiliaryHead",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,9 +22,11 @@ Quick = dict[str, tuple[dict[str, Any], str]]
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-bursts, networks, ranks, tables, throughput, virtual = map(
-    importlib.import_module, ("bursts", "networks", "ranks", "tables", "throughput", "virtual")
+bursts, networks, processes, ranks, runner, tables, throughput, virtual = map(
+    importlib.import_module,
+    ("bursts", "networks", "processes", "ranks", "runner", "tables", "throughput", "virtual"),
 )
+ROW_KEYS = set(tables.make_row("bp", 1, 1.0, [1.0]))
 
 
 def quick(name: str, folder: Path, *more: str) -> tuple[dict[str, Any], str]:
@@ -46,7 +50,7 @@ def check_rows(result: dict[str, Any]) -> None:
     """Keys and values of any benchmark of speed."""
     assert result["hardware"] and result["date"] and set(result["versions"]) >= {"torch", "localpipe"}
     for row in result["rows"]:
-        assert set(tables.Row.__annotations__) <= set(row)
+        assert set(row) >= ROW_KEYS
         assert 0 < row["low"] <= row["images_per_s"] <= row["high"]
         assert 0 < row["ratio_to_bp"] <= 1.5 * row["ranks"] + 1
         assert 0 < row["efficiency"] < 1.05 and row["bound"] > 0.9 * row["images_per_s"]
@@ -119,7 +123,7 @@ def test_benchmarks_of_one_process_run(of_one_process: Quick, name: str) -> None
     result, page = of_one_process[name]
     assert page.count("|") > 8 * len(result["rows"])
     for row in result["rows"]:
-        assert set(tables.Row.__annotations__) <= set(row)
+        assert set(row) >= ROW_KEYS
         assert row["ranks"] == 1 and row["images_per_s"] > 0
         assert row["ratio_to_bp"] == pytest.approx(1.0) if row["method"] == "bp" else 0 < row["ratio_to_bp"] < 1.5
 
@@ -132,16 +136,16 @@ def test_operations_are_those_of_the_method(of_one_process: Quick) -> None:
     assert "### BP: " in page and "### DGL + HPFF: " in page
 
 
-def test_targets_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
+def test_files_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--json .*there is no folder"):
-        tables.check_targets(json=tmp_path / "no" / "x.json")
-    tables.check_targets(json=tmp_path / "x.json", output=None)
+        runner.check_files(json=tmp_path / "no" / "x.json")
+    runner.check_files(json=tmp_path / "x.json", output=None)
 
 
 def test_a_virtual_block_waits_for_what_it_stands_for() -> None:
     """Full backward I + W, also without an input gradient; the input gradient alone I; no time in evaluation."""
     clock = virtual.Clock()
-    (block,) = virtual.virtual_blocks([virtual.Costs(0.01, 0.02, 0.04, 0.0, 0.0)], clock, 4, 8)
+    (block,) = virtual.virtual_blocks([virtual.Costs(0.01, 0.02, 0.04, 0.0)], clock, 4, 8)
     x = torch.zeros(4, 4)  # half a batch
 
     def waited(call: Any) -> float:
@@ -180,12 +184,27 @@ def test_splits_have_the_fastest_slowest_part() -> None:
 
 def test_a_ratio_is_to_the_bursts_of_the_reference_around_it() -> None:
     times = [(0, 1.0), (1, 2.0), (2, 0.5), (0, 3.0), (1, 1.0), (0, 1.0)]
-    leader = [(index, bursts.Burst((step_s,), (step_s / 2,))) for index, step_s in times]
+    leader = [(index, bursts.Burst(step_s, (step_s / 2,))) for index, step_s in times]
     silent = [(index, None) for index, _ in times]
     turns = bursts.merge([leader, silent])
     assert [turn.ratio for turn in turns[1]] == pytest.approx([1.5 / 2, 1.5 / 1])  # harmonic mean of 1 and 3 is 1.5
     assert turns[2][0].ratio == pytest.approx(3.0)
     assert [turn.ratio for turn in turns[0]] == pytest.approx([1, 1, 1])
+
+
+def test_a_target_is_met_where_all_values_are_within() -> None:
+    target = runner.Target("share", {"P = 2": 0.98, "P = 4": 0.96}, least=0.97)
+    assert str(target) == "Expected: share >= 0.97. Measured: 0.960 (P = 4), 0.980 (P = 2). Missed."
+    assert runner.Target("share", {"P = 2": 0.98}, least=0.97, most=1.03).met
+
+
+def test_columns_make_the_table() -> None:
+    row = tables.make_row("dgl", 4, 10.0, [0.5, 0.25, 0.2], span=2, ranks=2, work_s=[0.25, 0.1])
+    table = tables.Table([tables.Column("system", tables.label), *tables.SPEED, tables.BUSY], [row])
+    assert table.cells == [["dgl + hpff, exact", "40.0", "20.0", "50.0", "1.00 / 0.40"]]
+    assert row["bound"] == pytest.approx(40.0) and row["efficiency"] == pytest.approx(1.0)
+    many = tables.make_row("dgl", 8, 1.0, [1.0], ranks=8, work_s=[0.1 * rank for rank in range(1, 9)])
+    assert tables.BUSY.cell(many) == "0.10 ... 0.80" and tables.Column("x", "ratio_to_bp", ".2f").cell(many) == ""
 
 
 def meet_and_share(rank: Any) -> tuple[int, str, int]:
@@ -210,6 +229,40 @@ def test_ranks_work_in_lockstep() -> None:
 def test_a_failing_rank_ends_all_and_says_why() -> None:
     with pytest.raises(ranks.RanksFailed, match="rank 1: ValueError: no such thing"):
         ranks.run_ranks(fail_on_rank_1, 2, deadline_s=60)
+
+
+def die(rank: Any) -> None:
+    if rank.index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rank.meet()
+
+
+def test_a_killed_rank_ends_all() -> None:
+    started = time.monotonic()
+    with pytest.raises(ranks.RanksFailed, match="rank 1 ended with code -9: it wrote nothing"):
+        ranks.run_ranks(die, 2, deadline_s=60)
+    assert time.monotonic() - started < 30
+
+
+def end_in_some_way(rank: int, ways: list[str]) -> str:
+    if ways[rank] == "raise":
+        raise ValueError("no such thing")
+    if ways[rank] == "exit":
+        sys.exit(3)
+    if ways[rank] == "hang":
+        time.sleep(600)
+    return os.environ["RANK"] + " of " + os.environ["WORLD_SIZE"]
+
+
+def test_processes_end_each_by_itself() -> None:
+    results = processes.run_processes(end_in_some_way, 3, ["return", "raise", "exit"], timeout_s=60)
+    assert [(result.value, result.exit_code) for result in results] == [("0 of 3", 0), (None, 1), (None, 3)]
+    assert "ValueError: no such thing" in results[1].stderr and not results[0].stderr
+
+
+def test_processes_that_hang_are_killed_with_what_they_wrote() -> None:
+    with pytest.raises(TimeoutError, match="no such thing"):
+        processes.run_processes(end_in_some_way, 2, ["hang", "raise"], timeout_s=3)
 
 
 def test_ranks_that_hang_are_ended_at_the_deadline() -> None:

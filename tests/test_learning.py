@@ -14,7 +14,7 @@ import torch
 
 from pipeline import load_config, load_model
 from pipeline.data import open_data
-from pipeline.report import read_metrics
+from pipeline.store.run_directory import read_metrics
 
 pytestmark = pytest.mark.alone
 ROOT = Path(__file__).parent.parent

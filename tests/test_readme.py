@@ -66,7 +66,7 @@ def test_the_installed_package_is_complete(tmp_path: Path) -> None:
     subprocess.run(command, check=True, timeout=120)
     (wheel,) = tmp_path.glob("localpipe-*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"pipeline/data/digits.npz", "pipeline/data/digits_attribution.txt", "pipeline/stage.py"} <= names
+    assert {"pipeline/data/digits.npz", "pipeline/data/digits_attribution.txt", "pipeline/stage/stage.py"} <= names
     assert {f"pipeline/recipes/{name}.toml" for name in recipe_names()} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "launch/"))]
 

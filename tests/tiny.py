@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.assembly import Plan, build_modules, make_plan
-from pipeline.backbones import BasicBlock
-from pipeline.config import Config, from_dict, validate
-from pipeline.connect import Edges
-from pipeline.local_module import LocalModule
-from pipeline.methods import Task
-from pipeline.numerics import Numerics
-from pipeline.stage import Batch, Stage
+from pipeline.base.config import Config, from_dict, validate
+from pipeline.base.numerics import Numerics
+from pipeline.edges.connect import Edges
+from pipeline.local.local_module import LocalModule
+from pipeline.local.methods import Task
+from pipeline.models.backbones import BasicBlock
+from pipeline.plan.assembly import Plan, build_modules, make_plan
+from pipeline.stage.stage import Batch, Stage
 
 CLASSES = 4
 IMAGE = (3, 8, 8)
+STEPS = 5
+ROWS = 8
 METHODS: dict[str, dict[str, Any]] = {
     "dgl": {"name": "dgl"},
     "dgl-mlp": {"name": "dgl", "head": "mlp"},
@@ -91,6 +93,25 @@ def tiny_batch(step: int = 0, rows: int = 8, dtype: torch.dtype = torch.float32)
     image = torch.randint(0, 256, (rows, *IMAGE), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, CLASSES, (rows,), generator=generator)
     return Batch(image.to(dtype) / 127.5 - 1.0, labels, image)
+
+
+class Batches:
+    """A loader with a length: STEPS batches of fixed random images."""
+
+    batch_size = ROWS
+
+    def __len__(self) -> int:
+        return STEPS
+
+    def __iter__(self) -> Any:
+        for step in range(STEPS):
+            batch = tiny_batch(step, ROWS)
+            yield batch.image, batch.labels
+
+
+def network(seed: int = 7) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(tiny_blocks())
 
 
 def gradients(modules: list[LocalModule]) -> dict[str, Tensor | None]:

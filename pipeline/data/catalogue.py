@@ -1,32 +1,64 @@
-"""Data sets by name, each with its published normalisation and augmentation."""
+"""Data sets by name: what is known of each, with its published normalisation and augmentation, and how it is opened."""
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
+
+from pipeline.base.errors import ConfigError, suggest
 from pipeline.data.augmentation import Augmentation
 from pipeline.data.digits import load_digits
 from pipeline.data.folder import load_folder
 from pipeline.data.images import ImageData
 from pipeline.data.torchvision_sets import load_torchvision
-from pipeline.errors import ConfigError, suggest
 
-NAMES = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder")
-AUGMENT = ("auto", "none")
 Channels = tuple[float, float, float]
-CIFAR: tuple[Channels, Channels] = (
-    (125.3 / 255, 123.0 / 255, 113.9 / 255),
-    (63.0 / 255, 62.1 / 255, 66.7 / 255),
-)
-HALF: tuple[Channels, Channels] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-IMAGENET: tuple[Channels, Channels] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""A value per channel, of pixels in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class CatalogueEntry:
+    """What is known of a data set before it is opened.
+
+    Attributes:
+        classes: number of classes.
+        image_shape: (C, H, W).
+        mean, std: of the published recipe.
+        augmentation: of the published recipe.
+    """
+
+    classes: int
+    image_shape: tuple[int, int, int]
+    mean: Channels
+    std: Channels
+    augmentation: Augmentation
+
+
+CIFAR_MEAN: Channels = (125.3 / 255, 123.0 / 255, 113.9 / 255)
+CIFAR_STD: Channels = (63.0 / 255, 62.1 / 255, 66.7 / 255)
+# Rounded as in most code that is published; for a user's own loaders.
+CIFAR_MEAN_ROUNDED: Channels = (0.4914, 0.4824, 0.4467)
+CIFAR_STD_ROUNDED: Channels = (0.2471, 0.2435, 0.2616)
+IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)
+IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 # Of the 1,438 training images at 32x32.
-DIGITS: tuple[Channels, Channels] = ((0.3058, 0.3058, 0.3058), (0.3241, 0.3241, 0.3241))
-RECIPES: dict[str, tuple[tuple[Channels, Channels], Augmentation]] = {
-    "digits": (DIGITS, Augmentation(2, "zeros", flip=False)),
-    "cifar10": (CIFAR, Augmentation(4, "reflect", flip=True)),
-    "cifar100": (CIFAR, Augmentation(4, "reflect", flip=True)),
-    "svhn": (HALF, Augmentation(2, "zeros", flip=False)),
-    "stl10": (HALF, Augmentation(4, "zeros", flip=True)),
+DIGITS_MEAN: Channels = (0.3058, 0.3058, 0.3058)
+DIGITS_STD: Channels = (0.3241, 0.3241, 0.3241)
+HALF: Channels = (0.5, 0.5, 0.5)
+
+SHIFTED = Augmentation(2, "zeros", flip=False)  # digits must not be mirrored
+SHIFTED_AND_MIRRORED = Augmentation(4, "reflect", flip=True)
+CATALOGUE: dict[str, CatalogueEntry] = {
+    "digits": CatalogueEntry(10, (3, 32, 32), DIGITS_MEAN, DIGITS_STD, SHIFTED),
+    "cifar10": CatalogueEntry(10, (3, 32, 32), CIFAR_MEAN, CIFAR_STD, SHIFTED_AND_MIRRORED),
+    "cifar100": CatalogueEntry(100, (3, 32, 32), CIFAR_MEAN, CIFAR_STD, SHIFTED_AND_MIRRORED),
+    "svhn": CatalogueEntry(10, (3, 32, 32), HALF, HALF, SHIFTED),
+    "stl10": CatalogueEntry(10, (3, 96, 96), HALF, HALF, Augmentation(4, "zeros", flip=True)),
 }
+FOLDER = "folder"
+"""A directory or a tar file of images: the name without an entry, of which nothing is known before it is opened."""
+NAMES = (*CATALOGUE, FOLDER)
+AUGMENT = ("auto", "none")
 
 
 def open_data(
@@ -60,20 +92,21 @@ def open_data(
     if name == "digits":
         train, test = load_digits()
         classes = tuple("0123456789")
-    elif name == "folder":
+    elif name == FOLDER:
         train, test, classes = load_folder(root, image_size, cache_gib)
     else:
         train, test, classes = load_torchvision(name, root, download)
-    image_shape = tuple(train.images(train.labels.new_zeros(1)).shape[1:])
-    (mean, std), policy = RECIPES.get(name) or _folder_recipe(image_shape)
-    if augment == "none":
-        policy = Augmentation()
-    return ImageData(train, test, classes, image_shape, mean, std, policy, name)
+    channels, height, width = train.images(train.labels.new_zeros(1)).shape[1:]
+    image_shape = (channels, height, width)
+    entry = CATALOGUE.get(name) or _folder_entry(len(classes), image_shape)
+    policy = entry.augmentation if augment == "auto" else Augmentation()
+    return ImageData(train, test, classes, image_shape, entry.mean, entry.std, policy, name)
 
 
-def _folder_recipe(image_shape: tuple[int, ...]) -> tuple[tuple[Channels, Channels], Augmentation]:
-    """As CIFAR if the images have its size, else as ImageNet with a padding in proportion."""
+def _folder_entry(classes: int, image_shape: tuple[int, int, int]) -> CatalogueEntry:
+    """Normalised and augmented as CIFAR if the images have its size, else as ImageNet with a padding in proportion."""
     height, width = image_shape[1:]
     if (height, width) == (32, 32):
-        return RECIPES["cifar10"]
-    return IMAGENET, Augmentation(min(height, width) // 8, "reflect", flip=True)
+        return dataclasses.replace(CATALOGUE["cifar10"], classes=classes)
+    augmentation = Augmentation(min(height, width) // 8, "reflect", flip=True)
+    return CatalogueEntry(classes, image_shape, IMAGENET_MEAN, IMAGENET_STD, augmentation)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import posixpath
 import tarfile
 from pathlib import Path
 from typing import Protocol
 
+from pipeline.base.errors import ConfigError
 from pipeline.data.decoding import IMAGE_SUFFIXES
-from pipeline.errors import ConfigError
 
 GIB = 1 << 30
 BLOCK = 512  # tar pads files to this many bytes
@@ -60,9 +61,7 @@ class DirectoryFiles:
                 for top in self._directories(""):
                     self._scan(f"{top}/")
         except OSError as error:
-            raise ConfigError(
-                f"data.root = '{root}' cannot be read ({error}); check its permissions"
-            ) from error
+            raise ConfigError(f"data.root = '{root}' cannot be read: {_cause(error)}") from error
 
     def _directories(self, below: str) -> list[str]:
         with os.scandir(self._root / below) as entries:
@@ -82,6 +81,15 @@ class DirectoryFiles:
     def read(self, name: str) -> bytes:
         """The content of one file."""
         return (self._root / name).read_bytes()
+
+
+def _cause(error: OSError) -> str:
+    """Which entry is at fault, why, and what to do about it."""
+    where = f"'{error.filename}'" if error.filename is not None else "a directory"
+    if error.errno == errno.ELOOP:
+        return f"{where} is a symbolic link that leads back to itself; remove it, or let it lead to a file"
+    fix = "check its permissions" if isinstance(error, PermissionError) else "check the disk"
+    return f"{where}: {error.strerror}; {fix}"
 
 
 class TarFiles:

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pipeline.base.errors import ConfigError
 from pipeline.data.decoding import UNREADABLE, decode, size_of, unreadable
 from pipeline.data.files import GIB, SPLIT_NAMES, SPLITS, DirectoryFiles, Files, TarFiles
 from pipeline.data.images import CachedImages, ImageSet, LazyImages, in_parallel
-from pipeline.errors import ConfigError
 
 
 def load_folder(root: str, image_size: int, cache_gib: float) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torchvision import datasets
 
+from pipeline.base.errors import ConfigError
 from pipeline.data.images import CachedImages
-from pipeline.errors import ConfigError
 
 # (root, train, download) -> the data set. Of SVHN and STL-10 only the labelled "train" split is trained on.
 OPENERS: dict[str, Callable[[str, bool, bool], Any]] = {

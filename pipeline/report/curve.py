@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from pipeline.errors import ConfigError
-from pipeline.report.run_directory import read_metrics
+from pipeline.base.errors import ConfigError
+from pipeline.store.run_directory import read_metrics
 
 # Blue and orange differ for colour-blind readers too.
 _PANELS = (

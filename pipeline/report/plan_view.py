@@ -7,141 +7,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.report.records import mebibytes
-from pipeline.report.view import LOG_WIDTH
-from pipeline.timeline import NAMES, SEND, WAIT, Event
+from pipeline.base.units import mebibytes
+from pipeline.plan.report import PlannedModule, PlannedRank, PlanReport
+from pipeline.report.console import output_console
+from pipeline.stage.events import NAMES, SEND, WAIT
 
 _LEVELS = {"cascade": "C", "independent": "I", "final": "L"}
 
 
-@dataclass(frozen=True)
-class PlannedModule:
-    """One local module.
-
-    Attributes:
-        index, rank: which, and who owns it.
-        blocks: first and last block.
-        levels: its head levels.
-        parameters, head_parameters: numbers of weights.
-        seconds: of one whole batch by kind of action (letters of :data:`pipeline.timeline.NAMES`); what it has not is
-            left out.
-        step_s: their sum, over all messages.
-        memory_bytes: of a stage that owns it alone.
-        bp_units: operations of a step in units of one backpropagation step of the whole network; None: not counted.
-    """
-
-    index: int
-    rank: int
-    blocks: str
-    levels: tuple[str, ...]
-    parameters: int
-    head_parameters: int
-    seconds: dict[str, float]
-    step_s: float
-    memory_bytes: int
-    bp_units: float | None
-
-
-@dataclass(frozen=True)
-class PlannedRank:
-    """One stage.
-
-    Attributes:
-        rank: which.
-        modules: first and last local module.
-        work_s: seconds of work for one step.
-        busy: share of the time it works.
-        memory_bytes: weights, optimiser, graphs, queues.
-        sent_down_bytes, sent_up_bytes: of one step, to the next and to the previous rank.
-    """
-
-    rank: int
-    modules: tuple[int, int]
-    work_s: float
-    busy: float
-    memory_bytes: int
-    sent_down_bytes: int
-    sent_up_bytes: int
-
-
-@dataclass(frozen=True)
-class Placement:
-    """A way to place the modules on the ranks: its name (``partition.kind``), modules of every rank, seconds a step."""
-
-    kind: str
-    sizes: tuple[int, ...]
-    step_s: float
-
-
-@dataclass(frozen=True)
-class PlanReport:
-    """What a run would look like.
-
-    Attributes:
-        lines: what is planned and what is assumed, for people.
-        modules, ranks: in order.
-        step_s: predicted seconds of a step once the pipeline is full.
-        bound_s: work of the busiest rank; no schedule is faster.
-        alone_s: work of all modules, as one rank would do it.
-        batch_size: images of a step.
-        placements: alternatives, the one that is planned first.
-        schedules: actions of every rank for one step.
-        events: some simulated steps of the full pipeline.
-        first_step: the first of two complete steps in ``events``.
-        refusal: why this cannot run on these devices, or None.
-    """
-
-    lines: tuple[str, ...]
-    modules: tuple[PlannedModule, ...]
-    ranks: tuple[PlannedRank, ...]
-    step_s: float
-    bound_s: float
-    alone_s: float
-    batch_size: int
-    placements: tuple[Placement, ...]
-    schedules: tuple[tuple[str, ...], ...]
-    events: tuple[Event, ...]
-    first_step: int
-    refusal: str | None
-
-    @property
-    def images_per_s(self) -> float:
-        """Images that the pipeline trains in a second."""
-        return self.batch_size / self.step_s
-
-    @property
-    def bubble(self) -> float:
-        """Share of the time in which even the busiest rank waits."""
-        return max(0.0, 1.0 - self.bound_s / self.step_s)
-
-    def write_json(self, path: Path) -> None:
-        """Write everything but the simulated events."""
-        document: dict[str, Any] = {
-            name: value for name, value in dataclasses.asdict(self).items() if name not in ("events", "first_step")
-        }
-        document |= {"images_per_s": self.images_per_s, "bubble": self.bubble}
-        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-
 def show_plan(report: PlanReport, console: Console | None = None) -> None:
     """Print ``report`` as tables on ``console`` (default: standard output)."""
-    if console is None:
-        console = Console()
-        if not console.is_terminal and "COLUMNS" not in os.environ:
-            console = Console(width=LOG_WIDTH)
+    console = output_console(console)
     for number, line in enumerate(report.lines):
         console.print(line, style="bold" if number == 0 else None, markup=False, highlight=False, soft_wrap=True)
     for title, table in (

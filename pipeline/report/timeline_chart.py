@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import ConfigError
-from pipeline.timeline import NAMES, SEND, WAIT, Event
+from pipeline.base.errors import ConfigError
+from pipeline.stage.events import NAMES, SEND, WAIT, Event
 
 # Okabe and Ito's palette: it stays apart for colour-blind readers.
 _COLOURS = {

@@ -6,7 +6,6 @@ Only rank 0 opens a view; the other ranks send it their records.
 from __future__ import annotations
 
 import math
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -19,21 +18,21 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.report.records import (
+from pipeline.base.units import mebibytes
+from pipeline.report.console import output_console
+from pipeline.store.records import (
+    EpochProgress,
     EpochRecord,
     LiveModule,
     ModuleRecord,
-    Progress,
     duration,
     epoch_parts,
     level_of,
     loss_text,
-    mebibytes,
     number,
     progress_parts,
 )
 
-LOG_WIDTH = 140  # columns of output that goes to a file or a pipe
 _WIDE = 110  # columns of the console from which on headings are spelled out
 _REPLAY = ("reused", "skipped", "held_back")
 
@@ -60,7 +59,7 @@ class View(ABC):
             self._line(line)
 
     @abstractmethod
-    def progress(self, progress: Progress) -> None:
+    def progress(self, progress: EpochProgress) -> None:
         """Take the state within an epoch; cheap, since most calls only look at the clock."""
 
     def epoch(self, record: EpochRecord) -> None:
@@ -104,29 +103,35 @@ class View(ABC):
 
 
 class PlainView(View):
-    """Lines for logs: one per epoch, and at most one per ``interval_s`` seconds within an epoch."""
+    """Lines for logs: one per epoch; within an epoch at most one per tenth of it and one per ``interval_s`` seconds.
+
+    A night's log stays short, however long its epochs are.
+    """
 
     def __init__(
         self,
         console: Console,
         *,
         quiet: bool = False,
-        interval_s: float = 15.0,
+        interval_s: float = 60.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(console, clock, interval_s)
         self._quiet = quiet
         self._last_line = self._started
+        self._last_tenth = (0, 0)  # epoch, tenths of it that were done
 
     def start(self, header: str, plan_lines: Sequence[str] = (), blocks: Sequence[str] = ()) -> None:
         if not self._quiet:
             super().start(header, plan_lines, blocks)
         self._last_line = self._clock()
 
-    def progress(self, progress: Progress) -> None:
-        now = self._clock()
-        if not self._quiet and now - self._last_line >= self._interval_s:
-            self._last_line = now
+    def progress(self, progress: EpochProgress) -> None:
+        if self._quiet:
+            return
+        now, tenth = self._clock(), (progress.epoch, 10 * progress.batch // max(progress.batches, 1))
+        if now - self._last_line >= self._interval_s and tenth > max(self._last_tenth, (progress.epoch, 0)):
+            self._last_line, self._last_tenth = now, tenth
             loss = progress.modules[-1].losses.get("final") if progress.modules else None
             self._line("  ".join([*progress_parts(progress), f"train loss {loss_text(loss)}"]))
 
@@ -152,7 +157,7 @@ class LiveView(View):
         self._next_drawing = -math.inf
         self._blocks: dict[int, str] = {}
         self._errors: dict[int, dict[str, float | None]] = {}
-        self._progress: Progress | None = None
+        self._progress: EpochProgress | None = None
         self._live: Live | None = None
 
     def start(self, header: str, plan_lines: Sequence[str] = (), blocks: Sequence[str] = ()) -> None:
@@ -163,7 +168,7 @@ class LiveView(View):
         )
         self._live.start()
 
-    def progress(self, progress: Progress) -> None:
+    def progress(self, progress: EpochProgress) -> None:
         self._progress = progress
         now = self._clock()
         if self._live is not None and now >= self._next_drawing:
@@ -212,13 +217,9 @@ class LiveView(View):
 def open_view(console: Console | None = None, *, quiet: bool = False) -> View:
     """Return the live view if ``console`` (default: standard output) is a terminal, else plain lines.
 
-    ``quiet`` leaves only the final report. A log file or pipe has no width of its own: it gets LOG_WIDTH columns, in
-    which every column of the report is legible.
+    ``quiet`` leaves only the final report.
     """
-    if console is None:
-        console = Console()
-        if not console.is_terminal and "COLUMNS" not in os.environ:
-            console = Console(width=LOG_WIDTH)
+    console = output_console(console)
     if console.is_terminal and console.is_interactive and not quiet:
         return LiveView(console)
     return PlainView(console, quiet=quiet)

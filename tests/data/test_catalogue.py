@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from pipeline.data import Augmentation, open_data
-from pipeline.errors import ConfigError
+from pipeline.base.errors import ConfigError
+from pipeline.data import CATALOGUE, Augmentation, open_data
 
 CIFAR_MEAN = (0.49137, 0.48235, 0.44667)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -115,9 +115,16 @@ def test_svhn_and_stl10(
     data = open_data(name, str(tmp_path))
 
     assert asked == [("train", False), ("test", False)]
-    assert data.image_shape == (3, size, size) and len(data.classes) == 10
+    assert data.image_shape == CATALOGUE[name].image_shape == (3, size, size)
+    assert len(data.classes) == CATALOGUE[name].classes == 10
     assert data.mean == data.std == (0.5, 0.5, 0.5)
     assert data.augmentation == policy
+
+
+def test_the_catalogue_knows_digits_before_they_are_opened() -> None:
+    data = open_data("digits")
+    assert data.image_shape == CATALOGUE["digits"].image_shape
+    assert len(data.classes) == CATALOGUE["digits"].classes
 
 
 def test_digits_recipe() -> None:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline.base.errors import ConfigError
 from pipeline.data import CachedImages, ImageData, LazyImages, open_data
-from pipeline.errors import ConfigError
 
 TINY_GIB = 1e-6  # about 1,000 bytes: nothing fits
 ALL = torch.arange(6)
@@ -189,6 +189,26 @@ def test_missing_roots(tmp_path: Path) -> None:
     assert error_of("") == f"data.root is empty; {fix}"
     assert error_of(tmp_path / "no") == f"data.root = '{tmp_path}/no' does not exist; {fix}"
     assert error_of(text) == f"data.root = '{text}' is no directory and no (gzip, bzip2, xz) tar file; {fix}"
+
+
+@pytest.mark.parametrize("place", ["train/cat/9.png", "train/cow", "train"])
+def test_a_link_that_leads_back_to_itself_is_called_that(tree: Path, place: str) -> None:
+    link = tree / place
+    if link.exists():
+        shutil.rmtree(link)
+    link.symlink_to(link.name)
+
+    assert error_of(tree) == (
+        f"data.root = '{tree}' cannot be read: '{link}' is a symbolic link that leads back to itself; remove it, or "
+        "let it lead to a file"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_directory_without_permission_is_called_that(tree: Path) -> None:
+    (tree / "train" / "cat").chmod(0)
+
+    assert error_of(tree).endswith("Permission denied; check its permissions")
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -1,7 +1,7 @@
 """A training job to break: ``job.py FOLDER``, with the settings and the faults in FOLDER/job.json.
 
     {"settings": {...}, "span": 2, "epochs": 2, "steps": 20, "pause_s": 0.0, "test_pause_s": 0.0,
-     "open_pause_s": 0.0, "resume": "auto", "faults": [fault, ...]}
+     "open_pause_s": 0.0, "resume": "auto", "run_dir": "run", "faults": [fault, ...]}
     fault: {"rank": 1, "step": 7, "do": "kill"}, each once in the life of the job, in this order. Step -1: before
     ``train`` has anything to do; step 100: when the first stage reads its third batch of a test
 
@@ -30,9 +30,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tiny import tiny_batch, tiny_blocks, tiny_config
 
-from pipeline import LoaderData, checkpoint, train
-from pipeline.failure import FailureDesk
-from pipeline.schedule import Action
+from pipeline import LoaderData, train
+from pipeline.ranks.failure import FailureDesk
+from pipeline.stage.schedule import Action
+from pipeline.store import checkpoint
 
 ROWS = 8
 START, TEST = -1, 100
@@ -59,7 +60,7 @@ class Batches:
 
 
 def network(folder: Path) -> nn.Sequential:
-    torch.manual_seed(8 if list(folder.glob("run/checkpoints/step-*")) else 7)
+    torch.manual_seed(8 if list(folder.glob("**/checkpoints/step-*")) else 7)
     return nn.Sequential(tiny_blocks())
 
 
@@ -209,6 +210,7 @@ def main(rank: int, folder: str) -> dict[str, Any]:
     """One rank of the job; returns what ``train`` does."""
     here = Path(folder)
     job = json.loads((here / "job.json").read_text())
+    os.chdir(here)  # without a run directory the run goes to a new one below this
     (here / "pids").mkdir(exist_ok=True)
     (here / "pids" / f"{rank}-{os.getpid()}").touch()
     settings: dict[str, dict[str, Any]] = {
@@ -227,7 +229,7 @@ def main(rank: int, folder: str) -> dict[str, Any]:
         config,
         network=model,
         data=LoaderData(Batches(job["steps"], job["open_pause_s"]), Tests(20, job["test_pause_s"], faults)),
-        run_dir=here / "run",
+        run_dir=here / job["run_dir"] if job["run_dir"] else None,
         resume=job["resume"],
         quiet=True,
         before_action=faults,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from harness import line_of, run_forked
 
-from pipeline.checkpoint import open_checkpoint, step_folders
+from pipeline.store.checkpoint import open_checkpoint, step_folders
 
 
 def steps_of(folder: Path) -> list[int]:

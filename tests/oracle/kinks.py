@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.backbones import BasicBlock
-from pipeline.local_module import LocalModule
-from pipeline.schedule import Action, Kind
+from pipeline.local.local_module import LocalModule
+from pipeline.models.backbones import BasicBlock
+from pipeline.stage.schedule import Action, Kind
 
 NOISE_FACTOR = 5.0
 """A unit is ambiguous if |z| <= this * rms(float32 - float64) of its channel. The difference of two

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.config import Config
-from pipeline.local_module import LocalModule
+from pipeline.base.config import Config
+from pipeline.local.local_module import LocalModule
 
 
 def literal_backward(modules: list[LocalModule], config: Config, x: Tensor, labels: Tensor, image: Tensor) -> None:

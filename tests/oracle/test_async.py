@@ -13,7 +13,7 @@ import torch
 from oracle.literal import literal_backward
 from tiny import tiny_batch, tiny_config, tiny_stage
 
-from pipeline.local_module import LocalModule
+from pipeline.local.local_module import LocalModule
 
 MODULES = 5
 STEPS = 6

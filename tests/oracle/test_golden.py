@@ -25,15 +25,15 @@ from oracle.kinks import Kinks
 from tiny import without_updates
 from torch import Tensor, nn
 
-from pipeline.assembly import build_modules, make_plan
-from pipeline.backbones import build_blocks
-from pipeline.config import from_dict, validate
-from pipeline.connect import Edges
-from pipeline.local_module import LocalModule
-from pipeline.methods import Task
-from pipeline.numerics import Numerics
-from pipeline.schedule import stage_schedule
-from pipeline.stage import Batch, Stage
+from pipeline.base.config import from_dict, validate
+from pipeline.base.numerics import Numerics
+from pipeline.edges.connect import Edges
+from pipeline.local.local_module import LocalModule
+from pipeline.local.methods import Task
+from pipeline.models.backbones import build_blocks
+from pipeline.plan.assembly import build_modules, make_plan
+from pipeline.stage.schedule import stage_schedule
+from pipeline.stage.stage import Batch, Stage
 
 TOLERANCE = 2e-5
 MAX_AMBIGUOUS_SHARE = 1e-5

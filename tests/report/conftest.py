@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from pipeline.report.records import EpochRecord, LiveModule, ModuleRecord, Progress, StageRecord
+from pipeline.store.records import EpochProgress, EpochRecord, LiveModule, ModuleRecord, StageRecord
 
 GIB = 2**30
 
@@ -78,12 +78,12 @@ class SampleRun:
             modules=modules,
         )
 
-    def progress(self, epoch: int, batch: int, phase: str = "train") -> Progress:
+    def progress(self, epoch: int, batch: int, phase: str = "train") -> EpochProgress:
         live = tuple(
             LiveModule(m, self.rank_of(m), self.losses(m, epoch), 0.91, 0.05, 1.5, 11 * GIB)
             for m in range(self.modules)
         )
-        return Progress(epoch, self.epochs, batch, 195, 499.2, 1841.0, phase, live)
+        return EpochProgress(epoch, self.epochs, batch, 195, 499.2, 1841.0, phase, live)
 
 
 @pytest.fixture

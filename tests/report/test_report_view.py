@@ -10,9 +10,10 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from pipeline.report import open_view, summarise
-from pipeline.report.records import LiveModule, Progress, loss_text
-from pipeline.report.view import LiveView, PlainView
+from pipeline.report.console import LOG_WIDTH, output_console
+from pipeline.report.view import LiveView, PlainView, open_view
+from pipeline.store.records import EpochProgress, LiveModule, loss_text
+from pipeline.store.run_directory import summarise
 
 SIZES = [(4, 80, 24), (4, 120, 40), (55, 80, 24), (55, 120, 40)]
 HEADER = "resnet110 on cifar10  K=4  aux-cascade  streaming  4 ranks on cuda:0-3"
@@ -130,21 +131,50 @@ def test_plain_epoch_is_one_aligned_line_with_units(sample_run):
         assert first.index(word) == tenth.index(word)
 
 
-def test_plain_progress_is_limited_by_time(sample_run):
+def batches_of(text: str) -> list[int]:
+    """The batch of every progress line."""
+    return [int(found) for found in re.findall(r"batch +(\d+)/195", text)]
+
+
+def test_plain_progress_of_a_long_epoch_is_a_line_per_tenth(sample_run):
     clock, target, run = FakeClock(), console(80), sample_run(4, 4)
     view = PlainView(target, clock=clock)
     view.start(HEADER)
-    for batch in range(100):
-        clock.now = batch / 2.0
+    for epoch in (1, 2):  # ten hours each, looked at every quarter of a second
+        for batch in range(1, 196):
+            for _ in range(3):
+                clock.now += 36000 / 195 / 3
+                view.progress(run.progress(epoch, batch))
+        view.epoch(run.epoch(epoch))
+    tenths = [20, 39, 59, 78, 98, 117, 137, 156, 176, 195]
+    assert batches_of(written(target)) == tenths * 2
+    first = lines_with(written(target), "epoch")[0]
+    assert first == "epoch  1/20 train  batch  20/195    499 img/s  eta 30:41  train loss 1.646"
+
+
+def test_plain_progress_of_a_short_epoch_is_a_line_per_minute(sample_run):
+    clock, target, run = FakeClock(), console(80), sample_run(4, 4)
+    view = PlainView(target, clock=clock)
+    view.start(HEADER)
+    for batch in range(1, 196):
+        clock.now = float(batch)
         view.progress(run.progress(1, batch))
-    shown = lines_with(written(target), "epoch")
-    assert [int(re.search(r"batch +(\d+)/195", line)[1]) for line in shown] == [30, 60, 90]
-    assert shown[0] == "epoch  1/20 train  batch  30/195    499 img/s  eta 30:41  train loss 1.646"
-    clock.now = 55.0
+    assert batches_of(written(target)) == [60, 120, 180]
     view.epoch(run.epoch(1))
-    clock.now = 65.0
-    view.progress(run.progress(2, 3))  # within 15 s of the epoch's line
-    assert len(lines_with(written(target), "epoch")) == 4
+    clock.now += 50.0
+    view.progress(run.progress(2, 150))  # within a minute of the epoch's line
+    assert batches_of(written(target)) == [60, 120, 180]
+    clock.now += 10.0
+    view.progress(run.progress(2, 151))
+    assert batches_of(written(target)) == [60, 120, 180, 151]
+
+
+def test_a_log_has_a_width_of_its_own(monkeypatch, capsys):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert output_console().width == LOG_WIDTH
+    monkeypatch.setenv("COLUMNS", "77")
+    assert output_console().width == 77
+    assert output_console(given := console(33)) is given
 
 
 def test_live_table_is_redrawn_at_most_four_times_a_second(sample_run):
@@ -239,7 +269,7 @@ def test_unknown_levels_single_modules_and_missing_blocks_are_shown():
     view = LiveView(target, clock=FakeClock())
     view.start("K=1")
     only = LiveModule(0, 0, {"final": 2.5e-5, "probe.task": 12345.0}, 1.0, 0.0, 0.0, 3 * 2**20)
-    view.progress(Progress(1, 1, 0, 0, math.nan, math.nan, "test", (only,)))
+    view.progress(EpochProgress(1, 1, 0, 0, math.nan, math.nan, "test", (only,)))
     view.close()
     text = written(target)
     assert "eta -:--" in text and "test" in text and "probe" in text

@@ -11,10 +11,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from pipeline.errors import ConfigError
-from pipeline.report import RunDirectory, plot_curve, read_metrics, summarise
+from pipeline.base.errors import ConfigError
+from pipeline.report.curve import plot_curve
+from pipeline.store.run_directory import RunDirectory, read_metrics, summarise
 
 
 def strict(text: str) -> object:
@@ -52,8 +52,8 @@ def test_an_unwritable_place_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_directory_in_use_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.report.run_directory.LOCK_S", 0.2)
-    code = "import sys; from pathlib import Path; from pipeline.report import RunDirectory;"
+    monkeypatch.setattr("pipeline.store.run_directory.LOCK_S", 0.2)
+    code = "import sys; from pathlib import Path; from pipeline.store.run_directory import RunDirectory;"
     code += "held = RunDirectory(Path(sys.argv[1])).lock(); print('held', flush=True); input()"
     other = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -110,14 +110,9 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_litter(tmp_path, monkey
     assert (tmp_path / "summary.json").read_text() == before
 
 
-def test_config_and_state_are_written(tmp_path):
+def test_the_configuration_is_written(tmp_path):
     directory = RunDirectory(tmp_path)
     assert directory.write_config("name = 'é'\n").read_text(encoding="utf-8") == "name = 'é'\n"
-    weight = torch.arange(3.0)
-    path = directory.write_state("rank0", {"weight": weight})
-    assert path == tmp_path / "rank0.pt"
-    assert torch.equal(torch.load(path, weights_only=True)["weight"], weight)
-    assert directory.write_state("rank1.pt", {}).name == "rank1.pt"
 
 
 def test_summary_reports_the_last_epoch_and_adds_up_the_ranks(sample_run):

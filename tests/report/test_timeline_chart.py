@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import HierarchyConfig
-from pipeline.errors import ConfigError
-from pipeline.hierarchy import plan_hierarchy
-from pipeline.partition import place
-from pipeline.report import plot_timeline
-from pipeline.report.timeline_chart import _activations, _gradients
-from pipeline.schedule import stage_schedule
-from pipeline.simulate import ModuleCost, simulate
-from pipeline.timeline import SEND, Event
+from pipeline.base.config import HierarchyConfig
+from pipeline.base.errors import ConfigError
+from pipeline.local.roles import plan_hierarchy
+from pipeline.plan.placement import place
+from pipeline.plan.simulate import ModuleCost, simulate
+from pipeline.report.timeline_chart import _activations, _gradients, plot_timeline
+from pipeline.stage.events import SEND, Event
+from pipeline.stage.schedule import stage_schedule
 
 
 def events(modules: int, ranks: int, span: int = 2, variant: str = "paper", **schedule: int) -> tuple[Event, ...]:

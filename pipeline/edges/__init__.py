@@ -1,0 +1,1 @@
+"""Messages between neighbouring ranks: what they look like, how they travel, how edges are made."""

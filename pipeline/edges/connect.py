@@ -1,0 +1,119 @@
+"""Before step 0: the ranks compare what they are to send each other; then edges are built in one order."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from pipeline.base.errors import PeerLost, WireError
+from pipeline.edges.replay import ReplayReceiver
+from pipeline.edges.transport import Receiver, Sender
+from pipeline.edges.wire import FOREVER, MessageSpec
+from pipeline.ranks.team import Team
+
+
+@dataclass(frozen=True)
+class EdgeSpecs:
+    """What one rank receives and sends; None where there is no such edge (ends of the chain, no cascade)."""
+
+    activation_in: MessageSpec | None = None
+    """from rank - 1"""
+    activation_out: MessageSpec | None = None
+    """to rank + 1"""
+    gradient_in: MessageSpec | None = None
+    """from rank + 1"""
+    gradient_out: MessageSpec | None = None
+    """to rank - 1"""
+
+
+@dataclass
+class Edges:
+    """The ends of the edges of one rank, named as in EdgeSpecs."""
+
+    activation_in: Receiver | None = None
+    activation_out: Sender | None = None
+    gradient_in: Receiver | None = None
+    gradient_out: Sender | None = None
+
+    def close(self) -> int:
+        """End all streams in an order that cannot dead-lock; return how many arrived messages nobody took."""
+        senders = [end for end in (self.activation_out, self.gradient_out) if end is not None]
+        receivers = [end for end in (self.activation_in, self.gradient_in) if end is not None]
+        for sender in senders:
+            sender.finish()
+        unread = sum(receiver.close() for receiver in receivers)
+        for sender in senders:
+            sender.close()
+        return unread
+
+
+def connect(
+    team: Team,
+    specs: EdgeSpecs,
+    *,
+    activation_slots: int,
+    gradient_slots: int,
+    depth: int,
+    device: torch.device,
+    backend: str,
+    ring: int = 0,
+    max_uses: int = 0,
+) -> Edges:
+    """Agree on all messages, then create one group per directed edge. Collective: every rank calls it, once.
+
+    Before any group exists each edge's two descriptions are compared; WireError names both sides. Groups are
+    made and warmed up in one order on all ranks: down 0->1, up 1->0, down 1->2, ... With ``ring`` > 0 activations are
+    received into a replay ring (see :class:`ReplayReceiver`). ``activation_slots`` and ``gradient_slots`` are receives
+    that this rank posts at a time; it tells those who send to it. Raises DeadlineExceeded, PeerLost.
+    """
+    rank = team.rank
+    slots = {"activation": activation_slots, "gradient": gradient_slots}
+    texts = {name: spec and spec.describe() for name, spec in vars(specs).items()} | {"slots": slots}
+    everyone = [json.loads(text) for text in team.collect("edges", json.dumps(texts))]
+    edges = Edges()
+    for upper in range(team.size - 1):
+        for label, source, target in (("activation", upper, upper + 1), ("gradient", upper + 1, upper)):
+            sent, expected = everyone[source][f"{label}_out"], everyone[target][f"{label}_in"]
+            if sent != expected:
+                raise WireError(
+                    f"rank {target} expects {expected or f'no {label}'} from rank {source}, "
+                    f"rank {source} sends {sent or f'no {label}'}"
+                )
+    for upper in range(team.size - 1):
+        for label, source, target in (("activation", upper, upper + 1), ("gradient", upper + 1, upper)):
+            if everyone[source][f"{label}_out"] is None:
+                continue
+            # gloo: bounds the connection only, waits pass FOREVER. NCCL: the watchdog would kill a
+            # posted-ahead receive.
+            timeout = timedelta(seconds=team.deadline_s) if backend == "gloo" else FOREVER
+            group = dist.new_group([source, target], timeout=timeout, backend=backend)
+            if rank not in (source, target):
+                continue
+            _warm_up(group, rank, source, target, device if backend != "gloo" else torch.device("cpu"))
+            if rank == source:
+                spec = getattr(specs, f"{label}_out")
+                theirs = everyone[target]["slots"][label]
+                setattr(edges, f"{label}_out", Sender(team, group, target, spec, depth, theirs, device, label))
+            else:
+                spec = getattr(specs, f"{label}_in")
+                common = (team, group, source, spec, slots[label], device, label)
+                end = ReplayReceiver(*common, ring, max_uses) if ring else Receiver(*common)
+                setattr(edges, f"{label}_in", end)
+    return edges
+
+
+def _warm_up(group: dist.ProcessGroup, rank: int, source: int, target: int, device: torch.device) -> None:
+    """One element each way of the edge: a lazily built communicator is built now, in the common order."""
+    one = torch.zeros(1, device=device)
+    peer = target if rank == source else source
+    try:
+        if rank == source:
+            dist.send(one, target, group=group)
+        else:
+            dist.recv(one, source, group=group)
+    except RuntimeError as exc:
+        raise PeerLost(peer, f"rank {rank} was connecting to rank {peer} when it failed ({exc})") from exc

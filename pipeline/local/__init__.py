@@ -1,0 +1,1 @@
+"""One gradient-isolated local module: its role, its method, its step, its state."""

@@ -1,0 +1,242 @@
+"""A method says which auxiliary heads a local module gets, and with which weights.
+
+method            terms of the local loss on the module's output h
+----------------  ------------------------------------------------------------------------------
+dgl               1 x cross-entropy of an MLP / CNN head                      (Belilovsky et al. 2020)
+greedy            1 x cross-entropy of pool + linear (0c1f)
+infopro           l1 x reconstruction of the image + l2 x cross-entropy       (Wang et al. 2021)
+infopro-contrast  l1 x reconstruction of the image + l2 x supervised contrast
+predsim           b x similarity matching + (1 - b) x cross-entropy           (Nokland & Eidnes 2019)
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.base.config import METHODS, Config, MethodConfig
+from pipeline.base.errors import ConfigError, suggest
+from pipeline.local.roles import ModulePlan, lambda_position
+from pipeline.models import heads
+from pipeline.models.backbones import initialise
+from pipeline.models.heads import Autocast, AuxiliaryHead, FeatureShape, PatchedHead
+
+DGL_HEADS = ("mlp-sr", "mlp", "cnn", "auglocal")
+DEFAULT_HEADS = {"dgl": "mlp-sr", "greedy": "0c1f", "infopro": "1c2f", "infopro-contrast": "1c2f", "predsim": ""}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the data set asks of a network: ``classes`` and the (C, S, S) shape of its images."""
+
+    classes: int
+    image_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand of a local loss: ``weight * head.loss``. ``make(shape)`` builds the head for a feature shape."""
+
+    name: str
+    weight: float
+    make: Callable[[FeatureShape], AuxiliaryHead]
+
+
+Terms = Callable[[MethodConfig, Task, float], list[Term]]
+_REGISTERED: dict[str, Terms] = {}
+
+
+def register_method(name: str, terms: Terms) -> None:
+    """Make ``method.name = name`` known. Call it on every rank before :func:`pipeline.load_config`.
+
+    ``terms(config.method, task, position)`` gives the terms of a local loss; ``position`` in [0, 1] is where the module
+    stands between the first and the last one that has a head.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    if name in METHODS:
+        raise ConfigError(f"method '{name}' exists already; choose another name")
+    METHODS.append(name)
+    _REGISTERED[name] = terms
+
+
+class Level(nn.Module):
+    """All heads of one level (independent or cascade) of one module, and their weights.
+
+    Args:
+        weight: of the whole level.
+        terms: name -> (weight within the level, head).
+    """
+
+    def __init__(self, weight: float, terms: dict[str, tuple[float, PatchedHead]]) -> None:
+        super().__init__()
+        self.terms = nn.ModuleDict({name: head for name, (_, head) in terms.items()})
+        self.weights = {name: weight * term_weight for name, (term_weight, _) in terms.items()}
+
+    def heads(self) -> list[tuple[str, PatchedHead]]:
+        """Names and heads in the order in which they run."""
+        return [(name, head) for name, head in self.terms.items() if isinstance(head, PatchedHead)]
+
+    @property
+    def needs_image(self) -> bool:
+        return any(head.needs_image for _, head in self.heads())
+
+    def backward(
+        self,
+        feature: Tensor,
+        labels: Tensor,
+        image: Tensor | None,
+        scale: float,
+        autocast: Autocast = contextlib.nullcontext,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run all heads and their backward passes on a detached feature (B, C, H, W).
+
+        Returns:
+            ``scale * d(level loss)/d(feature)``, like the feature, and the un-weighted loss of every term.
+        """
+        gradient: Tensor | None = None
+        losses = {}
+        for name, head in self.heads():
+            weight = scale * self.weights[name]
+            gradient, losses[name] = head.backward(feature, labels, image, weight, gradient, autocast)
+        return torch.zeros_like(feature) if gradient is None else gradient, losses
+
+    def logits(self, feature: Tensor) -> Tensor | None:
+        """Class scores of the first head that classifies, or None."""
+        for _, head in self.heads():
+            scores = head.logits(feature)
+            if scores is not None:
+                return scores
+        return None
+
+
+def build_level(
+    level: str, module: int, modules: int, shape: FeatureShape, task: Task, config: Config
+) -> Level:
+    """The ``independent`` or ``cascade`` level of ``module`` (0-based, of ``modules``) on outputs of ``shape``.
+
+    Heads are initialised from the default RNG; the caller seeds it.
+
+    Raises:
+        ConfigError: a head or patch grid that the feature is too small for, or an unknown head.
+    """
+    released = config.hierarchy.variant == "released"
+    weight = config.hierarchy.independent_weight if level == "independent" else config.hierarchy.cascade_weight
+    assert weight is not None
+    position = lambda_position(modules, module, level, config.hierarchy, config.model.modules)
+    terms = method_terms(config.method, task, position)
+    if released and level == "independent":  # the released code keeps only the classification term, with weight 1
+        terms = [Term(t.name, 1.0, t.make) for t in terms if t.name in ("task", "prediction")]
+    built: dict[str, tuple[float, PatchedHead]] = {}
+    for term in terms:
+        patched = not released or term.name == "reconstruction"
+        grid = config.patches.grid if patched and len(shape) == 3 else 1
+        if grid > 1 and min(shape[1:] + task.image_shape[1:]) < grid:
+            raise ConfigError(
+                f"patches.grid = {grid}, but module {module} ends in {shape[1]}x{shape[2]} features; "
+                f"use at most {min(shape[1:])}"
+            )
+        patch_shape = _patch_shape(shape, grid)
+        head = PatchedHead(lambda make=term.make, size=patch_shape: make(size), grid, separate=released and grid > 1)
+        initialise(head)
+        built[term.name] = (term.weight, head)
+    return Level(weight, built)
+
+
+def levels_of(
+    plan: ModulePlan, modules: int, shape: FeatureShape, task: Task, config: Config
+) -> dict[str, Callable[[], Level]]:
+    """Builders of the levels that ``plan`` gives a module, by level name; called under a seed of the module's own."""
+    names = [name for name, present in (("cascade", plan.cascade), ("independent", plan.independent)) if present]
+    return {
+        name: lambda name=name: build_level(name, plan.index, modules, shape, task, config) for name in names
+    }
+
+
+def method_terms(config: MethodConfig, task: Task, position: float) -> list[Term]:
+    """The terms of the method's local loss; ``position`` in [0, 1] interpolates InfoPro's weights.
+
+    Raises:
+        ConfigError: a head name that the method does not have.
+    """
+    if config.name in _REGISTERED:
+        return _REGISTERED[config.name](config, task, position)
+    head = config.head or DEFAULT_HEADS[config.name]
+    if config.name == "dgl":
+        if head not in DGL_HEADS:
+            raise ConfigError(f"method.head = '{head}' is no head of dgl; {suggest(head, DGL_HEADS)}")
+        return [Term("task", 1.0, lambda shape: _classifier(shape, heads.dgl_head(_map(shape), task.classes, head)))]
+    if config.name == "predsim":
+        if head:
+            raise ConfigError(f"method.head = '{head}': predsim has one fixed pair of heads; remove method.head")
+        return [
+            Term("similarity", config.similarity, lambda shape: _similarity(shape, task.classes)),
+            Term(
+                "prediction",
+                1.0 - config.similarity,
+                lambda shape: _classifier(
+                    shape, heads.pooled_linear(_map(shape), task.classes, config.prediction_inputs)
+                ),
+            ),
+        ]
+    contrast = config.name == "infopro-contrast"
+    out = config.feature_dim if contrast else task.classes
+
+    def make_task(shape: FeatureShape) -> AuxiliaryHead:
+        network = heads.xcyf(_map(shape), out, head, config.feature_dim, config.widen)
+        if contrast:
+            return heads.ContrastHead(_flat_first(shape, network), config.temperature)
+        return _classifier(shape, network)
+
+    if config.name == "greedy":
+        return [Term("task", 1.0, make_task)]
+    first, last = config.reconstruction
+    task_first, task_last = config.task
+    return [
+        Term(
+            "reconstruction",
+            first + (last - first) * position,
+            lambda shape: _decoder(shape, task.image_shape[0], config.widen),
+        ),
+        Term("task", task_first + (task_last - task_first) * position, make_task),
+    ]
+
+
+def _map(shape: FeatureShape) -> FeatureShape:
+    """A vector feature (D,) is a 1x1 map (D, 1, 1)."""
+    return (shape[0], 1, 1) if len(shape) == 1 else shape
+
+
+def _flat_first(shape: FeatureShape, network: nn.Sequential) -> nn.Module:
+    return nn.Sequential(heads.VectorInput(), *network) if len(shape) == 1 else network
+
+
+def _classifier(shape: FeatureShape, network: nn.Sequential) -> AuxiliaryHead:
+    return heads.ClassifierHead(_flat_first(shape, network))
+
+
+def _decoder(shape: FeatureShape, image_channels: int, widen: int) -> AuxiliaryHead:
+    _need_map(shape, "a reconstruction head (infopro)")
+    return heads.DecoderHead(shape[0], image_channels, widen)
+
+
+def _similarity(shape: FeatureShape, classes: int) -> AuxiliaryHead:
+    _need_map(shape, "a similarity head (predsim)")
+    return heads.SimilarityHead(shape[0], classes)
+
+
+def _need_map(shape: FeatureShape, what: str) -> None:
+    if len(shape) != 3:
+        raise ConfigError(f"{what} needs feature maps, but a local module ends in {shape}; use dgl or greedy there")
+
+
+def _patch_shape(shape: FeatureShape, grid: int) -> FeatureShape:
+    """Shape of the largest patch; heads size their first pooling by it."""
+    if grid == 1:
+        return shape
+    return (shape[0], -(-shape[1] // grid), -(-shape[2] // grid))

@@ -1,0 +1,171 @@
+"""The state of one local module as a flat dict of tensors on the CPU, and back. It does not depend on the placement.
+
+    blocks...., heads....           parameters and buffers, see weights
+    optimiser.<parameter>.<name>    momentum, moments, step counts
+    losses.<term>, losses.steps     sums of the epoch so far            losses.skipped    updates left out
+    open.<step>.<term>              losses of a step whose update is still to come
+    late.<step>...                  schedule `async`: what is in flight between a forward and its late update
+    busy_s                          seconds that the module has been busy in the epoch so far; from the loop
+
+A batch in flight is its input, what its heads said and what has arrived from the next module; its graph is made anew by
+the same forward on the same stashed weights, with the same random numbers. That forward also moves BatchNorm's running
+statistics, so the saved buffers are put in last. All else that is random is seeded by (seed, epoch, step, module), so
+the position of a run is the state of its random numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.base.errors import ConfigError
+from pipeline.local.local_module import BatchKey, InFlight, LocalModule, Stash
+from pipeline.local.weights import State, live_weights, weights_of
+
+STRIDES = ".strides"  # in which a tensor of four dimensions lies decides which kernels work on it, so on the last bits
+FIELDS = ("x", "labels", "image", "own", "independent")
+BUSY = "busy_s"
+
+
+def module_state(module: LocalModule) -> State:
+    """Copies of all state of ``module`` between two steps, on the CPU.
+
+    Raises:
+        NonFiniteError: the last update was done with gradients that were not finite.
+    """
+    module.confirm()
+    module.mend_buffers()
+    state: State = {}
+    for name, value in live_weights(module).items():
+        state[name] = _copy(value)
+    for index, values in module.optimiser.state_dict()["state"].items():
+        for name, value in values.items():
+            if value is not None:  # momentum before the first step
+                state[f"optimiser.{index}.{name}"] = _copy(torch.as_tensor(value))
+    for name, total in module.loss_sums.items():
+        state[f"losses.{name}"] = _copy(torch.as_tensor(total))
+    state["losses.steps"] = torch.tensor(module.loss_steps)
+    state["losses.skipped"] = torch.tensor(module.skipped_steps)
+    for step, losses in module.open_losses.items():
+        state.update({f"open.{step}.{name}": _copy(total) for name, total in losses.items()})
+    for step, stash in module.stashes.items():
+        for index, weight in enumerate(stash.leaves()):
+            state[f"late.{step}.weight.{index}"] = _copy(weight)
+        for index, gradient in enumerate(stash.head_gradients):
+            if gradient is not None:
+                _put(state, f"late.{step}.head_gradient.{index}", gradient)
+    for (step, micro_batch), item in module.in_flight.items():
+        prefix = f"late.{step}.batch.{micro_batch}"
+        for field in FIELDS:
+            value = getattr(item, field)
+            if value is not None:
+                _put(state, f"{prefix}.{field}", value)
+        for key, gradient in item.received.items():
+            _put(state, f"{prefix}.received.{key}", gradient)
+        state[f"{prefix}.scale"] = torch.tensor(item.scale, dtype=torch.float64)
+    return state
+
+
+def restore_module(module: LocalModule, state: State) -> None:
+    """Put a state of :func:`module_state` into a module that was built alike.
+
+    Raises:
+        ConfigError: a tensor is missing, left over, or has another shape.
+    """
+    _restore_late(module, state)
+    expected = live_weights(module)
+    found = weights_of(state).keys()
+    if expected.keys() != found:
+        odd = sorted(expected.keys() ^ found)
+        raise ConfigError(
+            f"the checkpoint does not fit local module {module.plan.index}: "
+            f"{'only there' if odd[0] in found else 'missing there'}: {', '.join(odd[:3])}"
+        )
+    with torch.no_grad():
+        for name, value in expected.items():
+            if value.shape != state[name].shape:
+                raise ConfigError(
+                    f"the checkpoint does not fit local module {module.plan.index}: {name} has the shape "
+                    f"{tuple(state[name].shape)} there and {tuple(value.shape)} here"
+                )
+            # Not in the eyes of autograd: the graphs made above hold BatchNorm's running statistics, which a backward
+            # in training mode does not read.
+            value.data.copy_(state[name])
+    module.mend_buffers()
+    _restore_optimiser(module, state)
+    device = module.numerics.device
+    for name, total in state.items():
+        if name.startswith("open."):
+            _, step, term = name.split(".", 2)
+            module.open_losses.setdefault(int(step), {})[term] = total.to(device)
+    losses = {name.removeprefix("losses."): value for name, value in state.items() if name.startswith("losses.")}
+    module.loss_steps, module.skipped_steps = int(losses.pop("steps")), int(losses.pop("skipped"))
+    module.loss_sums = {name: value.to(device) for name, value in losses.items()}
+
+
+def _restore_optimiser(module: LocalModule, state: State) -> None:
+    document = module.optimiser.state_dict()
+    parameters = module.optimiser.param_groups[0]["params"]
+    document["state"] = {}
+    for name, value in state.items():
+        if name.startswith("optimiser."):
+            _, index, entry = name.split(".", 2)
+            parameter = parameters[int(index)]
+            if value.shape == parameter.shape:  # in the parameter's layout, so that the same kernel updates it
+                value = torch.empty_like(parameter).copy_(value)
+            document["state"].setdefault(int(index), {})[entry] = value
+    module.optimiser.load_state_dict(document)
+
+
+def _restore_late(module: LocalModule, state: State) -> None:
+    """Batches in flight: forward again, then put the gradients where they were."""
+    device = module.numerics.device
+    batches: dict[BatchKey, State] = {}
+    stashes: dict[int, Stash] = {}
+    for name in state:
+        if not name.startswith("late.") or name.endswith(STRIDES):
+            continue
+        _, step, kind, rest = name.split(".", 3)
+        if int(step) not in stashes:
+            stashes[int(step)] = module.new_stash()
+        stash = stashes[int(step)]
+        if kind == "weight":
+            with torch.no_grad():
+                stash.leaves()[int(rest)].copy_(state[name])
+        elif kind == "head_gradient":
+            stash.head_gradients[int(rest)] = _get(state, name, device)
+        else:
+            micro_batch, field = rest.split(".", 1)
+            batches.setdefault((int(step), int(micro_batch)), {})[field] = _get(state, name, device)
+    module.stashes.update(stashes)
+    for key in sorted(batches):
+        item = batches[key]
+        module.forward(key, item["x"], item["labels"], item.get("image"), float(item["scale"]))
+        flying: InFlight = module.in_flight[key]
+        flying.own, flying.independent = item.get("own"), item.get("independent")
+        flying.received = {
+            int(field.removeprefix("received.")): value
+            for field, value in item.items()
+            if field.startswith("received.")
+        }
+
+
+def _copy(value: Tensor) -> Tensor:
+    """A copy that later steps do not change."""
+    return value.detach().to("cpu", copy=True)
+
+
+def _put(state: State, name: str, value: Tensor) -> None:
+    copied = _copy(value)
+    if copied.dim() == 4:
+        state[name + STRIDES] = torch.tensor(copied.stride())
+    state[name] = copied.contiguous()
+
+
+def _get(state: State, name: str, device: torch.device) -> Tensor:
+    value = state[name]
+    strides = state.get(name + STRIDES)
+    if strides is None:
+        return value.to(device)
+    laid_out = torch.empty_strided(value.shape, strides.tolist(), dtype=value.dtype, device=device)
+    return laid_out.copy_(value)

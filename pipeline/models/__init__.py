@@ -1,0 +1,1 @@
+"""What a network is made of: backbones in named blocks, auxiliary heads, losses, layers."""

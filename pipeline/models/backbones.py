@@ -1,0 +1,182 @@
+"""Backbones as ordered, named blocks that can be cut anywhere.
+
+A backbone is one function ``(in_channels, classes) -> OrderedDict[name, block]``; register it with
+:func:`register_backbone`. A block is the smallest unit a network can be cut at; the last block ends in logits.
+
+    stem -> layer1.0 -> ... -> layer3.n -> classifier           (CIFAR ResNets, ALGORITHMS: He et al. 2016, sec. 4.2)
+    |________________________________|     |
+        widths 16 / 32 / 64                global average pool + linear
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.base.errors import ConfigError, suggest
+
+Blocks = OrderedDict[str, nn.Module]
+BackboneFunction = Callable[[int, int], Blocks]
+
+_BACKBONES: dict[str, BackboneFunction] = {}
+
+
+def register_backbone(name: str, build: BackboneFunction) -> None:
+    """Make ``build(in_channels, classes) -> OrderedDict[name, block]`` available as ``model.name = name``."""
+    if name in _BACKBONES:
+        raise ConfigError(f"backbone '{name}' is registered twice; choose another name")
+    _BACKBONES[name] = build
+
+
+def backbone_names() -> tuple[str, ...]:
+    """Names accepted as ``model.name``."""
+    return tuple(sorted(_BACKBONES))
+
+
+def build_blocks(name: str, in_channels: int, classes: int) -> Blocks:
+    """Build the named backbone.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name not in _BACKBONES:
+        raise ConfigError(f"model.name = '{name}' is no known backbone; {suggest(name, _BACKBONES)}")
+    return _BACKBONES[name](in_channels, classes)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: ``(B, in, H, W) -> (B, out, H/stride, W/stride)``.
+
+    A change of width or stride uses a projection shortcut (1x1 convolution + BatchNorm).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return self.relu(out + shortcut)
+
+
+def cifar_resnet(depth: int) -> BackboneFunction:
+    """The CIFAR ResNet of ``depth = 6 n + 2`` layers: 3 stages of n basic blocks, widths 16, 32, 64."""
+    blocks_per_stage = (depth - 2) // 6
+
+    def build(in_channels: int, classes: int) -> Blocks:
+        blocks: Blocks = OrderedDict()
+        blocks["stem"] = nn.Sequential(
+            OrderedDict(
+                conv1=nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False),
+                bn1=nn.BatchNorm2d(16),
+                relu=nn.ReLU(inplace=True),
+            )
+        )
+        channels = 16
+        for stage, width in enumerate((16, 32, 64), start=1):
+            for index in range(blocks_per_stage):
+                stride = 2 if stage > 1 and index == 0 else 1
+                blocks[f"layer{stage}.{index}"] = BasicBlock(channels, width, stride)
+                channels = width
+        blocks["classifier"] = nn.Sequential(
+            OrderedDict(pool=nn.AdaptiveAvgPool2d(1), flatten=nn.Flatten(), fc=nn.Linear(channels, classes))
+        )
+        return blocks
+
+    return build
+
+
+for _depth in (20, 32, 44, 56, 110):
+    register_backbone(f"resnet{_depth}", cifar_resnet(_depth))
+
+
+def blocks_of(network: nn.Sequential) -> Blocks:
+    """The children of a user's ``nn.Sequential`` as named blocks (the modules themselves, not copies)."""
+    if not isinstance(network, nn.Sequential) or len(network) == 0:
+        raise ConfigError(
+            f"the network is a {type(network).__name__}; pass a non-empty nn.Sequential whose children are its blocks"
+        )
+    return OrderedDict(network.named_children())
+
+
+class UncutModel(nn.Module):
+    """The whole network in one process. Its state-dict keys are ``<block>.<parameter>``, as a run saves them."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        super().__init__()
+        self._order = tuple(blocks)
+        for name, block in blocks.items():
+            parent: nn.Module = self
+            *path, leaf = name.split(".")
+            for part in path:
+                if part not in dict(parent.named_children()):
+                    parent.add_module(part, nn.Module())
+                parent = parent.get_submodule(part)
+            parent.add_module(leaf, block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in self._order:
+            x = self.get_submodule(name)(x)
+        return x
+
+
+def initialise(module: nn.Module) -> None:
+    """Re-draw every parameter from the default RNG: Conv2d ~ N(0, sqrt(2 / (k k C_out))), the rest PyTorch's default.
+
+    Source: the released CIFAR code of InfoPro and HPFF (He et al. 2015, fan-out form).
+    """
+    for child in module.modules():
+        reset = getattr(child, "reset_parameters", None)
+        if callable(reset):
+            reset()
+        if isinstance(child, nn.Conv2d):
+            fan_out = child.kernel_size[0] * child.kernel_size[1] * child.out_channels
+            nn.init.normal_(child.weight, 0.0, math.sqrt(2.0 / fan_out))
+
+
+def boundary_shapes(
+    blocks: Blocks, image_shape: tuple[int, ...], entrances: Collection[str] = ()
+) -> dict[str, tuple[int, ...]]:
+    """Output shape of every block without the batch dimension, from one evaluation pass over two blank images,
+    on the device of the blocks: on the meta device nothing is computed.
+
+    Raises:
+        ConfigError: a block fails on the shape it would receive; one of ``entrances``, the first blocks of local
+            modules, changes its input in place, which others still need. The message names the block.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    like = next(({"dtype": p.dtype, "device": p.device} for block in blocks.values() for p in block.parameters()), {})
+    x = torch.zeros(2, *image_shape, **like)
+    training = {name: block.training for name, block in blocks.items()}
+    with torch.no_grad():
+        for name, block in blocks.items():
+            received, version = x, x._version
+            try:
+                x = block.eval()(x)
+            except (RuntimeError, ValueError) as error:
+                cause = str(error).splitlines()[0]
+                raise ConfigError(f"block '{name}' fails on an input of shape {tuple(x.shape[1:])}: {cause}") from error
+            finally:
+                block.train(training[name])
+            if name in entrances and received._version > version:
+                raise ConfigError(
+                    f"a local module begins with block '{name}', which changes its input in place; use inplace=False "
+                    "there or another cut"
+                )
+            shapes[name] = tuple(x.shape[1:])
+    return shapes

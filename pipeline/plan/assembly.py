@@ -1,0 +1,225 @@
+"""Assembly: cut, roles, schedules and shapes together are the plan of a run; of it, one rank's modules are built."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from pipeline.base.config import Config
+from pipeline.base.errors import ConfigError
+from pipeline.base.numerics import Numerics, stable_hash
+from pipeline.edges.wire import FieldSpec, MessageSpec
+from pipeline.local.local_module import LocalModule
+from pipeline.local.methods import Level, Task, levels_of
+from pipeline.local.roles import ModulePlan, plan_hierarchy
+from pipeline.models.backbones import Blocks, boundary_shapes
+from pipeline.models.unbuilt import drawn_blocks, real_blocks, without_memory
+from pipeline.plan.cut import Cut, make_cut
+from pipeline.plan.placement import place
+from pipeline.stage.capacity import activations_held, gradients_held, gradients_sent
+from pipeline.stage.schedule import Action, Message, lags, stage_schedules
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all ranks must agree on before step 0.
+
+    Attributes:
+        config: resolved configuration.
+        task: classes and image shape.
+        cut: blocks of every local module.
+        modules: role of every local module.
+        stages: consecutive local modules of every rank.
+        schedules: actions of every rank for one step.
+        shapes: output shape (without batch) of every local module.
+        reconstructing: local modules with a head that needs the image.
+    """
+
+    config: Config
+    task: Task
+    cut: Cut
+    modules: tuple[ModulePlan, ...]
+    stages: tuple[range, ...]
+    schedules: tuple[tuple[Action, ...], ...]
+    shapes: tuple[tuple[int, ...], ...]
+    reconstructing: frozenset[int]
+
+    def placed(self, stages: tuple[range, ...]) -> Plan:
+        """The same plan with other consecutive local modules on the ranks."""
+        if stages == self.stages:
+            return self
+        schedules = stage_schedules(self.modules, stages, self.config.schedule.micro_batches, _delay(self.config))
+        return dataclasses.replace(self, stages=stages, schedules=schedules)
+
+    @property
+    def micro_batch_rows(self) -> int:
+        """Largest number of images in one micro-batch."""
+        return self.config.data.batch_size // self.config.schedule.micro_batches
+
+    def stage_label(self, rank: int) -> str:
+        """``modules 2-3 (layer2.2-classifier)``, for messages."""
+        stage = self.stages[rank]
+        first, last = self.cut.modules[stage[0]][0], self.cut.modules[stage[-1]][-1]
+        numbers = f"module {stage[0]}" if len(stage) == 1 else f"modules {stage[0]}-{stage[-1]}"
+        return f"{numbers} ({first if first == last else f'{first}-{last}'})"
+
+    def image_crosses(self, rank: int) -> bool:
+        """Whether rank must send the image on to rank + 1: a later module reconstructs it."""
+        return any(module > self.stages[rank][-1] for module in self.reconstructing)
+
+    def gradient_order(self, rank: int) -> tuple[tuple[int, Message], ...]:
+        """(lag, gradient message) from rank to rank - 1 during one step, in the order of sending."""
+        return gradients_sent(self.schedules[rank]) if rank > 0 else ()
+
+    def activation_slots(self, rank: int) -> int:
+        """Receives that rank keeps posted for activations: those on their way, and one of every micro-batch that is
+        open; with `free` the replay ring and the batch at work. 0 on the first rank."""
+        if rank == 0:
+            return 0
+        free = self.config.schedule.kind == "free"
+        held = self.config.schedule.ring + 1 if free else activations_held(self.schedules[rank])
+        return self.config.runtime.queue_depth + held
+
+    def gradient_slots(self, rank: int) -> int:
+        """Receives that rank keeps posted for gradients: those on their way, and all that it holds at a time. 0 where
+        no gradient comes from rank + 1."""
+        if rank + 1 == len(self.stages) or not self.gradient_order(rank + 1):
+            return 0
+        held = gradients_held(self.schedules[rank], self.modules, self.schedules[rank + 1])
+        return self.config.runtime.queue_depth + held
+
+    def activation_spec(self, rank: int, dtype: torch.dtype, channels_last: bool) -> MessageSpec:
+        """What travels from rank to rank + 1 for each micro-batch."""
+        shape = self.shapes[self.stages[rank][-1]]
+        fields = [
+            FieldSpec("activation", dtype, shape, channels_last and len(shape) == 3),
+            FieldSpec("labels", torch.int64, ()),
+        ]
+        if self.image_crosses(rank):
+            fields.append(FieldSpec("image", torch.uint8, self.task.image_shape))
+        return MessageSpec(tuple(fields), self.micro_batch_rows)
+
+    def gradient_spec(self, rank: int, dtype: torch.dtype, channels_last: bool) -> MessageSpec:
+        """What travels from rank to rank - 1 for each gradient message."""
+        shape = self.shapes[self.stages[rank][0] - 1]
+        return MessageSpec(
+            (FieldSpec("gradient", dtype, shape, channels_last and len(shape) == 3),), self.micro_batch_rows
+        )
+
+
+def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int) -> Plan:
+    """Cut, plan and place by count; every check that needs no process group happens here. It needs no weights:
+    ``blocks`` may be planned ones (see :mod:`pipeline.models.unbuilt`), heads are only planned.
+
+    Raises:
+        ConfigError: K > blocks, P > K, a head or patch grid that does not fit, a network that does not end in classes.
+    """
+    cut = make_cut(list(blocks), config.model)
+    count = len(cut)
+    modules = plan_hierarchy(count, config.hierarchy)
+    stages = place(count, ranks)
+    by_block = boundary_shapes(blocks, task.image_shape, [names[0] for names in cut.modules[1:]])
+    shapes = tuple(by_block[names[-1]] for names in cut.modules)
+    if shapes[-1] != (task.classes,):
+        raise ConfigError(
+            f"the network ends in {shapes[-1]}, the data has {task.classes} classes; "
+            "the last block must give class scores"
+        )
+    reconstructing = set()
+    for plan, shape in zip(modules, shapes, strict=True):
+        levels = [without_memory(build) for build in levels_of(plan, count, shape, task, config).values()]
+        if any(level.needs_image for level in levels):
+            reconstructing.add(plan.index)
+    schedules = stage_schedules(modules, stages, config.schedule.micro_batches, _delay(config))
+    return Plan(config, task, cut, modules, stages, schedules, shapes, frozenset(reconstructing))
+
+
+def _delay(config: Config) -> int:
+    return config.schedule.delay if config.schedule.kind == "async" else 0
+
+
+def build_modules(
+    plan: Plan, rank: int, blocks: Blocks, numerics: Numerics, fresh: bool
+) -> list[LocalModule]:
+    """The local modules of ``rank``. With ``fresh``, blocks are drawn from per-block seeds, planned ones made real; a
+    user's own network keeps its weights. Heads are always drawn from a seed of their own, so that no weight depends on
+    the placement, and blocks of other ranks are never made real."""
+    seed = plan.config.train.seed
+    late = lags(plan.modules, _delay(plan.config)).backward
+    whole = functools.cache(
+        lambda: real_blocks(plan.config.model.name, plan.task.image_shape[0], plan.task.classes, seed)
+    )
+    built = []
+    for index in plan.stages[rank]:
+        names = plan.cut.modules[index]
+        if fresh:
+            mine = drawn_blocks(blocks, names, lambda name: stable_hash(seed, "block", name), whole)
+        else:
+            mine = OrderedDict((name, blocks[name]) for name in names)
+        levels: OrderedDict[str, Level] = OrderedDict()
+        builders = levels_of(plan.modules[index], len(plan.modules), plan.shapes[index], plan.task, plan.config)
+        with torch.random.fork_rng(devices=[]):
+            for name, build in builders.items():
+                levels[name] = _seeded(build, seed, "head", index, name)
+        built.append(LocalModule(plan.modules[index], mine, levels, plan.config, numerics, late[index]))
+    return built
+
+
+def _seeded(build: Callable[[], T], *parts: object) -> T:
+    torch.manual_seed(stable_hash(*parts))
+    return build()
+
+
+def _schedule_name(plan: Plan) -> str:
+    """``exact``, ``async (gradients up to 1 step(s) late)``, ``free (ring of 4 batches)``."""
+    schedule = plan.config.schedule
+    if schedule.kind == "async":
+        late = max(lags(plan.modules, schedule.delay).backward)
+        return f"async (gradients up to {late} step(s) late)" if late else "async (no gradient to wait for)"
+    return f"free (ring of {schedule.ring} batches)" if schedule.kind == "free" else schedule.kind
+
+
+def describe(plan: Plan, numerics: Numerics, devices: list[str]) -> list[str]:
+    """The plan in a few lines for people: what trains, how it is cut, who owns what."""
+    config = plan.config
+    hierarchy, grid = config.hierarchy, config.patches.grid
+    parts = [config.method.name]
+    if len(plan.modules) == 1:
+        parts = ["backpropagation (one module)"]
+    else:
+        if hierarchy.cascade_span > 1:
+            parts.append(f"cascade span {hierarchy.cascade_span} ({hierarchy.variant})")
+        if grid > 1:
+            parts.append(f"{grid}x{grid} patches")
+    cut_note = f" of {plan.cut.requested} asked for" if len(plan.modules) != plan.cut.requested else ""
+    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}[numerics.dtype]
+    lines = [
+        f"{config.model.name} on {config.data.name}: {' + '.join(parts)}, "
+        f"K = {len(plan.modules)} local modules{cut_note} on {len(plan.stages)} rank(s)",
+        f"schedule {_schedule_name(plan)}, {config.schedule.micro_batches} micro-batch(es) of "
+        f"{plan.micro_batch_rows} images, {dtype}{', channels last' if numerics.channels_last else ''}",
+    ]
+    for rank, device in enumerate(devices):
+        lines.append(f"rank {rank} ({device}): {plan.stage_label(rank)}")
+    return lines
+
+
+def write_plan(plan: Plan, path: Path) -> None:
+    """Store who owns what as JSON; ``partition.kind=given partition.stages=[...]`` repeats it."""
+    document = {
+        "partition": plan.config.partition.kind,
+        "stages": [len(stage) for stage in plan.stages],
+        "modules": [list(names) for names in plan.cut.modules],
+        "schedules": [" ".join(map(str, schedule)) for schedule in plan.schedules],
+    }
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

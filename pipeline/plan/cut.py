@@ -1,0 +1,133 @@
+"""The cut: which blocks of the network make which local module. It decides what is trained, and so the result.
+
+    blocks   stem  layer1.0  layer1.1 | layer2.0  layer2.1 | classifier        K = 3 local modules
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.base.config import ModelConfig
+from pipeline.base.errors import ConfigError
+
+# Residual blocks per module, the stem folded into the first module (ALGORITHMS 2.2).
+# InfoPro's K = 16 of ResNet-32 is written with the stem as a module of its own: 0 residual blocks in module 0.
+EQUAL: dict[str, dict[int, tuple[int, ...]]] = {
+    "resnet32": {
+        2: (7, 8),
+        3: (5, 5, 5),
+        4: (3, 4, 4, 4),
+        8: (1, 2, 2, 2, 2, 2, 2, 2),
+        16: (0,) + (1,) * 15,
+    },
+    "resnet110": {
+        2: (27, 27),
+        3: (18, 18, 18),
+        4: (12, 14, 14, 14),
+        8: (5,) + (7,) * 7,
+        16: (2,) + (3,) * 8 + (4,) * 7,
+    },
+}
+HPFF: dict[str, dict[int, tuple[int, ...]]] = {
+    "resnet32": {8: EQUAL["resnet32"][8], 16: (1,) * 15},
+    "resnet110": {
+        32: (2, 1, 2, 1, 2, 2, 2, 2, 1, 2, 1) + (2, 1, 2, 1, 2, 2, 2, 2, 1, 2, 1) + (2, 2, 1, 2, 1, 2, 2, 2, 2, 2),
+        55: (1,) * 54,
+    },
+}
+BALANCED: dict[str, dict[int, tuple[int, ...]]] = {
+    "resnet110": {2: (15, 39), 3: (10, 11, 33), 4: (7, 8, 12, 27)},
+}
+BALANCED_STL10: dict[str, dict[int, tuple[int, ...]]] = {
+    "resnet110": {2: (15, 39), 3: (9, 11, 34), 4: (7, 8, 12, 27)},
+}
+TABLES = {"equal": EQUAL, "hpff": HPFF, "balanced": BALANCED, "balanced-stl10": BALANCED_STL10}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The cut of a network.
+
+    Attributes:
+        modules: block names of every local module, in order.
+        requested: K as asked for; the released HPFF cuts build one module less for K = 16 and K = 55.
+    """
+
+    modules: tuple[tuple[str, ...], ...]
+    requested: int
+
+    def __len__(self) -> int:
+        return len(self.modules)
+
+    def label(self, module: int) -> str:
+        """First and last block of a module, for people: ``layer1.3-layer2.1``."""
+        names = self.modules[module]
+        return names[0] if len(names) == 1 else f"{names[0]}-{names[-1]}"
+
+
+def make_cut(blocks: Sequence[str], config: ModelConfig) -> Cut:
+    """Cut the named blocks into ``config.modules`` local modules.
+
+    Raises:
+        ConfigError: more modules than blocks, or a named table without an entry for this network and K.
+    """
+    wanted = config.modules
+    if wanted > len(blocks):
+        raise ConfigError(
+            f"model.modules = {wanted}, but {config.name} has {len(blocks)} blocks; use at most {len(blocks)}"
+        )
+    if wanted == 1:
+        return Cut((tuple(blocks),), 1)
+    if config.cuts in TABLES:
+        table = TABLES[config.cuts].get(config.name, {})
+        if wanted not in table:
+            known = ", ".join(str(k) for k in sorted(table)) or "no K"
+            raise ConfigError(
+                f"model.cuts = '{config.cuts}' has {known} for {config.name}, not model.modules = {wanted}; "
+                "use one of these, or model.cuts=even"
+            )
+        return Cut(_from_table(blocks, table[wanted]), wanted)
+    if config.cuts == "auto" and config.stem == "auto":
+        for table in (EQUAL, HPFF):
+            sizes = table.get(config.name, {}).get(wanted)
+            if sizes is not None and len(sizes) == wanted:
+                return Cut(_from_table(blocks, sizes), wanted)
+    return Cut(_even(blocks, wanted, config.stem), wanted)
+
+
+def _from_table(blocks: Sequence[str], sizes: Sequence[int]) -> tuple[tuple[str, ...], ...]:
+    """``sizes`` counts residual blocks; the stem joins the first module, the classifier the last."""
+    counts = list(sizes)
+    counts[0] += 1
+    counts[-1] += 1
+    return _split(blocks, counts)
+
+
+def _even(blocks: Sequence[str], wanted: int, stem: str) -> tuple[tuple[str, ...], ...]:
+    """As even as possible, longer modules first. The last block (the classifier) is no work of its own, so it is not
+    counted while there are enough others; ``stem`` says whether the first block is counted, alone, or not."""
+    first = 1 if stem in ("merged", "own") else 0
+    last = 1 if len(blocks) - 1 - first >= wanted - (stem == "own") else 0
+    parts = wanted - (1 if stem == "own" else 0)
+    units = len(blocks) - first - last
+    if parts < 1 or units < parts:
+        raise ConfigError(
+            f"model.stem = '{stem}' leaves {units} blocks for {parts} modules; use model.stem=auto or fewer modules"
+        )
+    counts = [units // parts + (1 if index < units % parts else 0) for index in range(parts)]
+    if stem == "merged":
+        counts[0] += 1
+    if stem == "own":
+        counts.insert(0, 1)
+    counts[-1] += last
+    return _split(blocks, counts)
+
+
+def _split(blocks: Sequence[str], counts: Sequence[int]) -> tuple[tuple[str, ...], ...]:
+    assert sum(counts) == len(blocks), (counts, len(blocks))
+    modules, start = [], 0
+    for count in counts:
+        modules.append(tuple(blocks[start : start + count]))
+        start += count
+    return tuple(modules)

@@ -1,0 +1,279 @@
+"""A run explained before it is started: placement, predicted step time, bubble, memory and traffic, without training.
+
+    configuration -> blocks, heads -> cost of every module -> placement -> simulated pipeline -> PlanReport
+                                      (measured here, or a profile)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from pipeline.base.config import Config, validate
+from pipeline.base.errors import ConfigError
+from pipeline.base.numerics import Numerics, resolve_numerics
+from pipeline.data import CATALOGUE, open_data
+from pipeline.local.compilation import refuse_without_compiler
+from pipeline.local.methods import Task, levels_of
+from pipeline.models.backbones import Blocks
+from pipeline.models.unbuilt import planned_blocks, without_memory
+from pipeline.plan.assembly import Plan, describe, make_plan
+from pipeline.plan.cost import StepCost, step_cost
+from pipeline.plan.cost_profile import Profile
+from pipeline.plan.placement import choose_stages, given, place, split_by_cost
+from pipeline.plan.profiling import profile_modules, rank_memory, refuse_too_large, work_of
+from pipeline.plan.report import Placement, PlannedModule, PlannedRank, PlanReport
+from pipeline.plan.simulate import ModuleCost, Simulation, simulate
+from pipeline.ranks.runtime import choose_device, keep_freed_memory, ranks_per_device, set_threads
+from pipeline.stage.events import SteadyState
+from pipeline.stage.schedule import Kind
+
+STEPS = 24
+"""Simulated steps besides those that late work needs; the first half fills the pipeline."""
+MARGIN = 4
+"""Steps before and after the two complete ones that a report keeps for a chart: other ranks are at them meanwhile."""
+
+
+def measure(config: Config, ranks: int) -> Profile:
+    """Profile the local modules of ``config`` on this machine, as one of ``ranks`` ranks would run them.
+
+    Raises:
+        ConfigError: whatever would stop a run of this configuration on ``ranks`` ranks.
+    """
+    config = validate(config)
+    network = _Network(config)
+    return _measure(config, ranks, network, _plan_by_count(config, network, ranks))
+
+
+def explain(
+    config: Config,
+    ranks: int,
+    profile: Profile | None = None,
+    *,
+    count: bool = False,
+    latency_s: float = 0.0,
+    bytes_per_s: float = math.inf,
+) -> PlanReport:
+    """What ``config`` would do on ``ranks`` ranks.
+
+    Args:
+        config: from :func:`pipeline.load_config`; ``partition.kind`` chooses the placement.
+        ranks: number of processes, each on a device like the profiled one.
+        profile: costs of the modules; None: :func:`measure` them here, once nothing else is left to refuse.
+        count: give the operations of every module in BP units too, which takes a few seconds.
+        latency_s: seconds that a message takes besides its transfer.
+        bytes_per_s: bandwidth between two ranks.
+
+    Raises:
+        ConfigError: whatever would stop a run, except too little memory, which the report only states; a profile that
+            is for another number of modules or another batch.
+    """
+    config = validate(config)
+    if not (0 <= latency_s < math.inf and bytes_per_s > 0):
+        raise ConfigError(f"a link of {latency_s:g} s and {bytes_per_s:g} bytes/s; use a latency >= 0 and a rate > 0")
+    network = _Network(config)
+    plan = _plan_by_count(config, network, ranks)
+    if profile is None:
+        profile = _measure(config, ranks, network, plan)
+    else:
+        profile.check(len(plan.modules), config.data.batch_size, work_of(plan))
+    numerics = network.numerics
+    if profile.dtype:  # of the device that is planned for, which need not be this one
+        numerics = dataclasses.replace(numerics, dtype=profile.torch_dtype)
+    costs = profile.modules
+    work = [cost.step_s(role) for cost, role in zip(costs, plan.modules, strict=True)]
+    if max(work) <= 0:
+        raise ConfigError("the profile has no time for any action; give forward_s and backward_s of the modules")
+    stages = choose_stages(config.partition, len(work), ranks, work)
+    candidates = {config.partition.kind: stages}
+    candidates |= {"count": place(len(work), ranks), "measured": split_by_cost(work, ranks)}
+    link = (latency_s, bytes_per_s)
+    runs = {}
+    for kind, candidate in candidates.items():
+        plan = plan.placed(candidate)
+        runs[kind] = (plan, *_run(plan, costs, *link))
+    plan, simulation, steady = runs[config.partition.kind]
+    bound_s = max(sum(work[m] for m in stage) for stage in stages)
+    if config.schedule.kind == "free":  # every stage at its own pace; the first one sees every batch
+        bound_s = sum(work[m] for m in stages[0])
+        steady = dataclasses.replace(steady, step_s=bound_s)
+    memory = rank_memory(plan, costs, numerics)
+    units = step_cost(config, network.task.image_shape, network.task.classes) if count else None
+    first = STEPS // 2
+    return PlanReport(
+        lines=_lines(plan, numerics, profile, link),
+        modules=_modules(plan, network.blocks, costs, work, units),
+        ranks=_ranks(plan, numerics, work, steady, memory),
+        step_s=steady.step_s,
+        bound_s=bound_s,
+        alone_s=sum(work),
+        batch_size=config.data.batch_size,
+        placements=tuple(
+            Placement(kind, tuple(map(len, placed.stages)), run.step_s) for kind, (placed, _, run) in runs.items()
+        ),
+        schedules=tuple(tuple(map(str, schedule)) for schedule in plan.schedules),
+        profile=profile,
+        events=simulation.events(first - MARGIN, first + 2 + MARGIN),
+        first_step=first,
+        refusal=_refusal(memory, profile),
+    )
+
+
+class _Network:
+    """The network of a configuration, without weights, what it is for, and how one rank computes."""
+
+    def __init__(self, config: Config) -> None:
+        self.task = _task(config)
+        self.blocks: Blocks = planned_blocks(config.model.name, self.task.image_shape[0], self.task.classes)
+        device, _ = choose_device(config.runtime.device, 0, 1)
+        self.numerics: Numerics = resolve_numerics(config.precision, device, self.blocks.values())
+
+
+def _plan_by_count(config: Config, network: _Network, ranks: int) -> Plan:
+    if ranks < 1:
+        raise ConfigError(f"ranks = {ranks} must be at least 1")
+    if config.precision.compile:
+        refuse_without_compiler(network.numerics.device)
+    plan = make_plan(config, network.blocks, network.task, ranks)
+    if config.partition.kind == "given":
+        given(config.partition.stages, len(plan.modules), ranks)
+    return plan
+
+
+def _measure(config: Config, ranks: int, network: _Network, plan: Plan) -> Profile:
+    """What :func:`measure` does, once everything that can be refused has not been."""
+    numerics, settings = network.numerics, config.partition
+    if numerics.device.type == "cpu":
+        keep_freed_memory()  # as a rank of a run does
+    with _threads_of_a_rank(config, ranks, numerics):
+        sharing = ranks_per_device(config.runtime.device, numerics.device, ranks)
+        return profile_modules(plan, network.blocks, numerics, settings.warmup, settings.steps, sharing)
+
+
+def _task(config: Config) -> Task:
+    """Classes and image shape; only of an image folder they are not known without opening it."""
+    data = config.data
+    if data.name in CATALOGUE:
+        return Task(CATALOGUE[data.name].classes, CATALOGUE[data.name].image_shape)
+    cache_gib = 0.0 if Path(data.root).expanduser().is_dir() else data.cache_gib  # decode no more than is needed
+    opened = open_data(data.name, data.root, image_size=data.image_size, cache_gib=cache_gib)
+    return Task(len(opened.classes), opened.image_shape)
+
+
+@contextmanager
+def _threads_of_a_rank(config: Config, ranks: int, numerics: Numerics) -> Iterator[None]:
+    """On a CPU every rank has its share of the cores."""
+    before = torch.get_num_threads()
+    if numerics.device.type == "cpu":
+        set_threads(config.runtime.threads, ranks)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _run(
+    plan: Plan, costs: Sequence[ModuleCost], latency_s: float, bytes_per_s: float
+) -> tuple[Simulation, SteadyState]:
+    late = max(action.lag for schedule in plan.schedules for action in schedule)
+    simulation = simulate(
+        plan.modules,
+        plan.schedules,
+        costs,
+        STEPS + late,
+        depth=plan.config.runtime.queue_depth,
+        latency_s=latency_s,
+        bytes_per_s=bytes_per_s,
+        replay=plan.config.schedule.kind == "free",
+    )
+    return simulation, simulation.steady_state(STEPS // 2, STEPS - 1)
+
+
+def _modules(
+    plan: Plan, blocks: Blocks, costs: Sequence[ModuleCost], work: Sequence[float], units: StepCost | None
+) -> tuple[PlannedModule, ...]:
+    rank_of = {m: rank for rank, stage in enumerate(plan.stages) for m in stage}
+    rows = []
+    for role, cost in zip(plan.modules, costs, strict=True):
+        builders = levels_of(role, len(plan.modules), plan.shapes[role.index], plan.task, plan.config)
+        heads = sum(p.numel() for build in builders.values() for p in without_memory(build).parameters())
+        kinds = {action.kind for action in plan.schedules[rank_of[role.index]] if action.module == role.index}
+        names = plan.cut.modules[role.index]
+        rows.append(
+            PlannedModule(
+                index=role.index,
+                rank=rank_of[role.index],
+                blocks=plan.cut.label(role.index),
+                levels=(*builders, *(["final"] if role.final else [])),
+                parameters=sum(p.numel() for name in names for p in blocks[name].parameters()),
+                head_parameters=heads,
+                seconds={
+                    kind.value: getattr(cost, f"{kind.name.lower()}_s") for kind in Kind if kind in kinds
+                },
+                step_s=work[role.index],
+                memory_bytes=cost.memory_bytes,
+                bp_units=units.modules[role.index].total if units is not None else None,
+            )
+        )
+    return tuple(rows)
+
+
+def _ranks(
+    plan: Plan, numerics: Numerics, work: Sequence[float], steady: SteadyState, memory: Sequence[int]
+) -> tuple[PlannedRank, ...]:
+    wire = (numerics.dtype, numerics.channels_last)
+    rows = []
+    free = plan.config.schedule.kind == "free"
+    for rank, stage in enumerate(plan.stages):
+        own = sum(work[m] for m in stage)
+        down = up = 0
+        if rank + 1 < len(plan.stages):
+            down = plan.config.schedule.micro_batches * plan.activation_spec(rank, *wire).nbytes
+        if rank > 0 and plan.gradient_order(rank):
+            up = len(plan.gradient_order(rank)) * plan.gradient_spec(rank, *wire).nbytes
+        rows.append(
+            PlannedRank(
+                rank=rank,
+                modules=(stage[0], stage[-1]),
+                work_s=own,
+                # Until the queues are full the first ranks run ahead; in the end the slowest sets the pace.
+                busy=1.0 if free else own / steady.step_s,
+                memory_bytes=memory[rank],
+                sent_down_bytes=down,
+                sent_up_bytes=up,
+            )
+        )
+    return tuple(rows)
+
+
+def _lines(plan: Plan, numerics: Numerics, profile: Profile, link: tuple[float, float]) -> tuple[str, ...]:
+    """What is planned, and on which assumptions the prediction rests."""
+    headline, how, *_ = describe(plan, numerics, [])
+    shape = "x".join(map(str, plan.task.image_shape))
+    latency_s, bytes_per_s = link
+    wire = "messages take no time" if latency_s == 0 and math.isinf(bytes_per_s) else (
+        f"messages take {latency_s * 1e6:g} us and move {bytes_per_s / 1e9:g} GB/s"
+    )
+    where = profile.device or "an unnamed device"
+    what = "its share of a CPU" if numerics.device.type == "cpu" else "a device of its own"
+    measured = f", measured {profile.date}" if profile.date else ""
+    return (
+        headline,
+        how,
+        f"images {shape}, {plan.task.classes} classes; each rank on {what} like {where}{measured}; {wire}",
+    )
+
+
+def _refusal(memory: Sequence[int], profile: Profile) -> str | None:
+    if not profile.device_bytes:
+        return None
+    try:
+        refuse_too_large(memory, profile.device_bytes)
+    except ConfigError as error:
+        return str(error)
+    return None

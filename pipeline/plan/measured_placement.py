@@ -1,0 +1,62 @@
+"""Before training, all ranks together: the plan of the run, for which rank 0 measures if the placement asks for it."""
+
+from __future__ import annotations
+
+from pipeline.base.config import Config
+from pipeline.base.numerics import Numerics
+from pipeline.local.methods import Task
+from pipeline.models.backbones import Blocks
+from pipeline.plan.assembly import Plan, make_plan
+from pipeline.plan.cost_profile import Profile
+from pipeline.plan.placement import choose_stages, place
+from pipeline.plan.profiling import profile_modules, rank_memory, refuse_too_large
+from pipeline.ranks.runtime import Runtime, ranks_per_device
+
+MEBI = 2**20
+
+
+def placed_plan(config: Config, blocks: Blocks, task: Task, numerics: Numerics, runtime: Runtime) -> tuple[Plan, str]:
+    """The plan of a run on all ranks, and what to tell people about a measured placement (else ""). Collective.
+
+    ``partition.kind = "measured"``: rank 0 measures every module on its device, one after another, while the others
+    wait; so their time has no share in it.
+
+    Raises:
+        ConfigError: a placement that does not fit; a measured one that needs more memory than its device has.
+    """
+    by_count = make_plan(config, blocks, task, runtime.world_size)
+    if config.partition.kind != "measured":
+        stages = choose_stages(config.partition, len(by_count.modules), runtime.world_size)
+        return by_count.placed(stages), ""
+    profile: Profile | None = None
+
+    def after_module() -> None:  # every module by itself is within the deadline of those who wait
+        runtime.broadcast(None)
+
+    if runtime.rank == 0:
+        sharing = ranks_per_device(config.runtime.device, numerics.device, runtime.local_world_size)
+        settings = config.partition
+        profile = profile_modules(
+            by_count, blocks, numerics, settings.warmup, settings.steps, sharing, after_module
+        )
+    else:
+        for _ in by_count.modules:
+            after_module()
+    profile = runtime.broadcast(profile)
+    work = [cost.step_s(role) for cost, role in zip(profile.modules, by_count.modules, strict=True)]
+    stages = choose_stages(config.partition, len(work), runtime.world_size, work)
+    plan = by_count.placed(stages)
+    memory = rank_memory(plan, profile.modules, numerics)
+    refuse_too_large(memory, profile.device_bytes)
+    slowest = max(_load(stage, work) for stage in stages)
+    by_count_slowest = max(_load(stage, work) for stage in place(len(work), runtime.world_size))
+    parts = " | ".join(f"{1e3 * _load(stage, work):.0f}" for stage in stages)
+    sizes = " | ".join(f"{needed / MEBI:.0f}" for needed in memory)
+    return plan, (
+        f"measured placement: {parts} ms of work a step, {sizes} MiB; slowest {1e3 * slowest:.0f} ms "
+        f"(by count {1e3 * by_count_slowest:.0f} ms)"
+    )
+
+
+def _load(stage: range, work: list[float]) -> float:
+    return sum(work[module] for module in stage)

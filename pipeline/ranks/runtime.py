@@ -1,0 +1,220 @@
+"""From the launcher's environment to a working rank: device, threads, groups, failure desk, orderly end.
+
+    torchrun, srun: WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT      plain python: none of these
+          |                                                                           |
+    store (of the launcher, or on rank 0) -> desk -> device -> process groups         desk -> device
+          |                                                                           |
+    with Runtime() as runtime: ...                                                    the same code, no group
+
+Waits for peers have one deadline. One that outlasts it goes on while the rank at the root of it moves (see heartbeat);
+else it ends with an error that names the absent ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import ctypes.util
+import functools
+import os
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.base.errors import ConfigError
+from pipeline.ranks.attempt import Job, launcher_serves
+from pipeline.ranks.failure import FailureDesk
+from pipeline.ranks.keys import Key
+from pipeline.ranks.team import Team
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+DEVICES = ("auto", "cpu", "cuda", "cuda-shared")
+
+
+def choose_device(request: str, local_rank: int, local_world_size: int) -> tuple[torch.device, str]:
+    """Return the compute device of this rank and the backend ("nccl" or "gloo") of its edges.
+
+    auto: one GPU per rank if there are enough, else CPU. cuda: one GPU per rank or ConfigError. cuda-shared:
+    the ranks of a machine share its GPUs, messages go through pinned host memory (NCCL refuses two ranks on
+    one GPU).
+    """
+    if request not in DEVICES:
+        raise ConfigError(f"runtime.device: unknown device {request!r}; valid: {', '.join(DEVICES)}")
+    gpus = torch.cuda.device_count()
+    enough = gpus >= local_world_size and dist.is_nccl_available()
+    if request == "cuda" and not enough:
+        raise ConfigError(
+            f"runtime.device = 'cuda' needs NCCL and {local_world_size} GPUs on this machine, one per rank; "
+            f"found {gpus}: start fewer ranks, or use 'cuda-shared' (ranks share a GPU, slower) or 'cpu'"
+        )
+    if request == "cuda-shared":
+        if gpus == 0:
+            raise ConfigError(
+                "runtime.device = 'cuda-shared' needs a GPU on this machine, found none: use 'cpu'"
+            )
+        return torch.device("cuda", local_rank % gpus), "gloo"
+    if request == "cuda" or (request == "auto" and enough and gpus > 0):
+        return torch.device("cuda", local_rank), "nccl"
+    return torch.device("cpu"), "gloo"
+
+
+def ranks_per_device(request: str, device: torch.device, local_world_size: int) -> int:
+    """How many ranks of a machine share the memory of a device that :func:`choose_device` chose for ``request``."""
+    if device.type == "cpu":
+        return local_world_size
+    return -(-local_world_size // torch.cuda.device_count()) if request == "cuda-shared" else 1
+
+
+def set_threads(threads: int, local_world_size: int) -> int:
+    """Set the number of intra-op threads (0: this machine's cores divided among its ranks) and return it.
+
+    One inter-op thread: a stage is sequential, and idle pools cost start-up time. Call before any tensor
+    work.
+    """
+    count = threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    torch.set_num_threads(count)
+    if torch.get_num_interop_threads() != 1:
+        with contextlib.suppress(
+            RuntimeError
+        ):  # refused once parallel work has started (embedded in other code)
+            torch.set_num_interop_threads(1)
+    return count
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, where the C library is glibc.
+
+    By default every large tensor is mapped anew from the system and given back: each step then pays a page fault for
+    every 4 KiB of activations, 3 to 10 % of its time on a CPU. What is freed is used again, so memory stays flat.
+    """
+    libc = ctypes.util.find_library("c")
+    mallopt = getattr(ctypes.CDLL(libc), "mallopt", None) if libc else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
+
+
+@functools.cache
+def _job(rank: int, world_size: int) -> Job:
+    """The job of this process: one for all its runs."""
+    return Job(rank, world_size)
+
+
+class Runtime:
+    """Context manager around everything a rank does.
+
+    Attributes:
+        rank, world_size, local_rank, local_world_size: from the launcher; 0, 1, 0, 1 for one process.
+        team: all ranks of the run, and this one among them.
+        device: compute device. backend: "nccl" or "gloo", for the edges.
+        threads: intra-op threads.
+        desk: the FailureDesk. An exception that leaves the ``with`` block goes there and ends all ranks.
+
+    Nothing before the first step takes longer than ``setup_deadline_s`` (or ``deadline_s``, if that is more), nothing
+    after it longer than ``deadline_s``. With ``graceful`` a signal only asks for a stop (see
+    :meth:`FailureDesk.stop_gracefully`).
+    """
+
+    def __init__(
+        self,
+        device: str = "auto",
+        threads: int = 0,
+        deadline_s: float = 60.0,
+        setup_deadline_s: float = 0.0,
+        run_dir: Path | None = None,
+        graceful: bool = False,
+    ) -> None:
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        self.deadline_s = deadline_s
+        self._setup_deadline_s = setup_deadline_s
+        self.run_dir = run_dir
+        self._graceful = graceful
+        self._device_request = device
+        self._threads_request = threads
+
+    def __enter__(self) -> Runtime:
+        """Raises nothing: what fails here is reported by the desk, once for the whole job."""
+        self.threads = set_threads(self._threads_request, self.local_world_size)
+        self.desk = FailureDesk(None, self.rank, self.world_size, run_dir=self.run_dir)
+        try:
+            store, memory = _job(self.rank, self.world_size).next_run(self.deadline_s)
+            if self.world_size > 1:
+                self.desk = FailureDesk(
+                    store,
+                    self.rank,
+                    self.world_size,
+                    run_dir=self.run_dir,
+                    store_host=self._store_host(),
+                    deadline_s=self.deadline_s,
+                    setup_deadline_s=self._setup_deadline_s,
+                )
+            ranks = (self.rank, self.world_size)
+            self.team = Team(*ranks, store, memory, self.deadline_s, self.desk.heart)
+            if self._graceful:
+                self.desk.stop_gracefully()
+            self.device, self.backend = choose_device(
+                self._device_request, self.local_rank, self.local_world_size
+            )
+            if self.device.type == "cuda":
+                torch.cuda.set_device(self.device)
+            else:
+                keep_freed_memory()
+            if self.world_size > 1:
+                self._init_groups()
+        except BaseException as exc:
+            self.desk.report(exc)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if exc is not None and not (isinstance(exc, SystemExit) and exc.code in (None, 0)):
+            self.desk.report(exc)
+        try:
+            self.close()
+        except Exception as late:
+            self.desk.report(late)
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """As of the team."""
+        return self.team.gather(value)
+
+    def broadcast(self, value: Any) -> Any:
+        """As of the team."""
+        return self.team.broadcast(value)
+
+    def close(self) -> None:
+        """Leave together: a rank that goes while a peer still waits for it would look like a failure."""
+        team = self.team
+        if team.size > 1:
+            team.meet("the end", "finish")
+            dist.destroy_process_group()
+            team.group = None
+        self.desk.close()
+        if team.size > 1 and self._store_host() == team.rank:
+            # The server of the store ends with this process: the others must be done with it. Without patience: what
+            # told it of the others has ended with the desk.
+            Team(team.rank, team.size, team.store, deadline_s=team.deadline_s).wait_for(team.each(Key.LEFT), "leave")
+
+    def _store_host(self) -> int | None:
+        """The rank that serves the store, None if the launcher does (torchrun)."""
+        return None if launcher_serves() else 0
+
+    def _init_groups(self) -> None:
+        timeout = timedelta(seconds=self.deadline_s)
+        dist.init_process_group(
+            self.backend,
+            store=dist.PrefixStore(Key.GROUPS(), self.team.store),
+            rank=self.rank,
+            world_size=self.world_size,
+            timeout=timeout,
+            device_id=self.device if self.backend == "nccl" else None,
+        )
+        self.team.group = dist.new_group(backend="gloo", timeout=timeout)

@@ -1,0 +1,19 @@
+"""The console that everything for people is printed on."""
+
+from __future__ import annotations
+
+import os
+
+from rich.console import Console
+
+LOG_WIDTH = 140
+"""Columns of output that goes to a file or a pipe: every column of the widest report is legible in them."""
+
+
+def output_console(console: Console | None = None) -> Console:
+    """``console``, or by default one for standard output. A file or a pipe has no width of its own: it gets LOG_WIDTH
+    columns, unless the environment sets COLUMNS."""
+    if console is not None:
+        return console
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=LOG_WIDTH)

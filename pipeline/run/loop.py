@@ -1,0 +1,310 @@
+"""The epochs of one rank: train, test, report, save; and stop after a common step when asked to.
+
+    epoch e   step step step ... | late work | test | report | save
+                  ^ save, or save and leave: the first stage decides, its directive travels with the batch
+
+Every stage saves after the same step, so what they save belongs together: nothing that another stage has seen is
+missing, and nothing that is on its way is lost (see Stage.catch_up).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.base.config import Config, to_toml
+from pipeline.base.version import VERSION
+from pipeline.data.sources import DataSpec, Source
+from pipeline.edges.wire import Directive
+from pipeline.local.module_state import BUSY, module_state
+from pipeline.local.optimiser import learning_rate
+from pipeline.plan.assembly import Plan
+from pipeline.ranks.runtime import Runtime
+from pipeline.report.view import View
+from pipeline.run.conductor import Conductor
+from pipeline.run.telemetry import Telemetry, merge
+from pipeline.stage.stage import Batch, Stage
+from pipeline.store.records import EpochProgress, EpochRecord
+from pipeline.store.resume import Position
+from pipeline.store.run_directory import RunDirectory
+from pipeline.store.saver import Document, Saver
+
+SHOW_S = 0.25
+"""Between two looks at the other ranks' live numbers: asking for them takes longer, the more ranks there are."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with; ``source``, ``directory`` and ``view`` are used on rank 0 only."""
+
+    config: Config
+    runtime: Runtime
+    plan: Plan
+    stage: Stage
+    data_spec: DataSpec
+    source: Source | None
+    telemetry: Telemetry
+    directory: RunDirectory
+    saver: Saver
+    conductor: Conductor
+    view: View | None
+    custom_network: bool
+
+
+def total_steps(config: Config, data_spec: DataSpec) -> int:
+    """Training steps of the whole run."""
+    total = config.train.epochs * data_spec.train_batches
+    return min(total, config.train.max_steps) if config.train.max_steps else total
+
+
+class Loop:
+    """Runs from ``start`` to the end. ``records`` are those of the epochs before it (rank 0); ``saved``: the run has a
+    checkpoint of ``start``."""
+
+    def __init__(self, run: Run, start: Position, records: list[EpochRecord], saved: bool) -> None:
+        self._run = run
+        self._start = start
+        self.total = total_steps(run.config, run.data_spec)
+        self.epochs = -(-self.total // run.data_spec.train_batches)
+        self.step = start.step
+        self._finished = min(start.finished_epochs, self._epoch_at_work() - 1)
+        self.records = records[: self._finished]
+        self._saved = (start.step, start.finished_epochs) if saved else None
+        self._unwritten = False  # whether metrics.jsonl lacks a record
+        self._record_lock = threading.RLock()  # the saver's thread collects records as well
+        self._last_shown = 0.0
+        self._began = time.monotonic()
+
+    def run(self) -> Directive:
+        """Train to the end, or until told to stop: GO or STOP. After STOP the state is saved."""
+        run, settings = self._run, self._run.config.train
+        leader = run.runtime.rank == 0
+        for epoch in range(self._epoch_at_work(), self.epochs + 1):
+            first = (epoch - 1) * run.data_spec.train_batches
+            end = min(first + run.data_spec.train_batches, self.total)
+            rate = learning_rate(run.config.optim, epoch, settings.epochs)
+            for module in run.stage.modules.values():
+                module.set_learning_rate(rate)
+            self._epoch_began = time.monotonic() - self._start_of_epoch(first)
+            late = self.step == self._start.step > self._start.late_since
+            directive = self._train(epoch, first, end) if self.step < end or late else Directive.GO
+            if self.step < end:
+                self._save(epoch, run.stage.late_since if run.config.schedule.kind != "free" else self.step)
+                return Directive.STOP
+            if run.runtime.device.type == "cuda":  # the only time that an epoch waits for the device
+                torch.cuda.synchronize()
+            wall_s, wait_s = time.monotonic() - self._epoch_began, run.stage.wait_since_epoch()
+            if directive is not Directive.STOP and (epoch % settings.evaluate_every == 0 or epoch == self.epochs):
+                directive = max(directive, self._test(epoch))
+            if directive is Directive.STOP:
+                self._save(epoch, self.step)
+                return Directive.STOP
+            sent = sum(sender.bytes_sent for sender in run.stage.senders())
+            self._finished = epoch
+            run.telemetry.post(epoch, run.stage, run.stage.take_counters(), wait_s, wall_s, sent)
+            if directive is Directive.SAVE or self._due(epoch):
+                self._save(epoch, self.step)
+            if leader:
+                self._record(epoch, wait=epoch == self.epochs)
+        return Directive.GO
+
+    def finish(self) -> str | None:
+        """Wait for the last save; why it failed, None if it did not. Collective."""
+        self._run.runtime.desk.progress(self.epochs, self.step, "waiting for its last checkpoint")
+        self._run.saver.join()
+        self._warn()
+        return self._run.runtime.team.broadcast(self._run.saver.error())
+
+    # --- an epoch -----------------------------------------------------------------------------------------------------
+
+    def _epoch_at_work(self) -> int:
+        """The epoch whose training, test or report comes next; one more than there are if there is none."""
+        batches = self._run.data_spec.train_batches
+        if self.step >= self.total:
+            return self.epochs + (self._start.finished_epochs >= self.epochs)
+        trained, inside = divmod(self.step, batches)
+        pending = trained > 0 and not inside and self._start.finished_epochs < trained
+        return trained if pending else trained + 1
+
+    def _start_of_epoch(self, first: int) -> float:
+        """Take on the counts of an epoch that a checkpoint was made in; returns the seconds that it had taken."""
+        start, counters = self._start, self._run.stage.counters
+        if not first < self.step or self.step != start.step:
+            return 0.0
+        counters.images, counters.steps = start.images, self.step - first
+        return start.wall_s
+
+    def _train(self, epoch: int, first: int, end: int) -> Directive:
+        """Train ``epoch`` up to step ``end``, unless told to stop. Returns the last directive."""
+        run, stage = self._run, self._run.stage
+        leader, free = run.runtime.rank == 0, run.config.schedule.kind == "free"
+        began = self.step
+        batches = run.source.train(epoch, began - first) if run.source is not None else None
+        stage.begin_epoch(self._start.late_since if first < began == self._start.step else first, began)
+        step = began
+        try:
+            while stage.more_steps(epoch, step - first, end - first):
+                batch: Batch | None = None
+                if batches is not None:
+                    batch = stage.fetch(batches, epoch, step, f"epoch {epoch}")
+                order = run.conductor.after(step + 1) if leader else Directive.GO
+                stage.train_step(epoch, step, batch, order)
+                step += 1
+                run.telemetry.pulse(stage, self._epoch_began)
+                if run.view is not None and time.monotonic() - self._last_shown > SHOW_S:
+                    self._show(epoch, step, first, end)
+                if stage.directive is not Directive.GO and step < end:
+                    self.step = step
+                    stage.catch_up(epoch, step - 1)
+                    if stage.directive is Directive.STOP:
+                        return Directive.STOP
+                    self._save(epoch, stage.late_since)
+            last = stage.directive
+            stage.end_epoch(epoch, end)
+        finally:
+            close = getattr(batches, "close", None)  # ends the loader's thread when an epoch is cut short
+            if close is not None:
+                close()
+        if not free:
+            self.step = end
+            return last
+        # Only the first stage's steps count, and only it knows where a stop has cut the epoch short.
+        self.step = run.runtime.team.broadcast(step) if stage.directive is Directive.STOP else end
+        return stage.directive
+
+    def _test(self, epoch: int) -> Directive:
+        run, stage = self._run, self._run.stage
+        batches = run.source.test() if run.source is not None else None
+        for index in range(run.data_spec.test_batches):
+            batch = stage.fetch(batches, epoch, self.step, "the test") if batches is not None else None
+            order = run.conductor.during_test() if run.runtime.rank == 0 else Directive.GO
+            stage.test_step(epoch, self.step + index, batch, order)
+            if stage.directive is Directive.STOP:
+                return Directive.STOP
+        return Directive.GO
+
+    # --- saving -------------------------------------------------------------------------------------------------------
+
+    def _due(self, epoch: int) -> bool:
+        """Whether the settings ask for a checkpoint at the end of ``epoch``; any that asks for some gets the last."""
+        settings = self._run.config.checkpoint
+        if epoch == self.epochs:
+            return bool(settings.every_epochs or settings.every_steps or settings.every_minutes)
+        return settings.every_epochs > 0 and epoch % settings.every_epochs == 0
+
+    def _save(self, epoch: int, late_since: int) -> None:
+        """Copy the state between two steps and leave the writing to the saver."""
+        run, stage = self._run, self._run.stage
+        if self._saved == (self.step, self._finished):
+            return
+        self._saved = (self.step, self._finished)
+        run.runtime.desk.progress(epoch, self.step, "saving")
+        states = {index: module_state(module) for index, module in stage.modules.items()}
+        for index, busy_s in stage.counters.busy_s.items():
+            states[index][BUSY] = torch.tensor(busy_s, dtype=torch.float64)
+        document = None
+        if run.runtime.rank == 0:
+            inside = self._finished < epoch
+            position = Position(
+                self.step,
+                self._finished,
+                late_since,
+                stage.counters.images if inside else 0,
+                time.monotonic() - self._epoch_began if inside else 0.0,
+            )
+            document = self._document(epoch, position)
+            run.conductor.saved()
+        run.saver.save(self.step, states, document)
+        self._warn()
+
+    def _document(self, epoch: int, position: Position) -> Document:
+        run, plan = self._run, self._run.plan
+
+        def contents() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            self._record(position.finished_epochs, wait=True)  # all ranks have reported before they have saved
+            records = self.records[: position.finished_epochs]
+            tested = records[-1].test_error_pct if records and position.finished_epochs == epoch else None
+            manifest = {
+                "localpipe": VERSION,
+                "versions": {"python": platform.python_version(), "torch": torch.__version__},
+                "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+                "epoch": epoch,
+                **dataclasses.asdict(position),
+                "total_steps": self.total,
+                "train_batches": run.data_spec.train_batches,
+                "modules": [list(names) for names in plan.cut.modules],
+                "classes": plan.task.classes,
+                "image_shape": list(plan.task.image_shape),
+                "custom_network": run.custom_network,
+                "config_sha256": run.config.fingerprint(),
+                "test_error_pct": tested,
+            }
+            return manifest, [dataclasses.asdict(record) for record in records]
+
+        return Document(to_toml(run.config), contents)
+
+    # --- reporting ----------------------------------------------------------------------------------------------------
+
+    def _show(self, epoch: int, step: int, first: int, end: int) -> None:
+        run = self._run
+        assert run.view is not None
+        now = self._last_shown = time.monotonic()
+        self._record(self._finished, wait=False)
+        self._warn()
+        images = (step - first) * run.data_spec.train_images / run.data_spec.train_batches
+        run.view.progress(
+            EpochProgress(
+                epoch=epoch,
+                epochs=self.epochs,
+                batch=step - first,
+                batches=end - first,
+                images_per_s=images / max(now - self._epoch_began, 1e-9),
+                eta_s=(now - self._began) / (step - self._start.step) * (self.total - step),
+                phase="train",
+                modules=run.telemetry.live(),
+            )
+        )
+
+    def _record(self, through: int, wait: bool) -> None:
+        """Write and show every epoch up to ``through`` that all ranks have reported; with ``wait``, all of them."""
+        run = self._run
+        with self._record_lock:
+            while len(self.records) < through:
+                epoch = len(self.records) + 1
+                reports = run.telemetry.collect(epoch, wait)
+                if reports is None:
+                    return
+                record = merge(
+                    reports,
+                    epoch=epoch,
+                    epochs=self.epochs,
+                    step=min(epoch * run.data_spec.train_batches, self.total),
+                    learning_rate=learning_rate(run.config.optim, epoch, run.config.train.epochs),
+                )
+                self.records.append(record)
+                self._write(record)
+                if run.view is not None:
+                    run.view.epoch(record)
+
+    def _write(self, record: EpochRecord) -> None:
+        """Add a line to metrics.jsonl; a full disk costs no run, and the line is made up for later."""
+        try:
+            if self._unwritten:
+                self._run.directory.begin_metrics(self.records)
+            else:
+                self._run.directory.append(record)
+            self._unwritten = False
+        except OSError as error:
+            self._unwritten = True
+            print(f"localpipe warning: metrics.jsonl was not written: {error}", file=sys.stderr, flush=True)
+
+    def _warn(self) -> None:
+        for note in self._run.saver.take_notes():
+            print(f"localpipe warning: {note}", file=sys.stderr, flush=True)

@@ -1,0 +1,164 @@
+"""What ranks tell rank 0 while they train. It goes through the store, never through the edges of the pipeline.
+
+    every rank:  post(epoch)  after an epoch           rank 0:  collect() when it has time, in order of epochs
+                 pulse()      at most twice a second            live()    for the view
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from typing import Any
+
+import torch
+
+from pipeline.plan.assembly import Plan
+from pipeline.ranks.keys import Key
+from pipeline.ranks.process import peak_memory_bytes
+from pipeline.ranks.team import Team
+from pipeline.stage.stage import Counters, Stage
+from pipeline.store.records import EpochRecord, LiveModule, ModuleRecord, StageRecord
+
+PULSE_S = 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class StageReport:
+    """One rank's share of an :class:`EpochRecord`, as JSON between ranks."""
+
+    stage: dict[str, Any]
+    modules: list[dict[str, Any]]
+    images: int
+    tested: int
+    wrong_final: int | None
+    test_loss_sum: float
+
+
+class Telemetry:
+    """The reporter of one rank; on rank 0 also the collector.
+
+    Args:
+        live: whether anybody watches between epochs.
+    """
+
+    def __init__(self, team: Team, plan: Plan, device: torch.device, live: bool) -> None:
+        self._team = team
+        self._plan = plan
+        self._device = device
+        self._live = live
+        self._last_pulse = 0.0
+        self._bytes_before = 0
+
+    def pulse(self, stage: Stage, started: float) -> None:
+        """Publish this stage's live numbers if the last ones are old. ``started``: when the epoch began (monotonic)."""
+        now = time.monotonic()
+        if not self._live or now - self._last_pulse < PULSE_S:
+            return
+        self._last_pulse = now
+        wall = max(now - started, 1e-9)
+        waited = stage.wait_since_epoch()
+        counters = stage.counters
+        modules = [
+            LiveModule(
+                index=index,
+                rank=self._team.rank,
+                losses={name: float(total) / module.loss_steps for name, total in module.loss_sums.items()},
+                busy_fraction=counters.busy_s.get(index, 0.0) / wall,
+                wait_fraction=waited / wall,
+                queue_depth=counters.queue_depth_sum / max(counters.queue_depth_count, 1),
+                peak_memory_bytes=peak_memory_bytes(self._device),
+            )
+            for index, module in stage.modules.items()
+        ]
+        text = json.dumps([dataclasses.asdict(module) for module in modules])
+        self._team.set(Key.PULSE(rank=self._team.rank), text)
+
+    def live(self) -> tuple[LiveModule, ...]:
+        """The latest live numbers of every rank that has published some (rank 0)."""
+        keys = [key for key in self._team.each(Key.PULSE).values() if self._team.has(key)]
+        return tuple(LiveModule(**entry) for text in self._team.get(keys) for entry in json.loads(text))
+
+    def post(self, epoch: int, stage: Stage, counters: Counters, wait_s: float, wall_s: float, sent: int) -> None:
+        """Publish this rank's numbers of a finished epoch. ``sent``: bytes sent since the run began."""
+        index_of_last = len(self._plan.modules) - 1
+        wrong = {key: int(count) for key, count in counters.wrong.items()}
+        modules = []
+        for index, module in stage.modules.items():
+            errors: dict[str, float | None] = {}
+            for level in [*module.levels, *(["final"] if module.plan.final else [])]:
+                count = wrong.get((index, level))
+                errors[level] = 100.0 * count / counters.tested if count is not None and counters.tested else None
+            record = ModuleRecord(
+                index=index,
+                rank=self._team.rank,
+                blocks=self._plan.cut.label(index),
+                losses=module.take_losses(),
+                head_error_pct=errors,
+                busy_s=counters.busy_s.get(index, 0.0),
+                skipped_steps=module.take_skipped(),
+            )
+            modules.append(dataclasses.asdict(record))
+        record = StageRecord(
+            rank=self._team.rank,
+            device=str(self._device),
+            modules=tuple(stage.modules),
+            busy_s=sum(counters.busy_s.values()),
+            wait_s=wait_s,
+            wall_s=wall_s,
+            queue_depth=counters.queue_depth_sum / max(counters.queue_depth_count, 1),
+            peak_memory_bytes=peak_memory_bytes(self._device),
+            bytes_sent=sent - self._bytes_before,
+            steps=counters.steps,
+            reused=counters.reused,
+            skipped=counters.skipped,
+            held_back=counters.held_back,
+        )
+        self._bytes_before = sent
+        report = StageReport(
+            stage=dataclasses.asdict(record),
+            modules=modules,
+            images=counters.images,
+            tested=counters.tested,
+            wrong_final=wrong.get((index_of_last, "final")),
+            test_loss_sum=counters.test_loss_sum,
+        )
+        self._team.set(Key.EPOCH(epoch=epoch, rank=self._team.rank), json.dumps(dataclasses.asdict(report)))
+
+    def collect(self, epoch: int, wait: bool) -> list[StageReport] | None:
+        """All ranks' reports of ``epoch`` (rank 0), or None if some are missing and ``wait`` is false. From any thread.
+
+        Raises:
+            DeadlineExceeded: with ``wait``, a rank does not report, and is not just slow.
+        """
+        keys = self._team.each(Key.EPOCH, epoch=epoch)
+        if not wait and not self._team.has(*keys.values()):
+            return None
+        self._team.wait_for(keys, f"report epoch {epoch}")
+        return [StageReport(**json.loads(text)) for text in self._team.take(keys.values())]
+
+
+def merge(
+    reports: list[StageReport], *, epoch: int, epochs: int, step: int, learning_rate: float
+) -> EpochRecord:
+    """One record of the whole pipeline from the reports of all ranks, in order of ranks."""
+    last = reports[-1]
+    modules = tuple(ModuleRecord(**entry) for report in reports for entry in report.modules)
+    stages = tuple(StageRecord(**{**r.stage, "modules": tuple(r.stage["modules"])}) for r in reports)
+    wall_s = max(stage.wall_s for stage in stages)
+    images = reports[0].images
+    tested = last.tested
+    return EpochRecord(
+        epoch=epoch,
+        epochs=epochs,
+        step=step,
+        images=images,
+        wall_s=wall_s,
+        images_per_s=images / wall_s if wall_s > 0 else 0.0,
+        learning_rate=learning_rate,
+        train_loss=modules[-1].losses.get("final", float("nan")),
+        test_error_pct=100.0 * (last.wrong_final or 0) / tested if tested else None,
+        test_loss=last.test_loss_sum / tested if tested else None,
+        stages=stages,
+        modules=modules,
+    )

@@ -1,0 +1,1 @@
+"""One rank at work: the schedule, and the stage that runs it."""

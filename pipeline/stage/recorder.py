@@ -1,0 +1,132 @@
+"""Records what one rank did, cheaply enough for every step, and puts all ranks on one clock.
+
+On a GPU an action ends when its kernels end, not when they have been queued: marks are CUDA events then, read only when
+the run is over, so that recording never waits for the device.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from pipeline.edges.wire import Header, MessageKind
+from pipeline.ranks.keys import Key
+from pipeline.ranks.team import Team
+from pipeline.stage.events import SEND, WAIT, Event
+from pipeline.stage.schedule import Action
+
+Mark = float | torch.cuda.Event
+LIMIT = 200_000
+"""Actions kept of one rank, and messages: about 100 MB as a trace file."""
+SHORTEST_WAIT_S = 20e-6
+
+
+class Recorder:
+    """Events of one rank.
+
+    Args:
+        rank: whose.
+        device: CUDA marks are events on its current stream, others are host time.
+        offset_s: what to add to this host's monotonic clock to get that of rank 0.
+    """
+
+    def __init__(self, rank: int, device: torch.device, offset_s: float = 0.0) -> None:
+        self._rank = rank
+        self._cuda = device.type == "cuda"
+        self._offset_s = offset_s
+        self._marks: list[tuple[Action, int, Mark, Mark, Mark, float]] = []
+        self._sent: list[Event] = []
+        self.full = False
+        self._origin: tuple[torch.cuda.Event, float] | None = None
+        if self._cuda:
+            origin = torch.cuda.Event(enable_timing=True)
+            origin.record()
+            origin.synchronize()
+            self._origin = (origin, time.perf_counter())
+
+    def mark(self) -> Mark:
+        """Now."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def action(self, action: Action, step: int, arrived: Mark, started: Mark, blocked_s: float) -> None:
+        """An action that ends now: reached at ``arrived``, begun at ``started`` when its messages were there;
+        ``blocked_s`` seconds of it went by waiting for room in a queue."""
+        self.full = len(self._marks) >= LIMIT
+        if not self.full:
+            self._marks.append((action, step, arrived, started, self.mark(), blocked_s))
+
+    def sent(self, module: int, header: Header, posted_s: float, taken_s: float) -> None:
+        """A message of ``module`` was on its way from ``posted_s`` to ``taken_s``, host time. From any thread."""
+        if header.kind in (MessageKind.TRAIN, MessageKind.GRADIENT) and len(self._sent) < LIMIT:
+            start, end = posted_s + self._offset_s, taken_s + self._offset_s
+            self._sent.append(Event(self._rank, SEND, module, header.micro_batch, header.step, start, end))
+
+    def events(self) -> list[Event]:
+        """Everything so far, in order of time; on a GPU this waits for the device."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        found: list[Event] = []
+        for action, step, *marks, blocked_s in self._marks:
+            arrived, started, ended = (self._seconds(mark) for mark in marks)
+            about = (action.module, action.micro_batch, step)
+            if started - arrived > SHORTEST_WAIT_S:
+                found.append(Event(self._rank, WAIT, *about, arrived, started))
+            # On a GPU the device may have worked while the host was blocked: its time is the kernels' alone.
+            work_end = ended - (blocked_s if blocked_s > SHORTEST_WAIT_S and not self._cuda else 0.0)
+            found.append(Event(self._rank, action.kind.value, *about, started, work_end))
+            if work_end < ended:
+                found.append(Event(self._rank, WAIT, *about, work_end, ended))
+        return sorted(found + self._sent, key=lambda event: event.start_s)
+
+    def _seconds(self, mark: Mark) -> float:
+        if self._origin is None or isinstance(mark, float):
+            assert isinstance(mark, float)
+            return mark + self._offset_s
+        origin, host_s = self._origin
+        return host_s + origin.elapsed_time(mark) / 1e3 + self._offset_s
+
+
+def clock_offset_s(team: Team, rounds: int = 5) -> float:
+    """What to add to this rank's ``time.perf_counter`` to get rank 0's. Collective.
+
+    The clock is common to the processes of one boot of a host, so the offset is 0 there. Between hosts rank 0 answers
+    each rank in turn; the exchange with the shortest round trip counts, and its error is at most half of that.
+    """
+    if len(set(team.collect("its host", _host()))) == 1:
+        return 0.0
+    for other in range(1, team.size):
+        if team.leads:
+            for index in range(rounds):
+                team.store.get(Key.CLOCK(what="ask", rank=other, index=index))  # blocks: to poll would take longer
+                team.set(Key.CLOCK(what="tell", rank=other, index=index), repr(time.perf_counter()))
+        elif team.rank == other:
+            return min(_exchange(team, index) for index in range(rounds))[1]
+    return 0.0
+
+
+def _exchange(team: Team, index: int) -> tuple[float, float]:
+    """(seconds of the round trip, offset)."""
+    asked = time.perf_counter()
+    team.set(Key.CLOCK(what="ask", rank=team.rank, index=index), "")
+    there = float(team.store.get(Key.CLOCK(what="tell", rank=team.rank, index=index)))
+    told = time.perf_counter()
+    return told - asked, there - (asked + told) / 2
+
+
+def _host() -> str:
+    """What the processes of one boot of one host have in common: its name is not enough, two may have the same."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return boot.read_text() if boot.is_file() else socket.gethostname()
+
+
+def by_time(events: Iterable[Event]) -> tuple[Event, ...]:
+    """The events of all ranks in one order."""
+    return tuple(sorted(events, key=lambda event: (event.start_s, event.rank)))

@@ -1,0 +1,291 @@
+"""A schedule is data: the list of actions of one stage for one training step. It can be printed, checked and drawn.
+
+Schedule `exact`, one module per stage, two micro-batches (k = 2; R sends the cascade gradient upstream):
+
+    F0 C0 R0 I0   F1 C1 R1 I1   B0   B1 U
+    |__________|                |
+    heads first what others     needs the gradient that the next stage's R0 sent: one hop, at any depth
+    wait for: cascade, relay
+
+A stage with several modules interleaves them, so that at most k modules hold a graph:
+
+    F(m) C(m) R(m)  B(m-1) U(m-1)  I(m)   F(m+1) ...
+
+Schedule `async`, delay d = 1: a module that receives a gradient does its backward and its update one step late, on the
+weights that its forward used. What it waits for was sent a whole step ago, so nobody waits. "@-1" is the batch of the
+step before. Modules that receive no gradient are never late; with d = 0 it is `exact`:
+
+    F C R I  B@-1 U@-1          d steps per hop of a gradient that travels further (k > 2)
+
+Schedule `free` (no cascade, so no gradient between modules) does the actions of `exact`; there a stage's input comes
+from a replay ring and not from the next message in line (see transport).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from pipeline.local.roles import ModulePlan
+
+
+class Kind(Enum):
+    """What a stage does in one action."""
+
+    FORWARD = "F"
+    CASCADE = "C"
+    INDEPENDENT = "I"
+    FINAL = "L"
+    RELAY = "R"
+    BACKWARD = "B"
+    UPDATE = "U"
+
+
+@dataclass(frozen=True)
+class Action:
+    """One action. ``micro_batch`` is -1 for UPDATE; ``key`` is set for RELAY and for a BACKWARD that also sends.
+
+    In step t it works on the batch of step t - ``lag``, and is left out where that step does not exist.
+    """
+
+    kind: Kind
+    module: int
+    micro_batch: int = -1
+    key: int | None = None
+    lag: int = 0
+
+    def __str__(self) -> str:
+        where = f"{self.kind.value}{self.module}"
+        if self.micro_batch >= 0:
+            where += f".{self.micro_batch}"
+        return where + (f"->{self.key}" if self.key is not None else "") + (f"@-{self.lag}" if self.lag else "")
+
+
+Message = tuple[int, int, int]  # (receiving module, micro-batch, key) of a gradient
+
+
+def messages_sent(action: Action) -> list[Message]:
+    """The gradient message that an action produces, if any."""
+    if action.key is None:
+        return []
+    return [(action.module - 1, action.micro_batch, action.key)]
+
+
+def messages_needed(action: Action, plan: ModulePlan) -> list[Message]:
+    """The gradient messages that must have arrived before an action."""
+    if action.kind is Kind.RELAY and action.key in plan.incoming:
+        assert action.key is not None
+        return [(action.module, action.micro_batch, action.key)]
+    if action.kind is Kind.BACKWARD:
+        return [(action.module, action.micro_batch, key) for key in plan.incoming]
+    return []
+
+
+@dataclass(frozen=True)
+class Lags:
+    """How many steps late a module acts.
+
+    Attributes:
+        backward: by module, of its backward and update.
+        relay: by (module, key), of a gradient message upstream.
+    """
+
+    backward: tuple[int, ...]
+    relay: dict[tuple[int, int], int]
+
+
+def lags(plans: Sequence[ModulePlan], delay: int) -> Lags:
+    """A gradient is used ``delay`` steps after the step in which the next module sent it: once per hop.
+
+    It depends on the modules only, not on their placement, and so the result of a run does not either.
+    """
+    backward = [0] * len(plans)
+    relay: dict[tuple[int, int], int] = {}
+    for plan in reversed(plans):
+        m = plan.index
+        used = {key: relay[m + 1, key] + delay for key in plan.incoming}
+        backward[m] = max(used.values(), default=0)
+        for key in plan.outgoing:
+            relay[m, key] = backward[m] if plan.merged else used.get(key, 0)
+    return Lags(tuple(backward), relay)
+
+
+def stage_schedules(
+    plans: Sequence[ModulePlan], stages: Sequence[range], micro_batches: int, delay: int = 0
+) -> tuple[tuple[Action, ...], ...]:
+    """:func:`stage_schedule` of every stage."""
+    late = lags(plans, delay)
+    return tuple(_schedule(plans, modules, micro_batches, late) for modules in stages)
+
+
+def stage_schedule(
+    plans: Sequence[ModulePlan], modules: range, micro_batches: int, delay: int = 0
+) -> tuple[Action, ...]:
+    """One training step of the stage that owns ``modules``: `exact` for ``delay`` 0, else `async`.
+
+    Work that needs only this stage is done as early as possible. What needs a gradient of the next stage is left until
+    the next micro-batch's forward and heads are done, and the update until the last backward. Work that is late by
+    declaration follows the forward and heads of its micro-batch.
+    """
+    return _schedule(plans, modules, micro_batches, lags(plans, delay))
+
+
+def _schedule(plans: Sequence[ModulePlan], modules: range, micro_batches: int, late: Lags) -> tuple[Action, ...]:
+    builder = _StageBuilder(plans, modules, micro_batches, late)
+    for micro_batch in range(micro_batches):
+        for module in modules:
+            builder.heads_of(module, micro_batch)
+        if micro_batch > 0:
+            builder.finish(micro_batch - 1)
+        builder.late_work(micro_batch)
+    builder.finish(micro_batches - 1)
+    return tuple(builder.actions)
+
+
+class _StageBuilder:
+    """Emits actions in order and keeps track of which gradients are there."""
+
+    def __init__(self, plans: Sequence[ModulePlan], modules: range, micro_batches: int, lag: Lags) -> None:
+        self._plans = plans
+        self._modules = modules
+        self._last_micro_batch = micro_batches - 1
+        self._lag = lag
+        self._there: set[Message] = set()
+        self._pending: list[Action] = []
+        self.actions: list[Action] = []
+
+    def heads_of(self, module: int, micro_batch: int) -> None:
+        """Forward and heads of one module; then whatever has become possible inside this stage."""
+        plan = self._plans[module]
+        emit = self.actions.append
+        emit(Action(Kind.FORWARD, module, micro_batch))
+        if plan.final:
+            emit(Action(Kind.FINAL, module, micro_batch))
+        if plan.cascade:
+            emit(Action(Kind.CASCADE, module, micro_batch))
+        if not plan.merged:
+            self._pending += [
+                Action(Kind.RELAY, module, micro_batch, key, self._lag.relay[module, key]) for key in plan.outgoing
+            ]
+        # Relays come first: somebody waits for them. A module's own backward waits for its independent level too.
+        self._sweep(micro_batch)
+        if plan.independent:
+            emit(Action(Kind.INDEPENDENT, module, micro_batch))
+        key = plan.outgoing[0] if plan.merged else None
+        self._pending.append(Action(Kind.BACKWARD, module, micro_batch, key, self._lag.backward[module]))
+        self._sweep(micro_batch)
+
+    def finish(self, micro_batch: int) -> None:
+        """Everything of ``micro_batch`` that was left, with the gradients of the next stage."""
+        last = self._modules[-1]
+        self._there |= {(last, micro_batch, key) for key in self._plans[last].incoming}
+        self._sweep(micro_batch)
+        assert all(action.micro_batch != micro_batch for action in self._pending), self._pending
+
+    def late_work(self, micro_batch: int) -> None:
+        """Relays and backwards on earlier batches: all they need was sent in an earlier step."""
+        late = [action for action in self._pending if action.micro_batch == micro_batch and action.lag]
+        for action in sorted(late, key=_urgency):
+            self._pending.remove(action)
+            self._emit(action)
+
+    def _sweep(self, micro_batch: int) -> None:
+        """Emit pending actions whose gradients are there, until nothing more becomes possible."""
+        progress = True
+        while progress:
+            progress = False
+            for action in sorted(self._pending, key=_urgency):
+                if action.micro_batch != micro_batch or not self._possible(action):
+                    continue
+                self._pending.remove(action)
+                self._emit(action)
+                progress = True
+                break
+
+    def _emit(self, action: Action) -> None:
+        self.actions.append(action)
+        self._there |= set(messages_sent(action))
+        if action.kind is Kind.BACKWARD and action.micro_batch == self._last_micro_batch:
+            self.actions.append(Action(Kind.UPDATE, action.module, lag=action.lag))
+
+    def _possible(self, action: Action) -> bool:
+        if action.lag:
+            return False
+        plan = self._plans[action.module]
+        if not set(messages_needed(action, plan)) <= self._there:
+            return False
+        if action.kind is Kind.BACKWARD:  # the relays need the graph that the full backward frees
+            return not any(
+                other.kind is Kind.RELAY and (other.module, other.micro_batch) == (action.module, action.micro_batch)
+                for other in self._pending
+            )
+        return True
+
+
+def _urgency(action: Action) -> tuple[bool, int, int]:
+    return (action.kind is Kind.BACKWARD, -action.module, action.key or 0)
+
+
+def steps_of(schedule: Sequence[Action], first: int, end: int) -> Iterator[tuple[int, list[Action]]]:
+    """(step, actions) of the steps ``first`` .. ``end`` - 1 and of as many more as late work needs to come to its end.
+
+    In each, only actions whose batch, step - lag, lies in ``first`` .. ``end`` - 1: a pipe that fills and is drained.
+    """
+    for step in range(first, end):
+        yield step, [action for action in schedule if step - action.lag >= first]
+    yield from late_steps(schedule, first, end)
+
+
+def late_steps(schedule: Sequence[Action], first: int, end: int) -> Iterator[tuple[int, list[Action]]]:
+    """The steps of :func:`steps_of` after the last batch."""
+    for step in range(end, end + max(action.lag for action in schedule)):
+        yield step, [action for action in schedule if first <= step - action.lag < end]
+
+
+def check_schedules(plans: Sequence[ModulePlan], schedules: Sequence[Sequence[Action]], steps: int = 1) -> int:
+    """Run ``steps`` steps of the schedules of all stages against each other without a process group.
+
+    Every stage takes its actions in order and waits for what an action needs. Returns the number of rounds (in each,
+    every stage that can does one action).
+
+    Raises:
+        ValueError: the stages wait for each other for ever, or a gradient is sent and never used.
+    """
+    work = [
+        [(step - action.lag, action) for step, actions in steps_of(schedule, 0, steps) for action in actions]
+        for schedule in schedules
+    ]
+    position = [0] * len(work)
+    forwarded: set[tuple[int, int, int]] = set()
+    there: set[tuple[int, Message]] = set()
+    used: set[tuple[int, Message]] = set()
+    rounds = 0
+    while any(at < len(actions) for at, actions in zip(position, work, strict=True)):
+        done: list[tuple[int, int, Action]] = []
+        for stage, actions in enumerate(work):
+            if position[stage] == len(actions):
+                continue
+            batch, action = actions[position[stage]]
+            needed = {(batch, message) for message in messages_needed(action, plans[action.module])}
+            if action.kind is Kind.FORWARD:
+                ready = action.module == 0 or (batch, action.module - 1, action.micro_batch) in forwarded
+            else:
+                ready = needed <= there
+            if ready:
+                done.append((stage, batch, action))
+                used |= needed
+        if not done:
+            waits = ", ".join(
+                f"stage {s} at {a[p][1]}" for s, (a, p) in enumerate(zip(work, position, strict=True)) if p < len(a)
+            )
+            raise ValueError(f"the stages wait for each other: {waits}")
+        for stage, batch, action in done:
+            position[stage] += 1
+            if action.kind is Kind.FORWARD:
+                forwarded.add((batch, action.module, action.micro_batch))
+            there |= {(batch, message) for message in messages_sent(action)}
+        rounds += 1
+    if used != there:
+        raise ValueError(f"gradients sent and never used: {sorted(there - used)}")
+    return rounds

@@ -1,0 +1,112 @@
+"""A checkpoint as one file of weights that needs nothing of this package: a flat dict of tensors.
+
+    checkpoint, verified --> states of all local modules --> names of the un-cut network (weights) --> weights_file
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.base.errors import ConfigError
+from pipeline.local.weights import HEADS, State, heads_state, model_state, weights_of
+from pipeline.models.torchvision import torchvision_name
+from pipeline.store.atomic import remove_temporaries
+from pipeline.store.checkpoint import Checkpoint, open_checkpoint
+from pipeline.store.weights_file import encode_pt, write_weights
+
+SUFFIXES = {".pt": "pt", ".pth": "pt", ".safetensors": "safetensors"}
+FORMATS = ("pt", "safetensors")
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm: state, but no parameters
+Encoder = Callable[[State, dict[str, str]], bytes]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        path: the file.
+        checkpoint: the step directory that it was made from.
+        step: training steps done.
+        parameters: numbers in all tensors but BatchNorm's statistics.
+        sha256: of the file.
+    """
+
+    path: Path
+    checkpoint: Path
+    step: int
+    parameters: int
+    sha256: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: step {self.step} of {self.checkpoint}, {self.parameters:,} parameters, "
+            f"SHA-256 {self.sha256}"
+        )
+
+
+def export(source: Path | str, output: Path | str, *, heads: bool = False, fmt: str | None = None) -> Exported:
+    """Write the ``state_dict`` of the un-cut network of a checkpoint.
+
+    The keys are those of :class:`pipeline.UncutModel`, of torchvision's network for its backbones, of the
+    ``nn.Sequential`` for a user's own network: each loads it with ``strict=True``. A .pt file loads with
+    ``torch.load(file, weights_only=True)``.
+
+    Args:
+        source: the directory of a checkpoint, or of a run, of which the newest valid checkpoint is taken.
+        output: a new file: .pt, .pth or .safetensors.
+        heads: add the auxiliary heads as ``heads.module<m>.<level>.<name>``.
+        fmt: "pt" or "safetensors", where the name of the file does not say it.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, or a file of it has changed.
+        ConfigError: an ``output`` that exists or cannot be written, an unknown format, safetensors is not installed.
+    """
+    output = Path(output)
+    encode = _encoder(output, fmt)
+    if output.exists():
+        raise ConfigError(f"'{output}' exists already; choose another name")
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"'{output}': there is no directory '{output.parent}'; make it, or choose another")
+    saved = open_checkpoint(Path(source))
+    config = saved.config
+    state = _uncut_state(saved, config.model.name, heads)
+    about = {"step": str(saved.step), "config_sha256": config.fingerprint(), "backbone": config.model.name}
+    sha256 = _write(output, state, lambda state: encode(state, about))
+    parameters = sum(value.numel() for name, value in state.items() if name.rpartition(".")[2] not in _STATISTICS)
+    return Exported(output, saved.path, saved.step, parameters, sha256)
+
+
+def _uncut_state(saved: Checkpoint, backbone: str, heads: bool) -> State:
+    """Blocks in order; then, with ``heads``, all heads."""
+    states = [weights_of(saved.module_state(index)) for index in range(len(saved.module_names))]
+    blocks = {torchvision_name(backbone, name): value for name, value in model_state(states).items()}
+    return blocks | (heads_state(states, HEADS) if heads else {})
+
+
+def _encoder(output: Path, fmt: str | None) -> Encoder:
+    """What makes bytes of a state, in the format that ``fmt`` or else the suffix of ``output`` names."""
+    chosen = fmt or SUFFIXES.get(output.suffix)
+    if chosen not in FORMATS:
+        where = f"format '{fmt}'" if fmt else f"the suffix of '{output}'"
+        raise ConfigError(f"{where} is not known; name the file .pt, .pth or .safetensors, or give --format pt")
+    if chosen == "pt":
+        return lambda state, about: encode_pt(state)
+    try:
+        from safetensors.torch import save  # not everybody has it
+    except ImportError as error:
+        raise ConfigError(
+            f"'{output}' needs the package safetensors; pip install localpipe[safetensors], or write a .pt file"
+        ) from error
+    return lambda state, about: save(state, {"format": "pt", **about})
+
+
+def _write(output: Path, state: State, encode: Callable[[State], bytes]) -> str:
+    """All of it or nothing, and without what killed exports have left beside it; returns the SHA-256."""
+    try:
+        remove_temporaries(output.absolute().parent, lambda name: name == output.name or Path(name).suffix in SUFFIXES)
+        return write_weights(output, state, encode)
+    except OSError as error:
+        raise ConfigError(f"'{output}' cannot be written ({error.strerror}); choose another place") from error

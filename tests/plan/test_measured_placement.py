@@ -1,0 +1,101 @@
+"""Where modules run: by count, measured or given. Never a question of results, and refused before any step."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers_spawn import run_ranks
+from tiny import CLASSES, IMAGE, Batches, network, tiny_blocks, tiny_config
+
+from pipeline import ConfigError, LoaderData, train
+from pipeline.base.numerics import Numerics
+from pipeline.local.methods import Task
+from pipeline.plan import measured_placement
+from pipeline.plan.profiling import profile_modules
+
+KINDS: dict[str, dict[str, Any]] = {
+    "count": {"kind": "count"},
+    "given": {"kind": "given", "stages": [3, 1]},
+    "measured": {"kind": "measured", "steps": 2},
+}
+CPU = Numerics(torch.device("cpu"), torch.float32, False)
+
+
+def train_all(rank: int, folder: str) -> dict[str, str]:
+    return {
+        name: train(
+            tiny_config("infopro", "hpff", 2, 4, partition=partition, train={"epochs": 1}),
+            network=network(),
+            data=LoaderData(Batches(), Batches()),
+            run_dir=Path(folder) / name,
+            quiet=True,
+        )["weights_sha256"]
+        for name, partition in KINDS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, str], dict[str, Any]]:
+    """Digests of the weights and the stored plans, by kind."""
+    folder = tmp_path_factory.mktemp("kinds")
+    results = run_ranks(train_all, 2, str(folder), timeout_s=120)
+    assert [result.exit_code for result in results] == [0, 0], [result.stderr for result in results]
+    return results[0].value, {name: json.loads((folder / name / "plan.json").read_text()) for name in KINDS}
+
+
+def test_the_placement_does_not_change_the_weights(runs: tuple[dict[str, str], dict[str, Any]]) -> None:
+    assert len(set(runs[0].values())) == 1
+
+
+def test_the_plan_is_stored(runs: tuple[dict[str, str], dict[str, Any]]) -> None:
+    plans = runs[1]
+    assert plans["count"]["stages"] == [2, 2]
+    assert plans["given"]["stages"] == [3, 1]
+    assert sum(plans["measured"]["stages"]) == 4 and plans["measured"]["partition"] == "measured"
+    assert plans["given"]["modules"][0] == ["stem", "a"] and plans["given"]["schedules"][1].startswith("F3.0 L3.0")
+
+
+def one_rank() -> Any:
+    return SimpleNamespace(rank=0, world_size=1, local_world_size=1, broadcast=lambda value: value)
+
+
+def test_a_plan_larger_than_the_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of a measured module is real; only the size of the device is made up."""
+    monkeypatch.setattr("pipeline.plan.profiling.device_memory", lambda device, sharing=1: 2**16)
+    config = tiny_config("dgl", "plain", 1, 4, partition=KINDS["measured"])
+    with pytest.raises(ConfigError, match="rank 0 needs .* GiB, its device has .* start more processes"):
+        measured_placement.placed_plan(config, tiny_blocks(), Task(CLASSES, IMAGE), CPU, one_rank())
+
+
+def test_measuring_leaves_the_network_and_the_random_state_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = tiny_blocks()
+    before = {f"{n}.{k}": v.clone() for n, block in blocks.items() for k, v in block.state_dict().items()}
+    state = torch.get_rng_state()
+    seen = []
+    monkeypatch.setattr(measured_placement, "profile_modules", lambda *a: seen.append(profile_modules(*a)) or seen[-1])
+    config = tiny_config("infopro", "hpff", 2, 4, partition=KINDS["measured"])
+    measured_placement.placed_plan(config, blocks, Task(CLASSES, IMAGE), CPU, one_rank())
+    assert len(seen[0].modules) == 4
+    assert torch.equal(torch.get_rng_state(), state)
+    for name, block in blocks.items():
+        for key, value in block.state_dict().items():
+            assert torch.equal(value, before[f"{name}.{key}"]), f"{name}.{key}"
+
+
+@pytest.mark.parametrize(
+    ("partition", "words"),
+    [
+        ({"kind": "given"}, "stages belong to kind 'given'"),
+        ({"kind": "count", "stages": [2, 2]}, "stages belong to kind 'given'"),
+        ({"kind": "given", "stages": [2, 0]}, "list of positive integers"),
+        ({"kind": "balanced"}, "partition.kind = 'balanced' is not known"),
+    ],
+)
+def test_a_partition_that_makes_no_sense_is_refused(partition: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        tiny_config("dgl", "plain", 1, 4, partition=partition)
