@@ -11,12 +11,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch import nn
 
-from pipeline.base.config import Config, to_toml, validate
+from pipeline.base.config import Config
 from pipeline.base.errors import LocalpipeError
+from pipeline.base.paths import path_of, text_of
+from pipeline.base.toml import to_toml
+from pipeline.base.validation import validate
 from pipeline.base.version import code_version
 from pipeline.data.sources import DataSpec, LoaderData, Source
 from pipeline.edges.wire import Directive
@@ -49,7 +52,8 @@ from pipeline.store import checkpoint, resume
 from pipeline.store.checkpoint import Checkpoint
 from pipeline.store.records import EpochRecord
 from pipeline.store.resume import Position, Start
-from pipeline.store.run_directory import RunDirectory, summarise
+from pipeline.store.run_directory import PLAN, RunDirectory, summarise
+from pipeline.store.run_lock import RunLock
 from pipeline.store.saver import SaveFailed, Saver
 from pipeline.store.weights_file import HEADS, MODEL, write_weights
 
@@ -120,8 +124,8 @@ class _Trainer:
         self.before_action = before_action
         self.trace = trace
         self.draw = draw
-        self.leader = runtime.rank == 0
-        self._lock: IO[str] | None = None
+        self.leader = runtime.team.leads
+        self._lock: RunLock | None = None
         self.modules: list[LocalModule] = []
         self.stage: Stage | None = None
 
@@ -138,15 +142,15 @@ class _Trainer:
         blocks, task = blocks_and_task(config, self.network, data_spec)
         self.plan, self._placement = placed_plan(config, blocks, task, self.numerics, runtime)
         if self.leader:
-            write_plan(self.plan, self.directory.path / "plan.json")
-        runtime.desk.describe(self.plan.stage_label(runtime.rank))
+            write_plan(self.plan, self.directory.path / PLAN)
+        runtime.desk.describe(self.plan.stage_label(runtime.team.rank))
         runtime.desk.progress(-1, -1, "building the local modules")
         self.view = open_view(quiet=self.quiet) if self.leader else None
         if self.view is not None:
             runtime.desk.before_exit = self.view.close  # a live view hides the cursor
         try:
             self.modules = build_modules(
-                self.plan, runtime.rank, blocks, self.numerics, fresh=self.network is None
+                self.plan, runtime.team.rank, blocks, self.numerics, fresh=self.network is None
             )
             del blocks  # the other stages' blocks
             saved = self._open(start, data_spec)
@@ -158,7 +162,7 @@ class _Trainer:
         except (LocalpipeError, KeyboardInterrupt):
             raise
         except Exception as error:
-            explained = explain_out_of_memory(error, self.plan, runtime.rank, self.numerics, self.modules)
+            explained = explain_out_of_memory(error, self.plan, runtime.team.rank, self.numerics, self.modules)
             runtime.desk.report(explained or error, self._module_at_work())
         finally:
             if self.view is not None:
@@ -202,16 +206,16 @@ class _Trainer:
         if self.leader:
             known = runtime.team.recall(Key.RUN_DIRECTORY())
             if known is not None:  # torchrun has restarted the workers
-                run_dir = Path(known)
+                run_dir = Path(path_of(known))
             name = f"{config.model.name}-{config.data.name}"
             going_on = known is not None or resume_from == "auto"
             directory = RunDirectory.create(run_dir, name, going_on)
-            self._lock = directory.lock()
+            self._lock = RunLock(directory.path.absolute())
             path = str(directory.path.absolute())
             start = resume.choose_start(resume_from, directory.path.absolute(), known is not None, config)
             directory.write_config(to_toml(config))
             # Not before: what is refused now must not be done by a restart.
-            runtime.team.remember(Key.RUN_DIRECTORY(), path)
+            runtime.team.remember(Key.RUN_DIRECTORY(), text_of(path))
         start, path = runtime.team.broadcast((start, path))
         runtime.desk.run_dir = Path(path)
         self.directory = RunDirectory(Path(path))
@@ -235,11 +239,11 @@ class _Trainer:
         make_stage = FreeStage if config.schedule.kind == "free" else Stage
         return make_stage(
             self.modules,
-            plan.schedules[runtime.rank],
-            plan.gradient_order(runtime.rank + 1) if runtime.rank + 1 < runtime.world_size else (),
+            plan.schedules[runtime.team.rank],
+            plan.gradient_order(runtime.team.rank + 1) if runtime.team.rank + 1 < runtime.team.size else (),
             config.schedule.micro_batches,
             edges,
-            plan.image_crosses(runtime.rank),
+            plan.image_crosses(runtime.team.rank),
             runtime.desk.progress,
             self.before_action,
             self.recorder,
@@ -290,6 +294,7 @@ class _Trainer:
             source=source,
             telemetry=self.telemetry,
             directory=self.directory,
+            lock=self._lock,
             saver=saver,
             conductor=self.conductor,
             view=self.view,
@@ -333,6 +338,7 @@ class _Trainer:
         if gathered is not None and self.view is not None:
             every = {index: state for part in gathered for index, state in part.items()}
             ordered = [every[index] for index in range(len(self.plan.modules))]
+            self.loop.keep_directory()
             write_weights(self.directory.path / MODEL, model_state(ordered))
             write_weights(self.directory.path / HEADS, heads_state(ordered))
             summary = summarise(self.loop.records, settings=self._settings(ordered))
@@ -351,7 +357,7 @@ class _Trainer:
             "schedule": config.schedule.kind,
             "micro_batches": config.schedule.micro_batches,
             "modules": len(self.plan.modules),
-            "world_size": self.runtime.world_size,
+            "world_size": self.runtime.team.size,
             "seed": config.train.seed,
             "precision": str(self.numerics.dtype).removeprefix("torch."),
             "config_sha256": config.fingerprint(),
