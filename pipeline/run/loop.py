@@ -23,7 +23,7 @@ import torch
 from pipeline.base.config import Config
 from pipeline.base.toml import to_toml
 from pipeline.base.version import VERSION
-from pipeline.data.sources import DataSpec, Source
+from pipeline.data.source import DataSpec, Source
 from pipeline.edges.wire import Directive
 from pipeline.local.module_state import BUSY, module_state
 from pipeline.local.optimiser import learning_rate

@@ -21,7 +21,8 @@ from pipeline.base.paths import path_of, text_of
 from pipeline.base.toml import to_toml
 from pipeline.base.validation import validate
 from pipeline.base.version import code_version
-from pipeline.data.sources import DataSpec, LoaderData, Source
+from pipeline.data.loader_source import LoaderData
+from pipeline.data.source import DataSpec, Source
 from pipeline.edges.wire import Directive
 from pipeline.local.local_module import LocalModule
 from pipeline.local.module_state import BUSY, restore_module
