@@ -13,7 +13,7 @@ from pipeline.base.reference import keys_markdown
 from pipeline.base.toml import to_toml
 from pipeline.base.validation import from_dict
 from pipeline.base.version import VERSION as __version__
-from pipeline.data.sources import LoaderData
+from pipeline.data.loader_source import LoaderData
 from pipeline.local.methods import Task, Term, register_method
 from pipeline.local.weights import load_model, weights_sha256
 from pipeline.models.backbones import UncutModel, backbone_names, build_blocks, register_backbone

@@ -30,7 +30,8 @@ class Bounds:
         text: what the key is, in a few words.
         low, high: the smallest and the largest number; of a list, of each entry.
         above: ``low`` itself is not valid.
-        choices: the valid words; empty = any text. Methods registered later appear in it.
+        choices: the valid words; empty = any text. Methods registered later appear in it. A key that may be a list of
+            names as well takes any names there.
         length: of a list; 0 = any.
     """
 
@@ -112,7 +113,7 @@ class Setting:
         for entry in value if isinstance(value, tuple) else (value,):
             whole = f"{shown(list(value))}: each" if isinstance(value, tuple) else shown(value)
             if isinstance(entry, str):
-                self._check_text(entry)
+                self._check_text(entry, () if isinstance(value, tuple) else bounds.choices)
             elif not isinstance(entry, bool) and not self._inside(entry):
                 raise ConfigError(f"{self.name} = {whole} {self._limit(entry)}")
 
@@ -131,8 +132,7 @@ class Setting:
             return f"must be greater than {number(self.bounds.low)}"
         return "must not be negative" if self.bounds.low == 0 else f"must be at least {number(self.bounds.low)}"
 
-    def _check_text(self, value: str) -> None:
-        choices = self.bounds.choices
+    def _check_text(self, value: str, choices: Sequence[str]) -> None:
         if choices and value not in choices:
             raise ConfigError(f"{self.name} = {shown(value)} is not known; {suggest(value, choices)}")
         if "\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value):

@@ -102,7 +102,8 @@ def load_config(
     if file is not None:
         layers += _stack(read_toml(file), f"--config {file}", file.parent, (file.resolve(),))
     layers.append(_assigned(assignments))
-    config = from_dict(functools.reduce(_laid_over, layers, {}))
+    values: Layer = functools.reduce(_laid_over, layers, {})
+    config = from_dict(values)
     check_values(config)
     config, lines = give_way(config, _origins(layers))
     config = validate(config)
@@ -128,8 +129,9 @@ def _shipped() -> dict[str, Path]:
     return {path.stem: path for path in FOLDER.glob("*.toml") if path.name != PAPERS}
 
 
-def _layers(name: str, place: str, folder: Path, above: tuple[Any, ...]) -> list[Layer]:
+def _layers(name: str, place: str, folder: Path, above: tuple[str | Path, ...]) -> list[Layer]:
     """The sources of the recipe, part, or file that ``base`` at ``place`` calls ``name``, the lowest first."""
+    origin: str | Path
     if name in _rows():
         values, origin, folder = _rows()[name][1], name, FOLDER
     else:
@@ -144,7 +146,7 @@ def _layers(name: str, place: str, folder: Path, above: tuple[Any, ...]) -> list
     return _stack(values, name, folder, (*above, origin))
 
 
-def _stack(values: Layer, place: str, folder: Path, above: tuple[Any, ...]) -> list[Layer]:
+def _stack(values: Layer, place: str, folder: Path, above: tuple[str | Path, ...]) -> list[Layer]:
     """The sources below ``values`` and ``values`` itself."""
     own = {section: entries for section, entries in values.items() if section != "base"}
     below = [_layers(name, place, folder, above) for name in _names(values.get("base", []), place)]

@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from pipeline.base.errors import ConfigError, DeadlineExceeded
 from pipeline.ranks.keys import Key
+from pipeline.ranks.team import Team
 
 POLL_S = 0.02
 GRACE_S = 1.0
@@ -61,7 +62,8 @@ class Job:
             job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
             self._store = dist.PrefixStore(f"/localpipe/{job}", open_store(self._rank, deadline_s))
         if self._world_size > 1 and not self._attempt:
-            self._attempt = agree_on_attempt(self._store, self._rank, self._world_size, deadline_s)
+            team = Team(self._rank, self._world_size, self._store, deadline_s=deadline_s)
+            self._attempt = agree_on_attempt(team)
         run = next(self._runs)
         own = dist.PrefixStore(Key.ATTEMPT(attempt=self._attempt, run=run), self._store)
         return own if self._world_size > 1 else dist.HashStore(), dist.PrefixStore(Key.JOB(run=run), self._store)
@@ -135,15 +137,16 @@ def _within(seconds: float, connect: Callable[[], dist.Store]) -> dist.Store:
     return store
 
 
-def agree_on_attempt(store: dist.Store, rank: int, world_size: int, deadline_s: float) -> str:
+def agree_on_attempt(team: Team) -> str:
     """The name of this attempt, the same on all ranks, used by no other attempt. Collective, once per process.
 
     Args:
-        store: what all attempts of the job share.
+        team: with the store that all attempts of the job share.
 
     Raises:
         DeadlineExceeded: not all ranks have come.
     """
+    store, rank, world_size, deadline_s = team.store, team.rank, team.size, team.deadline_s
     ranks = range(world_size)
     hellos = [Key.HELLO(rank=r) for r in ranks]
     me, name = secrets.token_hex(8), ""

@@ -9,6 +9,7 @@ missing, and nothing that is on its way is lost (see Stage.catch_up).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
 import sys
@@ -22,11 +23,11 @@ import torch
 from pipeline.base.config import Config
 from pipeline.base.toml import to_toml
 from pipeline.base.version import VERSION
-from pipeline.data.sources import DataSpec, Source
+from pipeline.data.source import DataSpec, Source
 from pipeline.edges.wire import Directive
 from pipeline.local.module_state import BUSY, module_state
 from pipeline.local.optimiser import learning_rate
-from pipeline.plan.assembly import Plan
+from pipeline.plan.assembly import Plan, write_plan
 from pipeline.ranks.runtime import Runtime
 from pipeline.report.view import View
 from pipeline.run.conductor import Conductor
@@ -34,7 +35,8 @@ from pipeline.run.telemetry import Telemetry, merge
 from pipeline.stage.stage import Batch, Stage
 from pipeline.store.records import EpochProgress, EpochRecord
 from pipeline.store.resume import Position
-from pipeline.store.run_directory import RunDirectory
+from pipeline.store.run_directory import PLAN, RunDirectory
+from pipeline.store.run_lock import RunLock
 from pipeline.store.saver import Document, Saver
 
 SHOW_S = 0.25
@@ -43,7 +45,7 @@ SHOW_S = 0.25
 
 @dataclass(frozen=True)
 class Run:
-    """What the loop works with; ``source``, ``directory`` and ``view`` are used on rank 0 only."""
+    """What the loop works with; ``source``, ``directory``, ``lock`` and ``view`` are used on rank 0 only."""
 
     config: Config
     runtime: Runtime
@@ -53,6 +55,7 @@ class Run:
     source: Source | None
     telemetry: Telemetry
     directory: RunDirectory
+    lock: RunLock | None
     saver: Saver
     conductor: Conductor
     view: View | None
@@ -212,6 +215,8 @@ class Loop:
             states[index][BUSY] = torch.tensor(busy_s, dtype=torch.float64)
         document = None
         if run.runtime.team.leads:
+            with contextlib.suppress(OSError):  # the save will say so
+                self.keep_directory()
             inside = self._finished < epoch
             position = Position(
                 self.step,
@@ -229,6 +234,7 @@ class Loop:
         run, plan = self._run, self._run.plan
 
         def contents() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            self.keep_directory()
             self._record(position.finished_epochs, wait=True)  # all ranks have reported before they have saved
             records = self.records[: position.finished_epochs]
             tested = records[-1].test_error_pct if records and position.finished_epochs == epoch else None
@@ -297,7 +303,7 @@ class Loop:
     def _write(self, record: EpochRecord) -> None:
         """Add a line to metrics.jsonl; a full disk costs no run, and the line is made up for later."""
         try:
-            if self._unwritten:
+            if self.keep_directory() or self._unwritten:
                 self._run.directory.begin_metrics(self.records)
             else:
                 self._run.directory.append(record)
@@ -305,6 +311,30 @@ class Loop:
         except OSError as error:
             self._unwritten = True
             print(f"localpipe warning: metrics.jsonl was not written: {error}", file=sys.stderr, flush=True)
+
+    def keep_directory(self) -> bool:
+        """Rank 0: where the run directory has been deleted or renamed, go on in a new one with everything in it.
+        Returns whether that was so.
+
+        Raises:
+            LocalpipeError: another job has begun in its place.
+            OSError: the disk refuses.
+        """
+        run = self._run
+        with self._record_lock:
+            if run.lock is None or not run.lock.lost():
+                return False
+            run.lock.renew()
+            run.directory.write_config(to_toml(run.config))
+            write_plan(run.plan, run.directory.path / PLAN)
+            run.directory.begin_metrics(self.records)
+        print(
+            f"localpipe warning: run directory '{run.directory.path}' was deleted or renamed; the run goes on in a new "
+            "one with its configuration, plan and metrics so far; the next checkpoint is complete",
+            file=sys.stderr,
+            flush=True,
+        )
+        return True
 
     def _warn(self) -> None:
         for note in self._run.saver.take_notes():

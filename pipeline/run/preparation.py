@@ -12,7 +12,9 @@ from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, resolve_numerics
 from pipeline.base.validation import validate
-from pipeline.data.sources import DataSpec, ImageSource, LoaderData, LoaderSource, Source
+from pipeline.data.image_source import ImageSource
+from pipeline.data.loader_source import LoaderData, LoaderSource
+from pipeline.data.source import DataSpec, Source
 from pipeline.edges.connect import Edges, EdgeSpecs, connect
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.methods import Task

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch import nn
 
@@ -21,7 +21,8 @@ from pipeline.base.paths import path_of, text_of
 from pipeline.base.toml import to_toml
 from pipeline.base.validation import validate
 from pipeline.base.version import code_version
-from pipeline.data.sources import DataSpec, LoaderData, Source
+from pipeline.data.loader_source import LoaderData
+from pipeline.data.source import DataSpec, Source
 from pipeline.edges.wire import Directive
 from pipeline.local.local_module import LocalModule
 from pipeline.local.module_state import BUSY, restore_module
@@ -52,7 +53,8 @@ from pipeline.store import checkpoint, resume
 from pipeline.store.checkpoint import Checkpoint
 from pipeline.store.records import EpochRecord
 from pipeline.store.resume import Position, Start
-from pipeline.store.run_directory import RunDirectory, summarise
+from pipeline.store.run_directory import PLAN, RunDirectory, summarise
+from pipeline.store.run_lock import RunLock
 from pipeline.store.saver import SaveFailed, Saver
 from pipeline.store.weights_file import HEADS, MODEL, write_weights
 
@@ -124,7 +126,7 @@ class _Trainer:
         self.trace = trace
         self.draw = draw
         self.leader = runtime.team.leads
-        self._lock: IO[str] | None = None
+        self._lock: RunLock | None = None
         self.modules: list[LocalModule] = []
         self.stage: Stage | None = None
 
@@ -141,7 +143,7 @@ class _Trainer:
         blocks, task = blocks_and_task(config, self.network, data_spec)
         self.plan, self._placement = placed_plan(config, blocks, task, self.numerics, runtime)
         if self.leader:
-            write_plan(self.plan, self.directory.path / "plan.json")
+            write_plan(self.plan, self.directory.path / PLAN)
         runtime.desk.describe(self.plan.stage_label(runtime.team.rank))
         runtime.desk.progress(-1, -1, "building the local modules")
         self.view = open_view(quiet=self.quiet) if self.leader else None
@@ -209,7 +211,7 @@ class _Trainer:
             name = f"{config.model.name}-{config.data.name}"
             going_on = known is not None or resume_from == "auto"
             directory = RunDirectory.create(run_dir, name, going_on)
-            self._lock = directory.lock()
+            self._lock = RunLock(directory.path.absolute())
             path = str(directory.path.absolute())
             start = resume.choose_start(resume_from, directory.path.absolute(), known is not None, config)
             directory.write_config(to_toml(config))
@@ -293,6 +295,7 @@ class _Trainer:
             source=source,
             telemetry=self.telemetry,
             directory=self.directory,
+            lock=self._lock,
             saver=saver,
             conductor=self.conductor,
             view=self.view,
@@ -336,6 +339,7 @@ class _Trainer:
         if gathered is not None and self.view is not None:
             every = {index: state for part in gathered for index, state in part.items()}
             ordered = [every[index] for index in range(len(self.plan.modules))]
+            self.loop.keep_directory()
             write_weights(self.directory.path / MODEL, model_state(ordered))
             write_weights(self.directory.path / HEADS, heads_state(ordered))
             summary = summarise(self.loop.records, settings=self._settings(ordered))

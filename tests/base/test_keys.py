@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import tomllib
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +12,11 @@ from hypothesis import given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
 
-from pipeline import Config, ConfigError, from_dict, keys_markdown, load_config, to_toml
+from pipeline import Config, ConfigError, from_dict, load_config, to_toml
 from pipeline.base.config import settings
-from pipeline.base.keys import Setting
+from pipeline.base.keys import Bounds, Setting
 from pipeline.base.validation import validate
 
-ROOT = Path(__file__).parent.parent.parent
 KEYS = settings()
 
 
@@ -146,6 +144,18 @@ def test_what_validates_is_written_and_read_again_and_what_does_not_is_named(
     assert config.fingerprint()
 
 
+def test_a_key_may_be_one_of_its_words_or_a_list_of_names() -> None:
+    setting = Setting("model.cuts", str | tuple[str, ...], "auto", Bounds("where to cut", choices=("auto", "even")))
+    assert setting.convert(["layer1", "layer2.1"]) == ("layer1", "layer2.1")
+    setting.check(("layer1", "layer2.1"))
+    setting.check("even")
+    with pytest.raises(ConfigError, match="model.cuts = 'layer1' is not known"):
+        setting.check("layer1")
+    with pytest.raises(ConfigError, match="must be text or a list of names"):
+        setting.convert([1, "layer1"])
+    assert setting.valid() == "auto | even, or a list of names"
+
+
 def test_a_printed_configuration_says_what_every_key_means() -> None:
     lines = to_toml(Config(), comments=True).splitlines()
     (seed,) = [line for line in lines if line.startswith("seed = ")]
@@ -156,8 +166,3 @@ def test_a_printed_configuration_says_what_every_key_means() -> None:
         for name, value in entries.items():
             if value is not None:
                 assert any(KEYS[f"{section}.{name}"].bounds.text in line for line in lines), name
-
-
-def test_the_reference_of_all_keys_is_the_committed_one() -> None:
-    committed = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
-    assert committed.endswith(f"\n{keys_markdown()}\n"), "write it again: python launch/train.py --list-keys"
