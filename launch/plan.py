@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -36,7 +37,17 @@ def main() -> int:
         return 2
 
 
+def _refuse_files(arguments: argparse.Namespace) -> None:
+    """What cannot be written in the end is said before anything is measured."""
+    for path in (arguments.save_profile, arguments.chart, arguments.json):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"'{path}': there is no directory '{path.parent}'; make it, or choose another")
+    if arguments.chart and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(f"--chart {arguments.chart} needs matplotlib; run: pip install localpipe[plot]")
+
+
 def _plan(arguments: argparse.Namespace) -> int:
+    _refuse_files(arguments)
     config = load_config(arguments.recipe, arguments.config, arguments.set)
     profile = Profile.read(arguments.profile) if arguments.profile else None  # None: measured here
     link = {"latency_s": arguments.latency_us * 1e-6, "bytes_per_s": arguments.gbit * 1e9 / 8}

@@ -20,7 +20,6 @@ import os
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -181,14 +180,6 @@ class Runtime:
             self.close()
         except Exception as late:
             self.desk.report(late)
-
-    def gather(self, value: Any) -> list[Any] | None:
-        """As of the team."""
-        return self.team.gather(value)
-
-    def broadcast(self, value: Any) -> Any:
-        """As of the team."""
-        return self.team.broadcast(value)
 
     def close(self) -> None:
         """Leave together: a rank that goes while a peer still waits for it would look like a failure."""
