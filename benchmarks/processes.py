@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "torch.distributed.pipelining", "pipeline"]
+PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "torch.distributed.pipelining", "pipeline.run.train"]
 
 
 @dataclass(frozen=True)

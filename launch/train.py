@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline import ConfigError, load_config, recipe_names, to_toml, train
+import pipeline
 
 
 def main() -> int:
@@ -26,27 +26,25 @@ def main() -> int:
     )
     parser.add_argument("--quiet", action="store_true", help="print only the final report")
     parser.add_argument("--trace", action="store_true", help="write trace.json (Chrome, Perfetto), trace.png")
-    parser.add_argument("--list-recipes", action="store_true", help="print the names of the recipes and end")
+    parser.add_argument("--list-recipes", action="store_true", help="print recipes and the papers' figures, and end")
+    parser.add_argument("--list-keys", action="store_true", help="print a table of all keys (Markdown), and end")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
     arguments = parser.parse_args()
     first = os.environ.get("RANK", "0") == "0"
-    if arguments.list_recipes:
-        print("\n".join(recipe_names()) if first else "", end="\n" if first else "")
-        return 0
-    try:
-        config = load_config(arguments.recipe, arguments.config, arguments.set)
-    except ConfigError as error:
+    if arguments.list_recipes or arguments.list_keys:
         if first:
-            print(f"localpipe: {error}", file=sys.stderr)
-        return 2
-    if arguments.print_config:
-        print(to_toml(config) if first else "", end="")
+            print(pipeline.recipes_text() if arguments.list_recipes else pipeline.keys_markdown())
         return 0
-    train(
+    config = pipeline.load_config(arguments.recipe, arguments.config, arguments.set)
+    if arguments.print_config:
+        if first:
+            sys.stdout.buffer.write(pipeline.to_toml(config, comments=True).encode())  # UTF-8 in any locale
+        return 0
+    pipeline.train(
         config, run_dir=arguments.run_dir, resume=arguments.resume, quiet=arguments.quiet, trace=arguments.trace
     )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pipeline.command(main, trains=True))

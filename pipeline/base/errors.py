@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Iterator
+
+MARK = "localpipe: "
+"""With which every line about a failure begins."""
+
+LONGEST_VALUE = 120  # letters of a value in a message
 
 
 class LocalpipeError(Exception):
-    """Base of all errors raised on purpose by this package."""
+    """Base of all errors raised on purpose by this package; line breaks of a value in its message are escaped.
+
+    Attributes:
+        reported: whether it has ended a run (and not only refused a call).
+    """
+
+    reported = False
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class ConfigError(LocalpipeError, ValueError):
     """A configuration value, a data set or a partition that cannot work; raised before training starts."""
+
+
+class InUseError(ConfigError):
+    """Another job uses what this one needs: a refusal that may pass, so a launcher may try again."""
 
 
 class CheckpointError(ConfigError):
@@ -55,6 +74,26 @@ class MemoryExhausted(LocalpipeError):
     """A rank ran out of memory; the message says what it holds and which settings make that smaller."""
 
 
+def line_of(error: BaseException) -> str:
+    """What to print of ``error``: the line that a run has noted with it, which says where, or its own text."""
+    if isinstance(error, LocalpipeError):
+        text = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        text = "stopped by ctrl-C"
+    else:
+        text = f"{type(error).__name__}: {error}"
+    return next(_notes(error), MARK + " ".join(text.split()))
+
+
+def is_noted(error: BaseException) -> bool:
+    """Whether a run has noted where ``error`` has ended it."""
+    return any(_notes(error))
+
+
+def _notes(error: BaseException) -> Iterator[str]:
+    return (note for note in getattr(error, "__notes__", ()) if note.startswith(MARK))
+
+
 def suggest(name: str, valid: Iterable[str]) -> str:
     """Return ``"did you mean 'x'?"`` for the valid name nearest to ``name``, else the list of valid names."""
     choices = sorted(valid)
@@ -62,3 +101,20 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     if near:
         return f"did you mean '{near[0]}'?"
     return "valid names: " + ", ".join(choices)
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it: on one line, in letters that can be printed, at most LONGEST_VALUE of them."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write out integers of more than a few thousand digits
+        return "a number of thousands of digits"
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}... ({len(text)} characters)"
+
+
+def one_line(text: str) -> str:
+    """``text`` with what would end or garble a line written as an escape: line breaks, control characters, surrogates.
+
+    Surrogates are what Python makes of bytes in a path that are not text in the encoding of the system.
+    """
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else repr(c)[1:-1] for c in text)

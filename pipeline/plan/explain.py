@@ -14,9 +14,11 @@ from pathlib import Path
 
 import torch
 
-from pipeline.base.config import Config, validate
+from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, resolve_numerics
+from pipeline.base.paths import path_of
+from pipeline.base.validation import validate
 from pipeline.data import CATALOGUE, open_data
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.methods import Task, levels_of
@@ -26,11 +28,12 @@ from pipeline.plan.assembly import Plan, describe, make_plan
 from pipeline.plan.cost import StepCost, step_cost
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.placement import choose_stages, given, place, split_by_cost
-from pipeline.plan.profiling import profile_modules, rank_memory, refuse_too_large, work_of
+from pipeline.plan.profiling import profile_modules, work_of
+from pipeline.plan.rank_memory import rank_memory, refuse_too_large
 from pipeline.plan.report import Placement, PlannedModule, PlannedRank, PlanReport
 from pipeline.plan.simulate import ModuleCost, Simulation, simulate
 from pipeline.ranks.runtime import choose_device, keep_freed_memory, ranks_per_device, set_threads
-from pipeline.stage.events import SteadyState
+from pipeline.stage.events import SteadyState, steady_state
 from pipeline.stage.schedule import Kind
 
 STEPS = 24
@@ -160,7 +163,8 @@ def _task(config: Config) -> Task:
     data = config.data
     if data.name in CATALOGUE:
         return Task(CATALOGUE[data.name].classes, CATALOGUE[data.name].image_shape)
-    cache_gib = 0.0 if Path(data.root).expanduser().is_dir() else data.cache_gib  # decode no more than is needed
+    root = Path(path_of(data.root)).expanduser()
+    cache_gib = 0.0 if root.is_dir() else data.cache_gib  # decode no more than is needed
     opened = open_data(data.name, data.root, image_size=data.image_size, cache_gib=cache_gib)
     return Task(len(opened.classes), opened.image_shape)
 
@@ -191,7 +195,7 @@ def _run(
         bytes_per_s=bytes_per_s,
         replay=plan.config.schedule.kind == "free",
     )
-    return simulation, simulation.steady_state(STEPS // 2, STEPS - 1)
+    return simulation, steady_state(simulation.events(), STEPS // 2, STEPS - 1)
 
 
 def _modules(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import tomllib
 
-from pipeline.base.config import Config, to_toml
+from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
+from pipeline.base.toml import to_toml
 from pipeline.ranks.team import Team, holders
 
 OWN_KEYS = ("runtime.device", "runtime.threads")

@@ -25,10 +25,14 @@ from queue import Empty, SimpleQueue
 
 import torch.distributed as dist
 
-from pipeline.base.errors import ConfigError, DeadlineExceeded
+from pipeline.base.errors import ConfigError, DeadlineExceeded, InUseError
+from pipeline.ranks import launcher
 from pipeline.ranks.keys import Key
+from pipeline.ranks.team import Team
 
 POLL_S = 0.02
+LOOK_S = 0.5
+"""Between two looks at the processes that are not here yet."""
 GRACE_S = 1.0
 """By which torch's own deadline comes first, where it has one."""
 
@@ -61,7 +65,8 @@ class Job:
             job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
             self._store = dist.PrefixStore(f"/localpipe/{job}", open_store(self._rank, deadline_s))
         if self._world_size > 1 and not self._attempt:
-            self._attempt = agree_on_attempt(self._store, self._rank, self._world_size, deadline_s)
+            team = Team(self._rank, self._world_size, self._store, deadline_s=deadline_s)
+            self._attempt = agree_on_attempt(team)
         run = next(self._runs)
         own = dist.PrefixStore(Key.ATTEMPT(attempt=self._attempt, run=run), self._store)
         return own if self._world_size > 1 else dist.HashStore(), dist.PrefixStore(Key.JOB(run=run), self._store)
@@ -102,7 +107,7 @@ def open_store(rank: int, deadline_s: float) -> dist.Store:
         return _within(deadline_s + GRACE_S, connect)
     except dist.DistNetworkError as exc:
         if "EADDRINUSE" in str(exc):
-            raise ConfigError(
+            raise InUseError(
                 f"MASTER_PORT = {port}: the port is taken on this machine, and rank 0 is to serve the store there; "
                 "does another job use it? choose another port"
             ) from exc
@@ -135,21 +140,22 @@ def _within(seconds: float, connect: Callable[[], dist.Store]) -> dist.Store:
     return store
 
 
-def agree_on_attempt(store: dist.Store, rank: int, world_size: int, deadline_s: float) -> str:
+def agree_on_attempt(team: Team) -> str:
     """The name of this attempt, the same on all ranks, used by no other attempt. Collective, once per process.
 
     Args:
-        store: what all attempts of the job share.
+        team: with the store that all attempts of the job share.
 
     Raises:
         DeadlineExceeded: not all ranks have come.
     """
+    store, rank, world_size, deadline_s = team.store, team.rank, team.size, team.deadline_s
     ranks = range(world_size)
     hellos = [Key.HELLO(rank=r) for r in ranks]
     me, name = secrets.token_hex(8), ""
     present: list[str] = []
     store.set(hellos[rank], me)
-    end = time.monotonic() + deadline_s
+    look, end = 0.0, time.monotonic() + deadline_s
     while True:
         if rank == 0:
             ids = [text.decode() for text in store.multi_get(hellos)] if store.check(hellos) else []
@@ -166,6 +172,9 @@ def agree_on_attempt(store: dist.Store, rank: int, world_size: int, deadline_s: 
                 store.set(Key.HERE(attempt=name, rank=rank), "1")
         if name and store.check([Key.GO(attempt=name)]):
             return name
+        if time.monotonic() > look:
+            look = time.monotonic() + LOOK_S
+            launcher.check_siblings()
         if time.monotonic() > end:
             absent = _absent(store, name, hellos) or [0]
             raise DeadlineExceeded(

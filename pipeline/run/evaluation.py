@@ -28,11 +28,14 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.base.config import Config, load_config
+from pipeline.base.config import Config
 from pipeline.base.errors import CheckpointError, ConfigError
 from pipeline.base.flow import named
 from pipeline.base.numerics import Numerics, resolve_numerics
-from pipeline.data.sources import DataSpec, ImageSource, LoaderData, LoaderSource
+from pipeline.base.recipes import load_config
+from pipeline.data.image_source import ImageSource
+from pipeline.data.loader_source import LoaderData, LoaderSource
+from pipeline.data.source import DataSpec
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.local_module import LocalModule
 from pipeline.local.methods import Task

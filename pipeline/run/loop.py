@@ -9,6 +9,7 @@ missing, and nothing that is on its way is lost (see Stage.catch_up).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
 import sys
@@ -20,13 +21,14 @@ from typing import Any
 
 import torch
 
-from pipeline.base.config import Config, to_toml
+from pipeline.base.config import Config
+from pipeline.base.toml import to_toml
 from pipeline.base.version import VERSION
-from pipeline.data.sources import DataSpec
+from pipeline.data.source import DataSpec
 from pipeline.edges.wire import Directive
 from pipeline.local.module_state import BUSY, module_state
 from pipeline.local.optimiser import learning_rate
-from pipeline.plan.assembly import Plan
+from pipeline.plan.assembly import Plan, write_plan
 from pipeline.ranks.runtime import Runtime
 from pipeline.report.view import View
 from pipeline.run.conductor import Conductor
@@ -34,7 +36,8 @@ from pipeline.run.telemetry import Telemetry, merge
 from pipeline.stage.stage import Stage
 from pipeline.store.records import EpochProgress, EpochRecord
 from pipeline.store.resume import Position
-from pipeline.store.run_directory import RunDirectory
+from pipeline.store.run_directory import PLAN, RunDirectory
+from pipeline.store.run_lock import RunLock
 from pipeline.store.saver import Document, Saver
 
 SHOW_S = 0.25
@@ -43,7 +46,7 @@ SHOW_S = 0.25
 
 @dataclass(frozen=True)
 class Run:
-    """What the loop works with; ``directory`` and ``view`` are used on rank 0 only."""
+    """What the loop works with; ``directory``, ``lock`` and ``view`` are used on rank 0 only."""
 
     config: Config
     runtime: Runtime
@@ -52,6 +55,7 @@ class Run:
     data_spec: DataSpec
     telemetry: Telemetry
     directory: RunDirectory
+    lock: RunLock | None
     saver: Saver
     conductor: Conductor
     view: View | None
@@ -85,7 +89,7 @@ class Loop:
     def run(self) -> Directive:
         """Train to the end, or until told to stop: GO or STOP. After STOP the state is saved."""
         run, settings = self._run, self._run.config.train
-        leader = run.runtime.rank == 0
+        leader = run.runtime.team.leads
         for epoch in range(self._epoch_at_work(), self.epochs + 1):
             first = (epoch - 1) * run.data_spec.train_batches
             end = min(first + run.data_spec.train_batches, self.total)
@@ -186,7 +190,9 @@ class Loop:
         for index, busy_s in stage.watch.busy_s.items():
             states[index][BUSY] = torch.tensor(busy_s, dtype=torch.float64)
         document = None
-        if run.runtime.rank == 0:
+        if run.runtime.team.leads:
+            with contextlib.suppress(OSError):  # the save will say so
+                self.keep_directory()
             inside = self._finished < epoch
             position = Position(
                 self.step,
@@ -204,6 +210,7 @@ class Loop:
         run, plan = self._run, self._run.plan
 
         def contents() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            self.keep_directory()
             self._record(position.finished_epochs, wait=True)  # all ranks have reported before they have saved
             records = self.records[: position.finished_epochs]
             tested = records[-1].test_error_pct if records and position.finished_epochs == epoch else None
@@ -272,7 +279,7 @@ class Loop:
     def _write(self, record: EpochRecord) -> None:
         """Add a line to metrics.jsonl; a full disk costs no run, and the line is made up for later."""
         try:
-            if self._unwritten:
+            if self.keep_directory() or self._unwritten:
                 self._run.directory.begin_metrics(self.records)
             else:
                 self._run.directory.append(record)
@@ -280,6 +287,30 @@ class Loop:
         except OSError as error:
             self._unwritten = True
             print(f"localpipe warning: metrics.jsonl was not written: {error}", file=sys.stderr, flush=True)
+
+    def keep_directory(self) -> bool:
+        """Rank 0: where the run directory has been deleted or renamed, go on in a new one with everything in it.
+        Returns whether that was so.
+
+        Raises:
+            LocalpipeError: another job has begun in its place.
+            OSError: the disk refuses.
+        """
+        run = self._run
+        with self._record_lock:
+            if run.lock is None or not run.lock.lost():
+                return False
+            run.lock.renew()
+            run.directory.write_config(to_toml(run.config))
+            write_plan(run.plan, run.directory.path / PLAN)
+            run.directory.begin_metrics(self.records)
+        print(
+            f"localpipe warning: run directory '{run.directory.path}' was deleted or renamed; the run goes on in a new "
+            "one with its configuration, plan and metrics so far; the next checkpoint is complete",
+            file=sys.stderr,
+            flush=True,
+        )
+        return True
 
     def _warn(self) -> None:
         for note in self._run.saver.take_notes():

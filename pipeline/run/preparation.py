@@ -8,10 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.base.config import Config, validate
+from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, resolve_numerics
-from pipeline.data.sources import DataSpec, ImageSource, LoaderData, LoaderSource, Source
+from pipeline.base.validation import validate
+from pipeline.data.image_source import ImageSource
+from pipeline.data.loader_source import LoaderData, LoaderSource
+from pipeline.data.source import DataSpec, Source
 from pipeline.edges.connect import Edges, EdgeSpecs, connect
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.methods import Task
@@ -39,8 +42,8 @@ def refuse_early(config: Config, network: nn.Sequential | None, runtime: Runtime
     blocks = blocks_of(network) if network is not None else planned_blocks(config.model.name, 3, 10)
     count = len(make_cut(list(blocks), config.model))
     if config.partition.kind == "given":
-        given(config.partition.stages, count, runtime.world_size)
-    place(count, runtime.world_size)
+        given(config.partition.stages, count, runtime.team.size)
+    place(count, runtime.team.size)
     if config.precision.compile:
         refuse_without_compiler(runtime.device)
     return resolve_numerics(config.precision, runtime.device, blocks.values())
@@ -51,7 +54,7 @@ def open_source(
 ) -> tuple[Source | None, DataSpec]:
     """The data on rank 0, and what all ranks must know of it. Collective."""
     source: Source | None = None
-    if runtime.rank == 0:
+    if runtime.team.leads:
         if data is not None:
             source = LoaderSource(data, config, numerics, runtime.desk.progress)
         else:

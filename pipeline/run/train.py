@@ -11,14 +11,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch import nn
 
-from pipeline.base.config import Config, to_toml, validate
+from pipeline.base.config import Config
 from pipeline.base.errors import LocalpipeError
+from pipeline.base.paths import path_of, text_of
+from pipeline.base.toml import to_toml
+from pipeline.base.validation import validate
 from pipeline.base.version import code_version
-from pipeline.data.sources import DataSpec, LoaderData, Source
+from pipeline.data.loader_source import LoaderData
+from pipeline.data.source import DataSpec, Source
 from pipeline.edges.wire import Directive
 from pipeline.local.local_module import LocalModule
 from pipeline.local.module_state import BUSY, restore_module
@@ -29,7 +33,7 @@ from pipeline.plan.memory import explain_out_of_memory
 from pipeline.ranks.agreement import agree_on_config
 from pipeline.ranks.keys import Key
 from pipeline.ranks.runtime import Runtime
-from pipeline.report.view import open_view
+from pipeline.report.view import View, open_view
 from pipeline.run import tracing
 from pipeline.run.conductor import Conductor
 from pipeline.run.loop import Loop, Run, total_steps
@@ -50,7 +54,8 @@ from pipeline.store import checkpoint, resume
 from pipeline.store.checkpoint import Checkpoint
 from pipeline.store.records import EpochRecord
 from pipeline.store.resume import Position, Start
-from pipeline.store.run_directory import RunDirectory, summarise
+from pipeline.store.run_directory import PLAN, RunDirectory, summarise
+from pipeline.store.run_lock import RunLock
 from pipeline.store.saver import SaveFailed, Saver
 from pipeline.store.weights_file import HEADS, MODEL, write_weights
 
@@ -89,14 +94,23 @@ def train(
         The contents of summary.json, on every rank. For a run that a signal has stopped: ``stopped`` (why), ``step``,
         ``checkpoint`` (None before the first step), ``run_directory``.
 
-    A failure on any rank ends all processes with one line (see :class:`pipeline.ranks.failure.FailureDesk`). The first
-    SIGTERM or SIGINT on any rank stops all ranks after the same step, with a checkpoint; a second SIGINT at once.
+    Raises:
+        Exception: in one process, whatever it was, with a note that says where, and with its traceback in the run
+            directory: ConfigError for what is refused before the first step, NonFiniteError, MemoryExhausted,
+            DataError, SaveFailed, KeyboardInterrupt. On several ranks nothing: a failure on any rank ends all processes
+            with one line (see :class:`pipeline.ranks.failure.FailureDesk`).
+
+    The first SIGTERM or SIGINT on any rank stops all ranks after the same step, with a checkpoint; a second SIGINT at
+    once.
     """
     settings = config.runtime
     limits = (settings.deadline_s, settings.setup_deadline_s)
     with Runtime(settings.device, settings.threads, *limits, graceful=True) as runtime:
         trainer = _Trainer(config, runtime, network, data, quiet, before_action, trace, draw)
-        return trainer.run(Path(run_dir) if run_dir is not None else None, resume)
+        try:
+            return trainer.run(Path(run_dir) if run_dir is not None else None, resume)
+        finally:
+            trainer.release()
 
 
 class _Trainer:
@@ -121,10 +135,11 @@ class _Trainer:
         self.before_action = before_action
         self.trace = trace
         self.draw = draw
-        self.leader = runtime.rank == 0
-        self._lock: IO[str] | None = None
+        self.leader = runtime.team.leads
+        self._lock: RunLock | None = None
         self.modules: list[LocalModule] = []
         self.stage: Stage | None = None
+        self.view: View | None = None
 
     def run(self, run_dir: Path | None, resume_from: str) -> dict[str, Any]:
         """Everything, in order; the cheap refusals first."""
@@ -133,21 +148,24 @@ class _Trainer:
         self.numerics = refuse_early(config, self.network, runtime)
         self._agree()
         start = self._begin(run_dir, resume_from)
+        asked = self._asked_to_stop()
+        if asked is not None and start.checkpoint is None:  # before what may take minutes
+            return self._stopped(asked, 0, None)
         runtime.desk.progress(-1, -1, "opening the data")
         source, data_spec = open_source(config, self.data, self.numerics, runtime)
         runtime.desk.progress(-1, -1, "placing the local modules")
         blocks, task = blocks_and_task(config, self.network, data_spec)
         self.plan, self._placement = placed_plan(config, blocks, task, self.numerics, runtime)
         if self.leader:
-            write_plan(self.plan, self.directory.path / "plan.json")
-        runtime.desk.describe(self.plan.stage_label(runtime.rank))
+            write_plan(self.plan, self.directory.path / PLAN)
+        runtime.desk.describe(self.plan.stage_label(runtime.team.rank))
         runtime.desk.progress(-1, -1, "building the local modules")
         self.view = open_view(quiet=self.quiet) if self.leader else None
         if self.view is not None:
             runtime.desk.before_exit = self.view.close  # a live view hides the cursor
         try:
             self.modules = build_modules(
-                self.plan, runtime.rank, blocks, self.numerics, fresh=self.network is None
+                self.plan, runtime.team.rank, blocks, self.numerics, fresh=self.network is None
             )
             del blocks  # the other stages' blocks
             saved = self._open(start, data_spec)
@@ -160,20 +178,22 @@ class _Trainer:
         except (LocalpipeError, KeyboardInterrupt):
             raise
         except Exception as error:
-            explained = explain_out_of_memory(error, self.plan, runtime.rank, self.numerics, self.modules)
+            explained = explain_out_of_memory(error, self.plan, runtime.team.rank, self.numerics, self.modules)
             runtime.desk.report(explained or error, self._module_at_work())
-        finally:
-            if self.view is not None:
-                self.view.close()
-            if self._lock is not None:
-                self._lock.close()
+
+    def release(self) -> None:
+        """Leave the screen and the run directory to others."""
+        if self.view is not None:
+            self.view.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def _train(self, start: Start, data_spec: DataSpec) -> dict[str, Any]:
         runtime = self.runtime
         asked = self._asked_to_stop()
         if asked is not None:
             self.stage.edges.close()
-            return self._stopped(asked, start.checkpoint)
+            return self._stopped(asked, self.loop.step, start.checkpoint)
         outcome = self.loop.run()
         problem = self.loop.finish()
         self.stage.edges.close()
@@ -181,7 +201,7 @@ class _Trainer:
             if problem is not None:
                 raise SaveFailed(f"stopped at step {self.loop.step}, but {_unsaved(problem)}")
             folder = checkpoint.step_folder(self.directory.path / checkpoint.FOLDER, self.loop.step)
-            return self._stopped(runtime.team.broadcast(self.conductor.reason), folder)
+            return self._stopped(runtime.team.broadcast(self.conductor.reason), self.loop.step, folder)
         summary = self._finish()
         if self.recorder is not None:
             steps = min(data_spec.train_batches, self.loop.total)
@@ -204,16 +224,16 @@ class _Trainer:
         if self.leader:
             known = runtime.team.recall(Key.RUN_DIRECTORY())
             if known is not None:  # torchrun has restarted the workers
-                run_dir = Path(known)
+                run_dir = Path(path_of(known))
             name = f"{config.model.name}-{config.data.name}"
             going_on = known is not None or resume_from == "auto"
             directory = RunDirectory.create(run_dir, name, going_on)
-            self._lock = directory.lock()
+            self._lock = RunLock(directory.path.absolute())
             path = str(directory.path.absolute())
             start = resume.choose_start(resume_from, directory.path.absolute(), known is not None, config)
             directory.write_config(to_toml(config))
             # Not before: what is refused now must not be done by a restart.
-            runtime.team.remember(Key.RUN_DIRECTORY(), path)
+            runtime.team.remember(Key.RUN_DIRECTORY(), text_of(path))
         start, path = runtime.team.broadcast((start, path))
         runtime.desk.run_dir = Path(path)
         self.directory = RunDirectory(Path(path))
@@ -238,11 +258,11 @@ class _Trainer:
         parts, progress = config.schedule.micro_batches, runtime.desk.progress
         return Stage(
             self.modules,
-            plan.schedules[runtime.rank],
+            plan.schedules[runtime.team.rank],
             DataInlet(source, parts, self.conductor, free, progress) if source else edge_inlet(edges.activation_in),
             edges,
-            plan.gradient_order(runtime.rank + 1) if runtime.rank + 1 < runtime.world_size else (),
-            plan.image_crosses(runtime.rank),
+            plan.gradient_order(runtime.team.rank + 1) if runtime.team.rank + 1 < runtime.team.size else (),
+            plan.image_crosses(runtime.team.rank),
             marks_epochs=free,
             watch=Watch(progress, self.before_action, self.recorder),
         )
@@ -290,6 +310,7 @@ class _Trainer:
             data_spec=data_spec,
             telemetry=self.telemetry,
             directory=self.directory,
+            lock=self._lock,
             saver=saver,
             conductor=self.conductor,
             view=self.view,
@@ -307,14 +328,15 @@ class _Trainer:
         requests = self.runtime.team.gather(self.runtime.desk.stop_request())
         return self.runtime.team.broadcast(next((request for request in requests or () if request), None))
 
-    def _stopped(self, reason: str, folder: Path | None) -> dict[str, Any]:
+    def _stopped(self, reason: str, step: int, folder: Path | None) -> dict[str, Any]:
         """Say that a signal has ended the run early, in order."""
-        step = self.loop.step
         if self.view is not None:
             self.view.close()
+        if self.leader:
+            when = f"after step {step}" if step else "before step 0"
             what = "nothing was trained" if folder is None else f"saved in {folder}"
             print(
-                f"localpipe: stopped by {reason} after step {step}; {what}; goes on with --resume auto --run-dir "
+                f"localpipe: stopped by {reason} {when}; {what}; goes on with --resume auto --run-dir "
                 f"{self.directory.path}",
                 flush=True,
             )
@@ -333,6 +355,7 @@ class _Trainer:
         if gathered is not None and self.view is not None:
             every = {index: state for part in gathered for index, state in part.items()}
             ordered = [every[index] for index in range(len(self.plan.modules))]
+            self.loop.keep_directory()
             write_weights(self.directory.path / MODEL, model_state(ordered))
             write_weights(self.directory.path / HEADS, heads_state(ordered))
             summary = summarise(self.loop.records, settings=self._settings(ordered))
@@ -351,7 +374,7 @@ class _Trainer:
             "schedule": config.schedule.kind,
             "micro_batches": config.schedule.micro_batches,
             "modules": len(self.plan.modules),
-            "world_size": self.runtime.world_size,
+            "world_size": self.runtime.team.size,
             "seed": config.train.seed,
             "precision": str(self.numerics.dtype).removeprefix("torch."),
             "config_sha256": config.fingerprint(),

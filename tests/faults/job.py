@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -182,6 +183,23 @@ class Faults:
         while subprocess.run(["mount", "-o", "remount,bind,ro", folder], capture_output=True).returncode:
             assert time.monotonic() < end, "the directory stays busy"  # with a save that has a file open for writing
             time.sleep(0.05)
+
+    def rename_run(self) -> None:
+        """Give the run directory another name while the job works in it."""
+        self._await_checkpoint()
+        (self._folder / "run").rename(self._folder / "moved")
+
+    def replace_run(self) -> None:
+        """Let another job begin in its place."""
+        self.rename_run()
+        (self._folder / "run").mkdir()
+        (self._folder / "run" / ".lock").touch()
+
+    def delete_run(self) -> None:
+        """Delete the run directory; other ranks may be saving into it."""
+        self._await_checkpoint()
+        while (self._folder / "run").exists():
+            shutil.rmtree(self._folder / "run", ignore_errors=True)
 
     def poison(self) -> None:
         """A weight becomes NaN, so the next loss does."""

@@ -111,8 +111,10 @@ def spoil(module: LocalModule, monkeypatch: pytest.MonkeyPatch) -> None:
     """What arrives for batch BAD from the next module is infinite."""
     receive = module.receive
 
-    def spoiled(key: tuple[int, int], message_key: int, gradient: Tensor) -> None:
-        receive(key, message_key, {n: g.clone().fill_(float("inf")) for n, g in gradient.items()} if key[0] == BAD else gradient)
+    def spoiled(key: tuple[int, int], message_key: int, gradients: dict[str, Tensor]) -> None:
+        if key[0] == BAD:
+            gradients = {name: gradient.clone().fill_(float("inf")) for name, gradient in gradients.items()}
+        receive(key, message_key, gradients)
 
     monkeypatch.setattr(module, "receive", spoiled)
 

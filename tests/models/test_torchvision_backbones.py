@@ -11,8 +11,8 @@ from torch import nn
 from torchvision import models
 
 from pipeline import UncutModel, backbone_names, build_blocks
-from pipeline.base.config import from_dict, validate
 from pipeline.base.numerics import resolve_numerics
+from pipeline.base.validation import from_dict, validate
 from pipeline.edges.connect import Edges
 from pipeline.local.methods import Task
 from pipeline.local.weights import model_state, module_weights

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.base.config import load_config
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, stable_hash
+from pipeline.base.recipes import load_config
 from pipeline.local.methods import Task
 from pipeline.local.weights import module_weights, weights_sha256
 from pipeline.models import backbones

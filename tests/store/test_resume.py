@@ -18,8 +18,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline import LoaderData, read_metrics, train
-from pipeline.base.config import Config, from_dict, load_config, validate
+from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
+from pipeline.base.recipes import load_config
+from pipeline.base.validation import from_dict, validate
 from pipeline.store.checkpoint import FOLDER, open_checkpoint, step_folders
 from pipeline.store.resume import choose_start
 
@@ -127,7 +129,7 @@ def test_a_run_that_max_steps_has_ended_goes_on_within_its_epoch(tmp_path: Path)
         assert summary["steps"] == steps
         assert [line["epoch"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
     shorter = tiny_config("dgl", "hpff", 2, 4, schedule=late, train={"epochs": 2, "max_steps": 6})
-    with pytest.raises(SystemExit):
+    with pytest.raises(ConfigError):
         train(shorter, network=network(), data=data, run_dir=tmp_path, quiet=True)
 
 
