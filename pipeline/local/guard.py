@@ -46,6 +46,7 @@ class FiniteGuard:
         parameters: what its updates change.
         buffers: statistics of blocks and heads.
         skips: leave bad updates out instead of stopping the run.
+        reads_late: a run that stops looks at the gradients of an update in the next one, so as not to wait for them.
         error: makes the error from the step, what is wrong, and whether it is in the losses.
     """
 
@@ -55,11 +56,13 @@ class FiniteGuard:
         parameters: Sequence[nn.Parameter],
         buffers: Iterable[Tensor],
         skips: bool,
+        reads_late: bool,
         error: Callable[[int, str, bool], NonFiniteError],
     ) -> None:
         self._losses = losses
         self._parameters = parameters
         self._skips = skips
+        self._reads_late = reads_late
         self._error = error
         self._readings: dict[int, Reading] = {}  # by step: its losses, until its update
         self._unconfirmed: tuple[int, Reading] | None = None  # step and gradients of the last update
@@ -88,7 +91,7 @@ class FiniteGuard:
         if error is not None:
             raise error
         self._unconfirmed = step, gradients
-        if self._parameters and self._parameters[0].device.type != "cuda":
+        if not self._reads_late:
             self.confirm()
         return True
 

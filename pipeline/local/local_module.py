@@ -81,9 +81,9 @@ class LocalModule:
         self.in_flight: dict[BatchKey, InFlight] = {}
         self.losses = Losses()
         buffers = [b for part in parts for b in part.buffers()]
-        skips = config.train.nonfinite == "skip"
+        skips, on_gpu = config.train.nonfinite == "skip", numerics.device.type == "cuda"
         self._counts_steps_itself = config.schedule.kind == "free"
-        self.guard = FiniteGuard(self.losses, self._trained, buffers, skips, self._not_finite)
+        self.guard = FiniteGuard(self.losses, self._trained, buffers, skips, on_gpu, self._not_finite)
 
     @property
     def needs_image(self) -> bool:
