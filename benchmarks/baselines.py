@@ -35,7 +35,6 @@ class TorchSchedule:
         vee: parts are placed 0 1 2 2 1 0 and not 0 1 2 0 1 2.
     """
 
-    name: str
     make: Callable[..., Any]
     parts_per_rank: int = 1
     vee: bool = False
@@ -61,12 +60,13 @@ class TorchSchedule:
         return self.parts_per_rank == 1 or self.vee or micro_batches % rounds == 0
 
 
-GPIPE = TorchSchedule("GPipe", pipelining.ScheduleGPipe)
-ONE_F_ONE_B = TorchSchedule("1F1B", pipelining.Schedule1F1B)
-INTERLEAVED = TorchSchedule("Interleaved1F1B", pipelining.ScheduleInterleaved1F1B, 2)
-ZERO_BUBBLE = TorchSchedule("InterleavedZeroBubble", pipelining.ScheduleInterleavedZeroBubble, 2)
-ZBV = TorchSchedule("ZBVZeroBubble", pipelining.ScheduleZBVZeroBubble, 2, vee=True)
-TORCH_SCHEDULES = {schedule.name: schedule for schedule in (GPIPE, ONE_F_ONE_B, INTERLEAVED, ZERO_BUBBLE, ZBV)}
+TORCH_SCHEDULES = {
+    "GPipe": TorchSchedule(pipelining.ScheduleGPipe),
+    "1F1B": TorchSchedule(pipelining.Schedule1F1B),
+    "Interleaved1F1B": TorchSchedule(pipelining.ScheduleInterleaved1F1B, 2),
+    "InterleavedZeroBubble": TorchSchedule(pipelining.ScheduleInterleavedZeroBubble, 2),
+    "ZBVZeroBubble": TorchSchedule(pipelining.ScheduleZBVZeroBubble, 2, vee=True),
+}
 
 
 def torch_systems(
@@ -124,16 +124,12 @@ class Part(nn.Module):
 
 @contextmanager
 def torch_pipeline(
-    rank: Rank,
-    schedule: TorchSchedule,
-    parts: Sequence[Sequence[nn.Module]],
-    micro_batches: int,
-    inputs: Tensor,
-    backend: str,
-) -> Iterator[tuple[Step, int]]:
+    rank: Rank, system: System, parts: Sequence[Sequence[nn.Module]], inputs: Tensor
+) -> Iterator[tuple[Step, float]]:
     """A pipeline over all ranks.
 
     Args:
+        system: says which schedule, and how many micro-batches.
         parts: blocks of every part, with equal weights on all ranks.
         inputs: a whole batch, for the shapes.
 
@@ -141,23 +137,18 @@ def torch_pipeline(
         The step, which uses the inputs on rank 0 and the labels on the rank of the last part, and the bytes that
         this rank sends in one.
     """
-    with rank.group(backend):
+    schedule, micro_batches = TORCH_SCHEDULES[system.schedule], system.micro_batches
+    with rank.group(inputs.device):
         modules = [Part(blocks).to(inputs.device) for blocks in parts]
         if inputs.dim() == 4:
             modules = [module.to(memory_format=torch.channels_last) for module in modules]
         shapes = _boundaries(modules, wire(inputs[: len(inputs) // micro_batches]))
         mine = [part for part in range(len(parts)) if schedule.owner(part, rank.count) == rank.index]
-        stages = [
-            pipelining.PipelineStage(
-                modules[part],
-                part,
-                len(parts),
-                inputs.device,
-                input_args=shapes[part].requires_grad_(part > 0),
-                output_args=shapes[part + 1].clone().requires_grad_(),
-            )
-            for part in mine
-        ]
+        stages = []
+        for part in mine:
+            ends = shapes[part].requires_grad_(part > 0), shapes[part + 1].clone().requires_grad_()
+            place = (modules[part], part, len(parts), inputs.device)
+            stages.append(pipelining.PipelineStage(*place, input_args=ends[0], output_args=ends[1]))
         single = schedule.parts_per_rank == 1
         pipeline = schedule.make(stages[0] if single else stages, micro_batches, loss_fn=cross_entropy)
         trained = sgd([parameter for part in mine for parameter in modules[part].parameters()])
@@ -168,14 +159,14 @@ def torch_pipeline(
             arguments = (wire(batch),) if first else ()
             pipeline.step(*arguments, target=labels if last else None, losses=losses)
             trained.step()
-            trained.zero_grad(set_to_none=True)
+            trained.zero_grad()
             return float(torch.stack(losses).mean()) if losses else None
 
         sent = 0
         for part in mine:
             for neighbour, boundary in ((part - 1, shapes[part]), (part + 1, shapes[part + 1])):
                 if 0 <= neighbour < len(parts) and neighbour not in mine:
-                    sent += boundary.numel() * boundary.element_size() * micro_batches
+                    sent += boundary.nbytes * micro_batches
         yield step, sent
 
 
@@ -209,30 +200,30 @@ def one_device(network: nn.Sequential, micro_batches: int = 1, checkpointing: bo
             loss.backward()
             total += float(loss.detach())
         trained.step()
-        trained.zero_grad(set_to_none=True)
+        trained.zero_grad()
         return total
 
     return step
 
 
 @contextmanager
-def data_parallel(rank: Rank, network: nn.Sequential, backend: str) -> Iterator[tuple[Step, float]]:
+def data_parallel(rank: Rank, network: nn.Sequential) -> Iterator[tuple[Step, float]]:
     """DistributedDataParallel.
 
     Yields:
         The step, on this rank's rows of the batch, and the bytes that this rank sends in one: a ring all-reduce.
     """
-    with rank.group(backend):
+    parameters = list(network.parameters())
+    with rank.group(parameters[0].device):
         copy = DistributedDataParallel(network)
-        parameters = list(network.parameters())
         trained = sgd(parameters)
 
         def step(batch: Tensor, labels: Tensor) -> float:
             loss = cross_entropy(copy(batch), labels)
             loss.backward()
             trained.step()
-            trained.zero_grad(set_to_none=True)
+            trained.zero_grad()
             return float(loss.detach())
 
-        gradients = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        gradients = sum(parameter.nbytes for parameter in parameters)
         yield step, 2 * (rank.count - 1) / rank.count * gradients

@@ -40,11 +40,10 @@ def bars(
             continue
         places, values, lows, highs = zip(*mine, strict=True)
         axes.barh(places, values, 0.72, color=colour, label=group)
-        error = [[max(0.0, v - low) for v, low in zip(values, lows, strict=True)],
-                 [max(0.0, high - v) for v, high in zip(values, highs, strict=True)]]
-        axes.errorbar(values, places, xerr=error, fmt="none", ecolor=INK, elinewidth=0.9, capsize=1.8)
+        axes.hlines(places, lows, highs, color=INK, linewidth=0.9)
+        axes.plot([*lows, *highs], [*places, *places], "|", color=INK, markersize=4)
         for place, value, _, high in mine:
-            axes.text(max(value, high) + 0.02, place, f"{value:.2f}", va="center", fontsize=7, color=INK, bbox=PAPER)
+            axes.text(high + 0.02, place, f"{value:.2f}", va="center", fontsize=7, color=INK, bbox=PAPER)
     axes.set_yticks(range(len(entries)), [name for name, *_ in entries], fontsize=7.5)
     axes.set_ylim(len(entries) - 0.4, -0.6)
     axes.axvline(1.0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))

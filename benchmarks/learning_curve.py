@@ -19,20 +19,19 @@ from tables import Column, Table
 from pipeline import plot_curve, read_metrics
 
 EPOCHS = (
-    Column("epoch", "epoch"),
-    Column("steps", "step"),
-    Column("learning rate", "learning_rate", ".4g"),
-    Column("train loss", "train_loss", ".3f"),
-    Column("test error %", "test_error_pct", ".2f"),
-)
+    Column("epoch", "epoch"), Column("steps", "step"), Column("learning rate", "learning_rate", ".4g"),
+    Column("train loss", "train_loss", ".3f"), Column("test error %", "test_error_pct", ".2f"),
+)  # fmt: skip
 MODULES = (
     Column("module", "index"),
     Column("blocks", "blocks"),
-    Column(
-        "error of its heads on the test set, %",
-        lambda row: ", ".join(f"{level} {e:.2f}" for level, e in row["head_error_pct"].items() if e is not None),
-    ),
+    Column("error of its heads on the test set, %", lambda row: errors(row["head_error_pct"])),
 )
+
+
+def errors(by_level: dict[str, float | None]) -> str:
+    """Of the heads of a module, for a cell."""
+    return ", ".join(f"{level} {error:.2f}" for level, error in by_level.items() if error is not None)
 
 
 def page(command: str, summary: dict[str, Any], epochs: list[dict[str, Any]], picture: str) -> str:

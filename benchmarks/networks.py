@@ -67,20 +67,16 @@ def split(seconds: Sequence[float], parts: int, lighter: float = 1.0) -> tuple[i
     total = [0.0, *itertools.accumulate(seconds)]
 
     @cache
-    def best(blocks: int, parts: int) -> tuple[float, tuple[int, ...]]:
+    def best(blocks: int, parts: int, weight: float = 1.0) -> tuple[float, tuple[int, ...]]:
         if parts == 1:
             return total[blocks], (blocks,)
         options = []
         for before in range(parts - 1, blocks):
             slowest, counts = best(before, parts - 1)
-            options.append((max(slowest, total[blocks] - total[before]), (*counts, blocks - before)))
+            options.append((max(slowest, weight * (total[blocks] - total[before])), (*counts, blocks - before)))
         return min(options)
 
-    if parts == 1 or lighter == 1.0:
-        return best(len(seconds), parts)[1]
-    ends = range(parts - 1, len(seconds))
-    first = min(ends, key=lambda end: max(best(end, parts - 1)[0], lighter * (total[-1] - total[end])))
-    return (*best(first, parts - 1)[1], len(seconds) - first)
+    return best(len(seconds), parts, lighter)[1]
 
 
 def split_twice(seconds: Sequence[float], modules: int, ranks: int, lighter: float) -> tuple[tuple[int, ...], ...]:

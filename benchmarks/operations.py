@@ -19,11 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 
 SHOWN = ("BP", "HPFF as released, 2c2f", "InfoPro + HPFF, 2c2f", "DGL + HPFF")
 COLUMNS = (
-    Column("operation", lambda row: row["name"].removeprefix("aten::")),
-    Column("calls", "calls"),
-    Column("ms", "ms", ".1f"),
-    Column("share %", "share", ".1f"),
-)
+    Column("operation", lambda row: row["name"].removeprefix("aten::")), Column("calls", "calls"),
+    Column("ms", "ms", ".1f"), Column("share %", "share", ".1f"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,16 +51,10 @@ def operations(case: Case, steps: int) -> list[Row]:
             profiler.stop()
 
     run_steps(case, steps + 3, started)
-    found = [
-        {
-            "method": case.name,
-            "name": event.key,
-            "calls": event.count // steps,
-            "ms": event.self_cpu_time_total / 1e3 / steps,
-        }
-        for event in profiler.key_averages()
-        if event.self_cpu_time_total > 0
-    ]
+    found = []
+    for event in profiler.key_averages():
+        if (ms := event.self_cpu_time_total / 1e3 / steps) > 0:
+            found.append({"method": case.name, "name": event.key, "calls": event.count // steps, "ms": ms})
     return sorted(found, key=lambda row: -row["ms"])
 
 

@@ -6,7 +6,7 @@ import contextlib
 import io
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,20 +57,6 @@ def local_systems(
     ]
 
 
-class Repeated:
-    """``count`` times the same batch, as a loader with a length: nobody waits for data."""
-
-    def __init__(self, count: int, inputs: Tensor, labels: Tensor) -> None:
-        self.inputs, self.labels, self.batch_size = inputs, labels, len(labels)
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter([(self.inputs, self.labels)] * self._count)
-
-
 @dataclass
 class LocalPipeline:
     """Runs configurations one after another in the processes of a job.
@@ -87,10 +73,10 @@ class LocalPipeline:
     def data(self, inputs: Tensor, labels: Tensor, **normalisation: Any) -> LoaderData:
         """An epoch of always the same batch, and a tiny test. Its last batch is not timed: while a pipeline drains, its
         first ranks wait."""
-        train_loader = Repeated(self.warmup + self.steps + 1, inputs, labels)
-        return LoaderData(train_loader, Repeated(1, inputs[:2], labels[:2]), **normalisation)
+        batches = [(inputs, labels)] * (self.warmup + self.steps + 1)
+        return LoaderData(batches, [(inputs[:2], labels[:2])], **normalisation)
 
-    def burst(self, config: Mapping[str, Mapping[str, Any]], data: LoaderData, network: nn.Module) -> Burst | None:
+    def burst(self, config: Sections, data: LoaderData, network: nn.Module) -> Burst | None:
         """Train on :meth:`data`; what rank 0 reads in the run's files, None elsewhere."""
         folder = self._train(config, data, network)
         if not self.rank.leader:
@@ -100,17 +86,15 @@ class LocalPipeline:
         sent = sum(stage["bytes_sent"] for stage in epoch["stages"]) / (self.warmup + self.steps + 1)
         loss = epoch["train_loss"]
         if not math.isfinite(loss):
-            raise RuntimeError(f"the loss of {dict(config)} is {loss}")
+            raise RuntimeError(f"the loss of {config} is {loss}")
         return Burst(steady.step_s, steady.stage_s, sent, (loss,))
 
-    def epoch(
-        self, config: Mapping[str, Mapping[str, Any]], data: LoaderData, network: nn.Module
-    ) -> dict[str, Any] | None:
+    def epoch(self, config: Sections, data: LoaderData, network: nn.Module) -> dict[str, Any] | None:
         """Train one epoch of any length; its line of metrics.jsonl on rank 0, None elsewhere."""
         folder = self._train(config, data, network)
         return read_metrics(folder / "metrics.jsonl")[0] if self.rank.leader else None
 
-    def _train(self, config: Mapping[str, Mapping[str, Any]], data: LoaderData, network: nn.Module) -> Path:
+    def _train(self, config: Sections, data: LoaderData, network: nn.Module) -> Path:
         folder = self.rank.folder / f"run{next(self._numbers)}"
         with contextlib.redirect_stdout(io.StringIO()):
             train(from_dict(config), network=network, data=data, run_dir=folder, quiet=True, trace=True, draw=False)

@@ -27,13 +27,9 @@ SETTINGS = {
     "bf16 NHWC": ["precision.compute=bf16", "precision.channels_last=on"],
 }
 COLUMNS = (
-    Column("method", "method"),
-    K,
-    Column("setting", "setting"),
-    *SPEED,
-    Column("to fp32 NCHW", "ratio_to_plain", ".2f"),
-    Column("to BP", "ratio_to_bp", ".2f"),
-)
+    Column("method", "method"), K, Column("setting", "setting"), *SPEED,
+    Column("to fp32 NCHW", "ratio_to_plain", ".2f"), Column("to BP", "ratio_to_bp", ".2f"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,10 +59,10 @@ def measure(settings: Settings) -> Report:
 
     rows = [
         make_row(
-            method,
-            cases[method, setting].config.model.modules,
             settings.batch,
             own,
+            method=method,
+            modules=cases[method, setting].config.model.modules,
             ratio_to_bp=ratio(own, steps_s["bp", setting]),
             setting=setting,
             ratio_to_plain=ratio(own, steps_s[method, "fp32 NCHW"]),

@@ -27,17 +27,14 @@ METHODS = (("dgl", 1, "exact"), ("infopro", 1, "exact"), ("infopro", 2, "exact")
 """(method, cascade span, schedule)."""
 PLACEMENTS = ("count", "measured")
 COLUMNS = (
-    Column("method", "method"),
-    Column("schedule", "schedule"),
-    Column("placement", "placement"),
+    Column("method", "method"), Column("schedule", "schedule"), Column("placement", "placement"),
     Column("modules", lambda row: "/".join(map(str, row["sizes"]))),
     Column("predicted ms", lambda row: 1e3 * row["predicted_s"], ".0f"),
     Column("measured ms", lambda row: 1e3 * row["batch"] / row["images_per_s"], ".0f"),
     Column("low", lambda row: 1e3 * row["batch"] / row["high"], ".0f"),
     Column("high", lambda row: 1e3 * row["batch"] / row["low"], ".0f"),
-    Column("measured / predicted", "ratio", ".2f"),
-    BUSY,
-)
+    Column("measured / predicted", "ratio", ".2f"), BUSY,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,13 +92,13 @@ def row_of(settings: Settings, key: Key, samples: Sequence[Sample]) -> Row:
     rounds, ``sizes`` are the modules of every rank in the last one."""
     method, span, kind, placement = key
     return make_row(
-        method,
-        settings.modules,
         settings.batch,
         [sample.burst.step_s for sample in samples],
+        method=method,
         span=span,
         schedule=kind,
         ranks=settings.ranks,
+        modules=settings.modules,
         work_s=medians([sample.burst.work_s for sample in samples]),
         bytes_per_step=samples[0].burst.sent,
         placement=placement,

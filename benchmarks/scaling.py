@@ -51,17 +51,11 @@ SIMULATED = (2, 4, 8, 16, 32, 64, 256, 1024, 4096)
 WIDTH = 8
 """Features per row: messages are small, as in a pipeline that computes much more than it sends."""
 COLUMNS = (
-    Column("system", system_name),
-    P,
-    M,
-    *SPEED,
-    Column("x one device", "ratio_to_bp", ".2f"),
-    Column("optimum", "optimum", ".1f"),
-    Column("of optimum", "of_optimum", ".3f"),
-    Column("of bound", "efficiency", ".3f"),
-    BUSY,
+    Column("system", system_name), P, M, *SPEED, Column("x one device", "ratio_to_bp", ".2f"),
+    Column("optimum", "optimum", ".1f"), Column("of optimum", "of_optimum", ".3f"),
+    Column("of bound", "efficiency", ".3f"), BUSY,
     Column("DGL / this", lambda row: f"{row['local_ratio']:.2f}" + " *" * ((row["host_load"] or 0) > 0.5)),
-)
+)  # fmt: skip
 LEGEND = (
     "x one device: speed to backpropagation of the whole network on one device, 1 / (sum of its costs). Optimum: the "
     "same schedule and costs with free messages, simulated (ours) or by the closed form (GPipe, 1F1B with equal "
@@ -69,12 +63,7 @@ LEGEND = (
     "highest. DGL / this: speed of plain DGL, exact, M = 1 to this in the same round. *: the processes used more than "
     "half of this machine's cores, so the machine and not the schedule may limit the row."
 )
-SIMULATED_COLUMNS = (
-    Column("schedule", "schedule"),
-    P,
-    Column("images/s", "images_per_s", ".1f"),
-    Column("of bound", "efficiency", ".3f"),
-)
+SIMULATED_COLUMNS = (Column("schedule", "schedule"), P, SPEED[0], Column("of bound", "efficiency", ".3f"))
 CURVES = {
     "dgl, exact": ("#1f6fb2", "o"),
     "dgl + hpff, async": ("#1b9e77", "s"),
@@ -157,12 +146,10 @@ class Bench:
 
     def torch(self, system: System) -> Burst:
         """A burst of torch.distributed.pipelining."""
-        schedule = TORCH_SCHEDULES[system.schedule]
-        shares = schedule.parts_per_rank
+        shares = TORCH_SCHEDULES[system.schedule].parts_per_rank
         parts = [cost.scaled(1 / shares) for cost in self.costs for _ in range(shares)]
         blocks = [[block] for block in virtual_blocks(parts, self.clock, WIDTH, self.settings.batch)]
-        job = (self.rank, schedule, blocks, system.micro_batches, self.batch[0])
-        with torch_pipeline(*job, "gloo") as (step, sent):
+        with torch_pipeline(self.rank, system, blocks, self.batch[0]) as (step, sent):
             burst = time_steps(self.rank, lambda: step(*self.batch), 1, self.settings.torch_steps)
         return replace(burst, sent=sent)
 
@@ -218,7 +205,7 @@ def row_of(settings: Settings, system: System, turns: Sequence[Turn]) -> Row:
     else:
         plan = predict(settings, system)
         stage_s, optimum_s = [rank.work_s for rank in plan.ranks], plan.step_s
-        work_s = list(medians([turn.work_s for turn in turns]))
+        work_s = medians([turn.work_s for turn in turns])
     return make_row(
         **system.row,
         images=images,

@@ -29,13 +29,10 @@ HEAD_UNITS = 1.3
 COLUMNS = (
     Column("schedule", "schedule"),
     Column("slow stage", lambda row: f"{row['slowed']:g}x" if row["slowed"] > 1 else "none"),
-    Column("rows/s", "images_per_s", ".0f"),
-    Column("low", "low", ".0f"),
-    Column("high", "high", ".0f"),
-    Column("steps by rank", "steps", ".0f"),
-    Column("on a batch used before", "reused", ".0f"),
+    Column("rows/s", "images_per_s", ".0f"), Column("low", "low", ".0f"), Column("high", "high", ".0f"),
+    Column("steps by rank", "steps", ".0f"), Column("on a batch used before", "reused", ".0f"),
     Column("batches left out", "skipped", ".0f"),
-)
+)  # fmt: skip
 Records = Sequence[dict[str, Any]]
 """Of rank 0: the epoch in metrics.jsonl, round by round."""
 
@@ -84,17 +81,17 @@ def row_of(settings: Settings, kind: str, factor: float, records: Records) -> Ro
     """One schedule, with or without the slow stage."""
 
     def per_stage(key: str) -> list[float]:
-        return list(medians([[stage[key] for stage in record["stages"]] for record in records]))
+        return medians([[stage[key] for stage in record["stages"]] for record in records])
 
     stage_s = (3 + HEAD_UNITS) * settings.unit_ms / 1e3 * (1.0 if kind == "free" else factor)
     return make_row(
-        "dgl",
-        settings.ranks,
         settings.batch,
         # The first stage takes every batch, so its time is that of the data; at the end it waits for nobody.
         [record["stages"][0]["wall_s"] / settings.steps for record in records],
+        method="dgl",
         schedule=kind,
         ranks=settings.ranks,
+        modules=settings.ranks,
         stage_s=[stage_s],
         bytes_per_step=sum(per_stage("bytes_sent")) / settings.steps,
         busy=[busy_s / wall_s for busy_s, wall_s in zip(per_stage("busy_s"), per_stage("wall_s"), strict=True)],
@@ -111,9 +108,7 @@ def measure(settings: Settings) -> Report:
         raise ConfigError(f"--slow {settings.slow}: there are ranks 0 to {settings.ranks - 1}; choose one of them")
     found = run_ranks(work, settings.ranks, settings, deadline_s=settings.deadline_s)[0]
     rows = {key: row_of(settings, *key, records) for key, records in found.items()}
-    kept = {
-        kind: rows[kind, settings.factor]["images_per_s"] / rows[kind, 1.0]["images_per_s"] for kind in KINDS
-    }
+    kept = {kind: rows[kind, settings.factor]["images_per_s"] / rows[kind, 1.0]["images_per_s"] for kind in KINDS}
     shares = ", ".join(f"{kind} keeps {100 * share:.0f} %" for kind, share in kept.items())
     about = (
         f"{settings.ranks} ranks of one local module; a step takes {3 + HEAD_UNITS:g} units of {settings.unit_ms:g} ms "

@@ -143,21 +143,14 @@ def seconds(case: Case, steps: int) -> tuple[float, float]:
 
 
 COLUMNS = (
-    K,
-    Column("batch", "batch"),
-    Column("CPU s/step", "cpu_s_per_step", ".2f"),
-    Column("BP units", "bp_units_measured", ".2f"),
-    Column("low", "bp_units_low", ".2f"),
-    Column("high", "bp_units_high", ".2f"),
-    Column("wall units", "bp_units_wall", ".2f"),
-    Column("FLOP units", "bp_units_flops", ".2f"),
-    Column("measured / FLOPs", "measured_over_flops", ".2f"),
-    Column("trunk", "trunk", ".2f"),
-    Column("heads", "heads", ".2f"),
-    Column("largest module", "largest_module", ".2f"),
-    Column("plain order", "bp_units_flops_plain", ".2f"),
+    K, Column("batch", "batch"), Column("CPU s/step", "cpu_s_per_step", ".2f"),
+    Column("BP units", "bp_units_measured", ".2f"), Column("low", "bp_units_low", ".2f"),
+    Column("high", "bp_units_high", ".2f"), Column("wall units", "bp_units_wall", ".2f"),
+    Column("FLOP units", "bp_units_flops", ".2f"), Column("measured / FLOPs", "measured_over_flops", ".2f"),
+    Column("trunk", "trunk", ".2f"), Column("heads", "heads", ".2f"),
+    Column("largest module", "largest_module", ".2f"), Column("plain order", "bp_units_flops_plain", ".2f"),
     Column("BP GFLOP/image", "bp_gflops_per_image", ".2f"),
-)
+)  # fmt: skip
 LEGEND = (
     "BP units: CPU seconds of a step to those of a step of backpropagation, median, lowest and highest of all rounds; "
     "wall units: of wall seconds. FLOP units: counted matrix products and convolutions, from trunk on its parts; plain "
@@ -172,11 +165,11 @@ def row_of(
     units, low, high = spread([own[0] / base[0] for own, base in found])
     wall = statistics.median(own[1] / base[1] for own, base in found)
     return make_row(
-        case.config.method.name if case.config.model.modules > 1 else "bp",
-        len(cost.modules),
         case.batch,
         [own[1] for own, _ in found],
+        method=case.config.method.name if case.config.model.modules > 1 else "bp",
         span=case.config.hierarchy.cascade_span,
+        modules=len(cost.modules),
         ratio_to_bp=1.0 / wall,
         name=case.name,
         batch=case.batch,

@@ -14,23 +14,16 @@ Row = dict[str, Any]
 
 
 def make_row(
-    method: str,
-    modules: int,
     images: float,
     steps_s: Sequence[float],
     *,
-    system: str = "localpipe",
+    method: str,
     span: int = 1,
-    schedule: str = "exact",
-    ranks: int = 1,
-    micro_batches: int = 1,
-    ratio_to_bp: float | None = None,
     work_s: Sequence[float] = (),
     stage_s: Sequence[float] = (),
-    bytes_per_step: float = 0.0,
-    **more: Any,
+    **known: Any,
 ) -> Row:
-    """One measured configuration of a benchmark of speed, with these keys and those of ``more``:
+    """One measured configuration of a benchmark of speed, with these keys and those of ``known``:
 
         system, method     who runs it; what a local module learns from, "bp" for backpropagation
         schedule           order of work
@@ -49,23 +42,11 @@ def make_row(
     """
     rate, low, high = spread([images / step_s for step_s in steps_s])
     bound = images / max(stage_s or work_s) if stage_s or work_s else None
-    return {
-        "system": system,
-        "method": method if span == 1 else f"{method} + hpff",
-        "schedule": schedule,
-        "ranks": ranks,
-        "modules": modules,
-        "micro_batches": micro_batches,
-        "images_per_s": rate,
-        "low": low,
-        "high": high,
-        "ratio_to_bp": ratio_to_bp,
-        "bound": bound,
-        "efficiency": None if bound is None else rate / bound,
-        "busy": [min(1.0, seconds * rate / images) for seconds in work_s],
-        "bytes_per_step": bytes_per_step,
-        **more,
-    }
+    busy = [min(1.0, seconds * rate / images) for seconds in work_s]
+    row: Row = {"system": "localpipe", "method": method if span == 1 else f"{method} + hpff", "schedule": "exact"}
+    row |= {"ranks": 1, "modules": 1, "micro_batches": 1, "images_per_s": rate, "low": low, "high": high}
+    row |= {"ratio_to_bp": None, "bound": bound, "efficiency": bound and rate / bound, "busy": busy}
+    return {**row, "bytes_per_step": 0.0, **known}
 
 
 def system_name(row: Row) -> str:
@@ -83,9 +64,9 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(values), min(values), max(values)
 
 
-def medians(records: Sequence[Sequence[float]]) -> tuple[float, ...]:
+def medians(records: Sequence[Sequence[float]]) -> list[float]:
     """The median at every place over all records, such as by rank over all rounds."""
-    return tuple(map(statistics.median, zip(*records, strict=True)))
+    return list(map(statistics.median, zip(*records, strict=True)))
 
 
 @dataclass(frozen=True)
