@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bursts import Burst, System
+from bursts import System
 from networks import sgd
 from ranks import Rank
 from torch import Tensor, nn
@@ -28,16 +28,11 @@ Step = Callable[[Tensor, Tensor], float | None]
 
 @dataclass(frozen=True)
 class TorchSchedule:
-    """A schedule of torch.distributed.pipelining.
-
-    Attributes:
-        parts_per_rank: parts of the network that every rank owns.
-        vee: parts are placed 0 1 2 2 1 0 and not 0 1 2 0 1 2.
-    """
+    """A schedule of torch.distributed.pipelining."""
 
     make: Callable[..., Any]
-    parts_per_rank: int = 1
-    vee: bool = False
+    parts_per_rank: int = 1  # of the network
+    vee: bool = False  # parts are placed 0 1 2 2 1 0 and not 0 1 2 0 1 2
 
     def owner(self, part: int, ranks: int) -> int:
         """The rank of a part."""
@@ -69,15 +64,13 @@ TORCH_SCHEDULES = {
 }
 
 
-def torch_systems(
-    names: Sequence[str], ranks: int, counts: Sequence[int], burst: Callable[[Any, System], Burst | None]
-) -> list[System]:
+def torch_systems(names: Sequence[str], ranks: int, counts: Sequence[int], burst: Any) -> list[System]:
     """For every named schedule those numbers of micro-batches that it accepts."""
     return [
-        System(f"torch {name}", "bp", name, ranks, ranks * TORCH_SCHEDULES[name].parts_per_rank, micro_batches, burst)
+        System(f"torch {name}", "bp", name, ranks, ranks * TORCH_SCHEDULES[name].parts_per_rank, count, burst=burst)
         for name in names
-        for micro_batches in counts
-        if TORCH_SCHEDULES[name].fits(micro_batches, ranks)
+        for count in counts
+        if TORCH_SCHEDULES[name].fits(count, ranks)
     ]
 
 

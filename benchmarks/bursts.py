@@ -15,49 +15,39 @@ from typing import Any
 
 import torch
 from ranks import Rank, run_ranks
+from tables import method_name
 
 NEIGHBOURS = 8
 
 
 @dataclass(frozen=True)
 class Burst:
-    """What one rank knows of a burst.
+    """What one rank knows of a burst."""
 
-    Attributes:
-        step_s: seconds of one step, of the slowest rank that it knows.
-        work_s: seconds of work in one step, by rank; empty where it is not known.
-        sent: bytes sent in one step.
-        losses: mean loss of the batch, step by step, of the part of the network that ends in logits.
-    """
-
-    step_s: float
-    work_s: tuple[float, ...]
-    sent: float = 0.0
-    losses: tuple[float, ...] = ()
+    step_s: float  # seconds of one step, of the slowest rank that it knows
+    work_s: tuple[float, ...]  # seconds of work in one step, by rank; empty where it is not known
+    sent: float = 0.0  # bytes in one step
+    losses: tuple[float, ...] = ()  # mean of the batch, step by step, of the part of the network that ends in logits
 
 
 @dataclass(frozen=True)
 class System:
-    """Something that trains.
-
-    Attributes:
-        system, method, span, schedule, ranks, modules, micro_batches: as in :func:`tables.make_row`.
-        burst: runs on every rank, given the bench there and this; None where the rank has nothing to say.
-    """
+    """Something that trains; most names are those of :func:`tables.make_row`."""
 
     system: str
     method: str
     schedule: str
     ranks: int
     modules: int
-    micro_batches: int
-    burst: Callable[[Any, System], Burst | None]
+    micro_batches: int = 1
     span: int = 1
+    burst: Callable[[Any, System], Burst | None] | None = None  # on every rank, given the bench there and this
 
     @property
     def row(self) -> dict[str, Any]:
         """The part of a row that names it."""
-        return {key: value for key, value in vars(self).items() if key != "burst"}
+        named = {key: value for key, value in vars(self).items() if key not in ("span", "burst")}
+        return {**named, "method": method_name(self.method, self.span)}
 
 
 def time_steps(rank: Rank, step: Callable[[], float | None], warmup: int, steps: int, cores: int = 1) -> Burst:
@@ -79,13 +69,9 @@ def time_steps(rank: Rank, step: Callable[[], float | None], warmup: int, steps:
 
 @dataclass(frozen=True)
 class Turn(Burst):
-    """One burst of all ranks together: as a :class:`Burst`, of them all.
+    """One burst of all ranks together."""
 
-    Attributes:
-        ratio: of its speed to the neighbouring references.
-    """
-
-    ratio: float = 1.0
+    ratio: float = 1.0  # of its speed to the neighbouring references
 
 
 def merge(by_rank: Sequence[Sequence[tuple[int, Burst | None]]]) -> dict[int, list[Turn]]:
@@ -93,19 +79,15 @@ def merge(by_rank: Sequence[Sequence[tuple[int, Burst | None]]]) -> dict[int, li
     joined: list[tuple[int, Burst]] = []
     for entries in zip(*by_rank, strict=True):
         parts = [burst for _, burst in entries if burst is not None]
-        whole = Burst(
-            max(part.step_s for part in parts),
-            tuple(value for part in parts for value in part.work_s),
-            sum(part.sent for part in parts),
-            tuple(value for part in parts for value in part.losses),
-        )
-        joined.append((entries[0][0], whole))
+        work_s = tuple(seconds for part in parts for seconds in part.work_s)
+        losses = tuple(loss for part in parts for loss in part.losses)
+        step_s, sent = max(part.step_s for part in parts), sum(part.sent for part in parts)
+        joined.append((entries[0][0], Burst(step_s, work_s, sent, losses)))
     references = [at for at, (index, _) in enumerate(joined) if index == 0]
     turns: dict[int, list[Turn]] = {}
     for at, (index, burst) in enumerate(joined):
-        before = max(place for place in references if place <= at)
-        after = min(place for place in references if place >= at)
-        reference_s = statistics.harmonic_mean(joined[place][1].step_s for place in (before, after))
+        around = max(place for place in references if place <= at), min(place for place in references if place >= at)
+        reference_s = statistics.harmonic_mean(joined[place][1].step_s for place in around)
         turns.setdefault(index, []).append(Turn(**vars(burst), ratio=reference_s / burst.step_s))
     return turns
 
@@ -142,7 +124,8 @@ def _take_turns(
             turns += [*order[start : start + NEIGHBOURS], 0]
         for index in turns:
             rank.meet()
-            done.append((index, found[index].burst(here, found[index])))
+            burst = found[index].burst
+            done.append((index, burst and burst(here, found[index])))
         if rank.leader:
             print(f"round {number + 1} of {settings.rounds}: {len(turns)} bursts", flush=True)
     return done, here.record

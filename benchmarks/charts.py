@@ -25,14 +25,12 @@ def _figure(height: float, title: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def bars(
-    path: Path,
-    title: str,
-    entries: Sequence[tuple[str, str, float, float, float]],
-    colours: Mapping[str, str],
-    label: str,
-) -> None:
-    """Horizontal bars with whiskers: (name, group, value, low, high); a colour for each group."""
+Bar = tuple[str, str, float, float, float]
+"""Name, group, value, low, high."""
+
+
+def bars(path: Path, title: str, entries: Sequence[Bar], colours: Mapping[str, str], label: str) -> None:
+    """Horizontal bars with whiskers; a colour for each group."""
     figure, axes = _figure(1.2 + 0.19 * len(entries), title)
     for group, colour in colours.items():
         mine = [(place, *entry[2:]) for place, entry in enumerate(entries) if entry[1] == group]

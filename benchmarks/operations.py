@@ -1,7 +1,6 @@
 """Where the time of a training step goes, operation by operation, on one CPU thread.
 
-    python benchmarks/operations.py [--method NAME ...] [--batch N] [--steps N] [--top N] [--quick] [--json FILE]
-                                    [--output FILE.md]
+    python benchmarks/operations.py [--method NAME ...] [--quick] [--json FILE] [--output FILE.md] ...      see --help
 
 The methods are those of step_cost.py. A profiler makes every step slower, the more steps it has kept: the shares count
 here, and for times and ratios that tool.

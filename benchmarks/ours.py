@@ -6,7 +6,7 @@ import contextlib
 import io
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,25 @@ from pipeline import LoaderData, from_dict, read_metrics, read_trace, steady_sta
 Sections = dict[str, dict[str, Any]]
 
 
-def sections(modules: int, method: str, kind: str, batch: int, span: int = 1, micro_batches: int = 1) -> Sections:
-    """The configuration of a burst: one epoch at a constant learning rate, fp32, one thread.
+def local_systems(
+    methods: Sequence[tuple[str, int]], ranks: int, modules: int, quick: bool, burst: Any
+) -> list[System]:
+    """For every (method, cascade span): exact with M = 1, 2, 4 and async; a quick run takes M = 1 only."""
+    schedules = [("exact", 1), ("async", 1)] if quick else [("exact", 1), ("exact", 2), ("exact", 4), ("async", 1)]
+    return [
+        System("localpipe", method, kind, ranks, modules, micro_batches, span, burst)
+        for method, span in methods
+        for kind, micro_batches in schedules
+    ]
 
-    Args:
-        span: cascade span; a benchmark adds patches where it wants them.
-    """
+
+def sections(system: System, batch: int) -> Sections:
+    """The configuration of a burst of one of our systems: one epoch at a constant learning rate, fp32, one thread."""
     return {
-        "model": {"modules": modules},
-        "method": {"name": method},
-        "hierarchy": {"cascade_span": span},
-        "schedule": {"kind": kind, "micro_batches": micro_batches},
+        "model": {"modules": system.modules},
+        "method": {"name": system.method},
+        "hierarchy": {"cascade_span": system.span},
+        "schedule": {"kind": system.schedule, "micro_batches": system.micro_batches},
         "data": {"batch_size": batch},
         "optim": {"name": "sgd", "schedule": "constant", "warmup_epochs": 0, **SGD},
         "train": {"epochs": 1},
@@ -41,32 +49,12 @@ def sections(modules: int, method: str, kind: str, batch: int, span: int = 1, mi
     }
 
 
-def local_systems(
-    methods: Sequence[tuple[str, int]],
-    ranks: int,
-    modules: int,
-    quick: bool,
-    burst: Callable[[Any, System], Burst | None],
-) -> list[System]:
-    """For every (method, cascade span): exact with M = 1, 2, 4 and async; a quick run takes M = 1 only."""
-    schedules = [("exact", 1), ("async", 1)] if quick else [("exact", 1), ("exact", 2), ("exact", 4), ("async", 1)]
-    return [
-        System("localpipe", method, kind, ranks, modules, micro_batches, burst, span)
-        for method, span in methods
-        for kind, micro_batches in schedules
-    ]
-
-
 @dataclass
 class LocalPipeline:
-    """Runs configurations one after another in the processes of a job.
-
-    Attributes:
-        warmup, steps: steps before those that are timed, and those.
-    """
+    """Runs configurations one after another in the processes of a job."""
 
     rank: Rank
-    warmup: int
+    warmup: int  # steps before those that are timed
     steps: int
     _numbers: Any = field(default_factory=itertools.count)
 

@@ -1,6 +1,6 @@
 """Precision and memory layout on this machine: images/s of one process in fp32 and bf16, NCHW and NHWC.
 
-    python benchmarks/precision.py [--rounds N] [--steps N] [--quick] [--json FILE] [--output FILE.md]
+    python benchmarks/precision.py [--quick] [--json FILE] [--output FILE.md] ...      see --help
 
 Every configuration trains the default recipe for a few steps, in interleaved rounds; the table holds medians and the
 ratio to fp32 NCHW, and to backpropagation in the same setting, within each round.
@@ -59,16 +59,11 @@ def measure(settings: Settings) -> Report:
 
     rows = [
         make_row(
-            settings.batch,
-            own,
-            method=method,
-            modules=cases[method, setting].config.model.modules,
-            ratio_to_bp=ratio(own, steps_s["bp", setting]),
-            setting=setting,
-            ratio_to_plain=ratio(own, steps_s[method, "fp32 NCHW"]),
+            settings.batch, own, method=method, modules=cases[method, setting].config.model.modules, setting=setting,
+            ratio_to_bp=ratio(own, steps_s["bp", setting]), ratio_to_plain=ratio(own, steps_s[method, "fp32 NCHW"]),
         )
         for (method, setting), own in steps_s.items()
-    ]
+    ]  # fmt: skip
     about = (
         f"One process, one thread, ResNet-32 at 32x32, batch {settings.batch}, {settings.steps} steps a run after one "
         f"to warm up, {settings.rounds} interleaved rounds. "

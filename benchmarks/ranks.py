@@ -43,19 +43,13 @@ GRACE_S = 5.0
 
 @dataclass(frozen=True)
 class RankResult:
-    """How one rank ended.
-
-    Attributes:
-        value: what the function returned, None if it did not return.
-        exit_code: negative: ended by that signal, as in ``multiprocessing.Process.exitcode``.
-        ended_s: seconds from the start of the call to the end of the process.
-    """
+    """How one rank ended."""
 
     rank: int
-    value: Any
-    exit_code: int
+    value: Any  # what the function returned, None if it did not return
+    exit_code: int  # negative: ended by that signal, as in multiprocessing.Process.exitcode
     stderr: str
-    ended_s: float
+    ended_s: float  # seconds from the start of the call to the end of the process
 
 
 def free_port() -> int:
@@ -152,20 +146,13 @@ class RanksFailed(LocalpipeError):
 
 @dataclass
 class Rank:
-    """One rank's view of the job.
+    """One rank's view of the job."""
 
-    Attributes:
-        index, count: this rank of how many.
-        cores: the core of every rank; ranks share cores where there are fewer.
-        folder: scratch directory of the job, for all ranks.
-        deadline_s: longest wait for a peer, in seconds.
-    """
-
-    index: int
+    index: int  # of ``count``
     count: int
-    cores: tuple[int, ...]
-    folder: Path
-    deadline_s: float
+    cores: tuple[int, ...]  # of every rank; ranks share cores where there are fewer
+    folder: Path  # scratch directory of the job, for all ranks
+    deadline_s: float  # longest wait for a peer
     _barrier: Barrier
     _port: int
     _store: dist.Store | None = None

@@ -30,16 +30,10 @@ from pipeline import ConfigError, LocalpipeError, __version__
 
 @dataclass(frozen=True)
 class Target:
-    """What must come out, written down before it is measured.
+    """What must come out, written down before it is measured."""
 
-    Attributes:
-        text: what is looked at.
-        measured: what came out, by where.
-        least, most: met if all values are within.
-    """
-
-    text: str
-    measured: Mapping[str, float]
+    text: str  # what is looked at
+    measured: Mapping[str, float]  # what came out, by where
     least: float = -math.inf
     most: float = math.inf
 
@@ -58,29 +52,17 @@ class Target:
 
 @dataclass(frozen=True)
 class Report:
-    """What a benchmark hands back.
-
-    Attributes:
-        title: of the page.
-        tables: shown one after another.
-        about: paragraphs on what was measured and how.
-        targets: what must come out; those without a value were not measured.
-        findings: what the rows say, in words.
-        legend: below the first table, what its columns mean.
-        notes: kept in the JSON file beside the settings.
-        rows: of the JSON file; default: those of the first table.
-        draw: writes the chart.
-    """
+    """What a benchmark hands back."""
 
     title: str
     tables: Sequence[Table]
-    about: Sequence[str] = ()
-    targets: Sequence[Target] = ()
-    findings: Sequence[str] = ()
-    legend: str = ""
-    notes: Mapping[str, Any] = field(default_factory=dict)
-    rows: Sequence[Row] | None = None
-    draw: Callable[[Path], None] | None = None
+    about: Sequence[str] = ()  # paragraphs on what was measured and how
+    targets: Sequence[Target] = ()  # those without a value were not measured
+    findings: Sequence[str] = ()  # what the rows say besides
+    legend: str = ""  # below the first table: what its columns mean
+    notes: Mapping[str, Any] = field(default_factory=dict)  # kept in the JSON file beside the settings
+    rows: Sequence[Row] | None = None  # of the JSON file; default: those of the first table
+    draw: Callable[[Path], None] | None = None  # writes the chart
 
     @property
     def points(self) -> str:

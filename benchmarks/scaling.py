@@ -1,7 +1,6 @@
 """How the local pipeline scales: P = 2 ... 32 ranks on virtual devices, and P up to 4096 in simulation.
 
-    python benchmarks/scaling.py [--ranks P ...] [--unit-ms MS] [--head UNITS] [--profile FILE] [--rounds N]
-                                 [--simulate-to P] [--quick] [--json FILE] [--output FILE.md] [--chart FILE.png]
+    python benchmarks/scaling.py [--quick] [--json FILE] [--output FILE.md] [--chart FILE.png] ...      see --help
 
 Every rank is a process with one local module, and trains: real autograd, optimisers, messages and schedules. Only the
 arithmetic is a wait (see virtual.py). The network grows with P, so images/s would not fall in a perfect pipeline. The
@@ -29,17 +28,8 @@ from ranks import Rank, available_cores
 from runner import Report, Target, main, option
 from tables import BUSY, SPEED, Column, M, P, Row, Table, label, make_row, medians, system_name
 from torch import nn
-from virtual import (
-    CLASSES,
-    METHOD,
-    Clock,
-    Costs,
-    equal_costs,
-    features,
-    profiled_costs,
-    register_virtual_heads,
-    virtual_blocks,
-)
+from virtual import CLASSES, METHOD, Clock, Costs, equal_costs, features, profiled_costs, register_virtual_heads
+from virtual import virtual_network as network_of
 
 from pipeline import ConfigError, Profile, explain, from_dict, register_backbone
 
@@ -77,13 +67,7 @@ CURVES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one run of this tool.
-
-    Attributes:
-        batch: rows of a batch.
-        warmup, steps: of a burst of the local pipeline, which fills only once.
-        torch_steps: timed steps of a burst of torch's pipelines, which fill and drain in every step.
-    """
+    """Of one run of this tool."""
 
     ranks: tuple[int, ...] = option((2, 4, 8, 16, 32), "numbers of ranks to run", "P", above=1)
     unit_ms: float = option(50.0, "forward, input gradient and weight gradient of a module take one unit each", "MS")
@@ -91,10 +75,10 @@ class Settings:
     profile: str = option("", "costs of every module instead, from launch/plan.py", "FILE")
     rounds: int = option(3, "interleaved rounds of every number of ranks", "N")
     simulate_to: int = option(4096, "largest number of ranks that is simulated", "P", above=1)
-    batch: int = 64
+    batch: int = 64  # rows
     warmup: int = 4
-    steps: int = 8
-    torch_steps: int = 2
+    steps: int = 8  # timed, of a burst of the local pipeline, which fills only once
+    torch_steps: int = 2  # of torch's pipelines, which fill and drain in every step
     quick: bool = False
     deadline_s: float = 900.0
 
@@ -128,9 +112,9 @@ class Bench:
     """The virtual device of one rank, and what runs on it."""
 
     def __init__(self, settings: Settings, rank: Rank) -> None:
-        self.settings, self.rank, self.clock = settings, rank, Clock()
+        self.settings, self.rank, self.clock = settings, rank, Clock(settings.batch)
         self.costs = settings.costs(rank.count)
-        register_virtual_heads(self.costs[rank.index], self.clock, settings.batch)
+        register_virtual_heads(self.costs[rank.index], self.clock)
         self.local = LocalPipeline(rank, settings.warmup, settings.steps)
         self.batch = features(settings.batch, WIDTH)
 
@@ -141,32 +125,27 @@ class Bench:
 
     def ours(self, system: System) -> Burst | None:
         """A burst of the local pipeline."""
-        network = nn.Sequential(*virtual_blocks(self.costs, self.clock, WIDTH, self.settings.batch))
-        return self.local.burst(configuration(self.settings, system), self.local.data(*self.batch), network)
+        config = sections(replace(system, method=METHOD), self.settings.batch)
+        return self.local.burst(config, self.local.data(*self.batch), network_of(self.costs, self.clock, WIDTH))
 
     def torch(self, system: System) -> Burst:
         """A burst of torch.distributed.pipelining."""
         shares = TORCH_SCHEDULES[system.schedule].parts_per_rank
         parts = [cost.scaled(1 / shares) for cost in self.costs for _ in range(shares)]
-        blocks = [[block] for block in virtual_blocks(parts, self.clock, WIDTH, self.settings.batch)]
+        blocks = [[block] for block in network_of(parts, self.clock, WIDTH)]
         with torch_pipeline(self.rank, system, blocks, self.batch[0]) as (step, sent):
             burst = time_steps(self.rank, lambda: step(*self.batch), 1, self.settings.torch_steps)
         return replace(burst, sent=sent)
 
 
-def configuration(settings: Settings, system: System) -> dict[str, dict[str, Any]]:
-    """Of one of our systems."""
-    return sections(system.ranks, METHOD, system.schedule, settings.batch, system.span, system.micro_batches)
-
-
 def predict(settings: Settings, system: System) -> Any:
     """The plan of one of our systems with free messages. Registers what it needs under names of its own."""
-    costs, config = settings.costs(system.ranks), configuration(settings, system)
+    costs, config = settings.costs(system.ranks), sections(replace(system, method=METHOD), settings.batch)
     config["model"]["name"] = f"virtual{system.ranks}"
     with contextlib.suppress(ConfigError):  # registered by an earlier call
         register_backbone(config["model"]["name"], lambda _channels, _classes: _shapes_only(system.ranks))
     with contextlib.suppress(ConfigError):
-        register_virtual_heads(costs[0], Clock(), settings.batch)
+        register_virtual_heads(costs[0], Clock(settings.batch))
     modules = [cost.as_entry() for cost in costs]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "profile.json"
@@ -207,37 +186,31 @@ def row_of(settings: Settings, system: System, turns: Sequence[Turn]) -> Row:
         stage_s, optimum_s = [rank.work_s for rank in plan.ranks], plan.step_s
         work_s = medians([turn.work_s for turn in turns])
     return make_row(
-        **system.row,
-        images=images,
-        steps_s=[turn.step_s for turn in turns],
-        ratio_to_bp=sum(cost.module for cost in costs) / step_s,
-        work_s=work_s,
-        stage_s=stage_s,
-        bytes_per_step=turns[0].sent,
-        optimum=None if optimum_s is None else images / optimum_s,
-        of_optimum=None if optimum_s is None else optimum_s / step_s,
-        local_ratio=1 / statistics.median(turn.ratio for turn in turns),
-        host_load=host_load,
-    )
+        images, [turn.step_s for turn in turns], work_s, stage_s, **system.row,
+        ratio_to_bp=sum(cost.module for cost in costs) / step_s, bytes_per_step=turns[0].sent,
+        optimum=optimum_s and images / optimum_s, of_optimum=optimum_s and optimum_s / step_s,
+        local_ratio=1 / statistics.median(turn.ratio for turn in turns), host_load=host_load,
+    )  # fmt: skip
 
 
 def simulated(settings: Settings) -> list[Row]:
     """Our schedules from the simulator and GPipe by the closed form, up to ``simulate_to`` ranks."""
-    found: dict[str, list[tuple[int, float, float]]] = {curve: [] for curve in CURVES}
+    entries = []
+
+    def add(curve: str, ranks: int, step_s: float, bound_s: float) -> None:
+        rates = {"images_per_s": settings.batch / step_s, "efficiency": bound_s / step_s}
+        entries.append({"schedule": curve, "ranks": ranks, **rates})
+
+    module_s = 3 * settings.unit_ms / 1e3
     for ranks in [ranks for ranks in SIMULATED if ranks <= settings.simulate_to]:
         for system in local_systems(METHODS, ranks, ranks, True, Bench.ours):
-            if (curve := label(make_row(**system.row, images=1, steps_s=[1.0]))) in CURVES:
+            if label(system.row) in CURVES:
                 plan = predict(settings, system)
-                found[curve].append((ranks, plan.step_s, plan.bound_s))
-        for count in (1, 4, 8):
-            curve = "torch GPipe" if count == 1 else f"torch GPipe, M = {count}"
-            module_s = 3 * settings.unit_ms / 1e3
-            found[curve].append((ranks, module_s * (count + ranks - 1) / count, module_s))
-    return [
-        {"schedule": curve, "ranks": ranks, "images_per_s": settings.batch / step_s, "efficiency": bound_s / step_s}
-        for curve, entries in found.items()
-        for ranks, step_s, bound_s in entries
-    ]
+                add(label(system.row), ranks, plan.step_s, plan.bound_s)
+        for system in torch_systems(["GPipe"], ranks, (1, 4, 8), Bench.torch):
+            count = system.micro_batches
+            add(label(system.row), ranks, module_s * (count + ranks - 1) / count, module_s)
+    return sorted(entries, key=lambda entry: list(CURVES).index(entry["schedule"]))
 
 
 def targets(settings: Settings, rows: Sequence[Row]) -> list[Target]:
@@ -272,11 +245,8 @@ def findings(settings: Settings, rows: Sequence[Row]) -> list[str]:
     found = [f"With HPFF's cascade, exact, M = 1, the share of the simulated optimum is {reached}."]
     sizes = sorted({row["ranks"] for row in rows})
     for ranks in sizes:
-        faster = [
-            f"{label(row)} ({1 / row['local_ratio']:.2f} times as fast)"
-            for row in rows
-            if row["ranks"] == ranks and row["method"] == "bp" and row["local_ratio"] < 1
-        ]
+        ahead = [row for row in rows if row["ranks"] == ranks and row["method"] == "bp" and row["local_ratio"] < 1]
+        faster = [f"{label(row)} ({1 / row['local_ratio']:.2f} times as fast)" for row in ahead]
         found.append(f"P = {ranks}, faster than plain DGL: {', '.join(faster) or 'none'}.")
     if not settings.profile:
         many = ", ".join(f"{3 * (ranks - 1) / settings.head:.0f} for P = {ranks}" for ranks in sizes)
@@ -316,9 +286,7 @@ def profile_shape(path: str) -> dict[str, Any]:
     """
     profile = Profile.read(Path(path))
     if len(profile.modules) < 2 or not any(module.forward_s for module in profile.modules):
-        raise ConfigError(
-            f"--profile {path}: {len(profile.modules)} modules; give two or more, with their forward_s"
-        )
+        raise ConfigError(f"--profile {path}: {len(profile.modules)} modules; give two or more, with their forward_s")
     return {"ranks": (len(profile.modules),), "batch": profile.batch_size}
 
 
@@ -336,26 +304,16 @@ def measure(settings: Settings) -> Report:
     tables, entries = [Table(COLUMNS, rows)], [] if settings.profile else simulated(settings)
     if entries:
         tables.append(Table(SIMULATED_COLUMNS, entries, "Simulated (ours) and by the closed form (GPipe)"))
-    return Report(
-        "Scaling on virtual devices",
-        tables,
-        about(settings, overshoot),
-        targets(settings, rows),
-        findings(settings, rows),
-        LEGEND,
-        {**shape, "simulated": entries, "overshoot": overshoot},
-        draw=partial(chart, rows=rows, entries=entries),
-    )
+    said = about(settings, overshoot), targets(settings, rows), findings(settings, rows), LEGEND
+    notes = {**shape, "simulated": entries, "overshoot": overshoot}
+    draw = partial(chart, rows=rows, entries=entries)
+    return Report("Scaling on virtual devices", tables, *said, notes, draw=draw)
 
 
 def chart(path: Path, rows: Sequence[Row], entries: Sequence[Row]) -> None:
     """images/s against P, measured and predicted."""
-    measured: dict[str, list[tuple[int, float]]] = {curve: [] for curve in CURVES}
-    predicted: dict[str, list[tuple[int, float]]] = {curve: [] for curve in CURVES}
-    for row in rows:
-        measured.setdefault(label(row), []).append((row["ranks"], row["images_per_s"]))
-    for entry in entries:
-        predicted[entry["schedule"]].append((entry["ranks"], entry["images_per_s"]))
+    measured = {curve: [(r["ranks"], r["images_per_s"]) for r in rows if label(r) == curve] for curve in CURVES}
+    predicted = {name: [(e["ranks"], e["images_per_s"]) for e in entries if e["schedule"] == name] for name in CURVES}
     title = "Virtual devices: one local module per rank; dashed: simulated or closed form"
     lines(path, title, measured, predicted, CURVES, "images/s through every rank")
 

@@ -1,8 +1,6 @@
 """What one training step of local learning costs, in units of one backpropagation step of the same network.
 
-    python benchmarks/step_cost.py [--rounds N] [--steps N] [--batch N] [--precision fp32|bf16] [--quick]
-                                   [--json FILE] [--output FILE.md]
-    python benchmarks/step_cost.py --recipes [the same options]
+    python benchmarks/step_cost.py [--recipes] [--quick] [--json FILE] [--output FILE.md] ...      see --help
 
 One process with one thread; ResNet-32 at 32x32, or with ``--recipes`` every recipe that ships with the package. In
 every round each step of a method has a step of backpropagation before it, so a ratio compares neighbours in time.
@@ -25,7 +23,7 @@ from typing import Any
 import torch
 from networks import CLASSES, IMAGE, network, random_images
 from runner import Report, main, option
-from tables import Column, K, Row, Table, make_row, spread
+from tables import Column, K, Row, Table, make_row, method_name, spread
 from torchvision.io import write_png
 
 from pipeline import Config, LoaderData, StepCost, load_config, recipe_names, step_cost, train
@@ -158,34 +156,20 @@ LEGEND = (
 )
 
 
-def row_of(
-    case: Case, found: Sequence[tuple[tuple[float, float], tuple[float, float]]], cost: StepCost, plain: StepCost
-) -> Row:
+def row_of(case: Case, found: Sequence[Any], cost: StepCost, plain: StepCost) -> Row:
     """One row from the (CPU, wall) seconds of the case and of BP in every round, and the counted operations."""
     units, low, high = spread([own[0] / base[0] for own, base in found])
     wall = statistics.median(own[1] / base[1] for own, base in found)
+    config = case.config
+    method = method_name(config.method.name, config.hierarchy.cascade_span) if config.model.modules > 1 else "bp"
     return make_row(
-        case.batch,
-        [own[1] for own, _ in found],
-        method=case.config.method.name if case.config.model.modules > 1 else "bp",
-        span=case.config.hierarchy.cascade_span,
-        modules=len(cost.modules),
-        ratio_to_bp=1.0 / wall,
-        name=case.name,
-        batch=case.batch,
-        cpu_s_per_step=statistics.median(own[0] for own, _ in found),
-        bp_units_measured=units,
-        bp_units_low=low,
-        bp_units_high=high,
-        bp_units_wall=wall,
-        bp_gflops_per_image=cost.bp_flops / 1e9,
-        bp_units_flops=cost.bp_units,
-        bp_units_flops_plain=plain.bp_units,
-        trunk=cost.trunk,
-        heads=cost.heads,
-        largest_module=max(module.total for module in cost.modules),
+        case.batch, [own[1] for own, _ in found], method=method, modules=len(cost.modules), ratio_to_bp=1.0 / wall,
+        name=case.name, batch=case.batch, cpu_s_per_step=statistics.median(own[0] for own, _ in found),
+        bp_units_measured=units, bp_units_low=low, bp_units_high=high, bp_units_wall=wall,
+        bp_gflops_per_image=cost.bp_flops / 1e9, bp_units_flops=cost.bp_units, bp_units_flops_plain=plain.bp_units,
+        trunk=cost.trunk, heads=cost.heads, largest_module=max(module.total for module in cost.modules),
         measured_over_flops=units / cost.bp_units,
-    )
+    )  # fmt: skip
 
 
 def measure(settings: Settings) -> Report:
@@ -202,10 +186,9 @@ def measure(settings: Settings) -> Report:
             for work, case in different.items():
                 base = seconds(case.bp, settings.steps)
                 samples[work].append((base if case.name == "BP" else seconds(case, settings.steps), base))
-    counted = {
-        work: [step_cost(case.config, case.image, CLASSES, plain) for plain in (False, True)]
-        for work, case in different.items()
-    }
+    counted = {}
+    for work, case in different.items():
+        counted[work] = [step_cost(case.config, case.image, CLASSES, plain) for plain in (False, True)]
     rows = [row_of(case, samples[case.work], *counted[case.work]) for case in cases]
     columns = [Column("recipe" if settings.recipes else "method", "name"), *COLUMNS]
     return Report("One training step in units of one BP step", [Table(columns, rows)], legend=LEGEND)

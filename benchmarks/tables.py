@@ -14,14 +14,7 @@ Row = dict[str, Any]
 
 
 def make_row(
-    images: float,
-    steps_s: Sequence[float],
-    *,
-    method: str,
-    span: int = 1,
-    work_s: Sequence[float] = (),
-    stage_s: Sequence[float] = (),
-    **known: Any,
+    images: float, steps_s: Sequence[float], work_s: Sequence[float] = (), stage_s: Sequence[float] = (), **known: Any
 ) -> Row:
     """One measured configuration of a benchmark of speed, with these keys and those of ``known``:
 
@@ -36,17 +29,21 @@ def make_row(
 
     Args:
         images: of one step. steps_s: seconds of one step, in every round.
-        span: cascade span.
         work_s: seconds of work in a step, by rank, where they are known.
         stage_s: the same as it should be, where that is another than what was measured.
     """
     rate, low, high = spread([images / step_s for step_s in steps_s])
     bound = images / max(stage_s or work_s) if stage_s or work_s else None
     busy = [min(1.0, seconds * rate / images) for seconds in work_s]
-    row: Row = {"system": "localpipe", "method": method if span == 1 else f"{method} + hpff", "schedule": "exact"}
-    row |= {"ranks": 1, "modules": 1, "micro_batches": 1, "images_per_s": rate, "low": low, "high": high}
-    row |= {"ratio_to_bp": None, "bound": bound, "efficiency": bound and rate / bound, "busy": busy}
-    return {**row, "bytes_per_step": 0.0, **known}
+    row: Row = {"system": "localpipe", "method": "bp", "schedule": "exact", "ranks": 1, "modules": 1}
+    row |= {"micro_batches": 1, "images_per_s": rate, "low": low, "high": high, "ratio_to_bp": None}
+    row |= {"bound": bound, "efficiency": bound and rate / bound, "busy": busy, "bytes_per_step": 0.0}
+    return row | known
+
+
+def method_name(method: str, span: int) -> str:
+    """For people and rows: with HPFF where there is a cascade."""
+    return method if span == 1 else f"{method} + hpff"
 
 
 def system_name(row: Row) -> str:
@@ -71,17 +68,11 @@ def medians(records: Sequence[Sequence[float]]) -> list[float]:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table.
-
-    Attributes:
-        title: above it.
-        value: key of the row, or a function of the row.
-        form: of a number, as in ``format``.
-    """
+    """One column of a table."""
 
     title: str
-    value: str | Callable[[Row], Any]
-    form: str = ""
+    value: str | Callable[[Row], Any]  # key of the row, or a function of the row
+    form: str = ""  # of a number, as in ``format``
 
     def cell(self, row: Row) -> str:
         """The text for a row; empty where there is no value. Of the numbers of many ranks the lowest and highest."""

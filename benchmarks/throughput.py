@@ -1,8 +1,6 @@
 """Images/s of the same network, batch, precision and cores: backpropagation in every usual way, and local learning.
 
-    python benchmarks/throughput.py [--model NAME] [--modules K] [--ranks P] [--batch N] [--device cpu|cuda]
-                                    [--rounds N] [--steps N] [--methods NAME ...] [--ours-only] [--quick]
-                                    [--json FILE] [--output FILE.md] [--chart FILE.png]
+    python benchmarks/throughput.py [--quick] [--json FILE] [--output FILE.md] [--chart FILE.png] ...      see --help
 
 One process per rank, each on a core of its own with one thread (or on a GPU of its own). Systems take turns in short
 bursts; a ratio is that of a burst to the bursts of backpropagation on one device before and after it.
@@ -96,16 +94,15 @@ class Settings:
 
 def systems(settings: Settings, ranks: int) -> list[System]:
     """Everything that is run; the first is the reference."""
-    alone = "bp", "", 1, 1, 1
-    found = [System("BP, one device", *alone, lambda bench, _: bench.alone())]
+    found = [System("BP, one device", "bp", "", 1, 1, burst=Bench.alone)]
     if not settings.ours_only:
         threads = min(ranks, settings.cores)
         if settings.device == "cpu" and threads > 1:
-            found.append(System(f"BP, {threads} threads", *alone, lambda bench, _: bench.alone(threads=threads)))
+            found.append(System(f"BP, {threads} threads", "bp", "", 1, 1, burst=partial(Bench.alone, threads=threads)))
         if not settings.quick:
-            found.append(System("BP, checkpointing", *alone, lambda bench, _: bench.alone(checkpointing=True)))
-        found.append(System("DDP", "bp", "", ranks, 1, 1, Bench.copies))
-        found.append(System("naive model parallel", "bp", "GPipe", ranks, ranks, 1, Bench.pipeline))
+            found.append(System("BP, checkpointing", "bp", "", 1, 1, burst=partial(Bench.alone, checkpointing=True)))
+        found.append(System("DDP", "bp", "", ranks, 1, burst=Bench.copies))
+        found.append(System("naive model parallel", "bp", "GPipe", ranks, ranks, burst=Bench.pipeline))
         names = list(TORCH_SCHEDULES)[:: 2 if settings.quick else 1]
         found += torch_systems(names, ranks, settings.torch_micro_batches, Bench.pipeline)
     methods = settings.methods[:1] if settings.quick else settings.methods
@@ -173,16 +170,14 @@ class Bench:
         times: dict[tuple[Any, ...], list[float]] = {candidate: [] for candidate in different}
         for candidate in different * 3:
             self.cuts[cut_key(system)] = candidate
-            burst = system.burst(self, system)
+            burst = system.burst and system.burst(self, system)
             times[candidate].append(burst.step_s if burst is not None else 0.0)
         return rank.share(min(different, key=lambda candidate: statistics.median(times[candidate])))
 
     def ours(self, system: System) -> Burst | None:
         """The local pipeline. HPFF is a cascade over two modules and 2 x 2 patches."""
         settings, cut = self.settings, self.cuts[cut_key(system)]
-        config = sections(
-            settings.modules, system.method, system.schedule, settings.batch, system.span, system.micro_batches
-        )
+        config = sections(system, settings.batch)
         config["model"]["name"] = settings.model
         config["patches"] = {"grid": system.span}
         config["partition"] = {"kind": "given", "stages": [len(modules) for modules in cut]}
@@ -202,7 +197,7 @@ class Bench:
         burst = time_steps(self.rank, lambda: step(normalise(images), labels), settings.warmup, settings.steps, cores)
         return replace(burst, sent=sent)
 
-    def alone(self, checkpointing: bool = False, threads: int = 1) -> Burst | None:
+    def alone(self, _: System, checkpointing: bool = False, threads: int = 1) -> Burst | None:
         """One process; the other ranks wait."""
         if not self.rank.leader:
             self.rank.meet()
@@ -251,17 +246,11 @@ def row_of(settings: Settings, system: System, turns: Sequence[Turn], cut: Seque
     ratio, ratio_low, ratio_high = spread([turn.ratio for turn in turns])
     usual = (settings.model, settings.ranks, settings.device) == ("resnet32", 2, "cpu")
     return make_row(
-        **system.row,
-        images=settings.batch,
-        steps_s=[turn.step_s for turn in turns],
-        ratio_to_bp=ratio,
-        work_s=medians([turn.work_s for turn in turns]),
-        bytes_per_step=turns[0].sent,
-        ratio_low=ratio_low,
-        ratio_high=ratio_high,
+        settings.batch, [turn.step_s for turn in turns], medians([turn.work_s for turn in turns]), **system.row,
+        ratio_to_bp=ratio, bytes_per_step=turns[0].sent, ratio_low=ratio_low, ratio_high=ratio_high,
         parts=[blocks if isinstance(blocks, int) else sum(blocks) for blocks in cut],
         expected=EXPECTED.get(system.system, {}).get(system.micro_batches) if usual else None,
-    )
+    )  # fmt: skip
 
 
 def at_work(row: Row) -> float:

@@ -144,8 +144,8 @@ def test_files_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
 
 def test_a_virtual_block_waits_for_what_it_stands_for() -> None:
     """Full backward I + W, also without an input gradient; the input gradient alone I; no time in evaluation."""
-    clock = virtual.Clock()
-    (block,) = virtual.virtual_blocks([virtual.Costs(0.01, 0.02, 0.04, 0.0)], clock, 4, 8)
+    clock = virtual.Clock(batch_rows=8)
+    (block,) = virtual.virtual_network([virtual.Costs(0.01, 0.02, 0.04, 0.0)], clock, 4)
     x = torch.zeros(4, 4)  # half a batch
 
     def waited(call: Any) -> float:
@@ -165,7 +165,7 @@ def test_a_virtual_block_waits_for_what_it_stands_for() -> None:
 
 @pytest.mark.alone
 def test_waits_are_right_in_sum() -> None:
-    clock = virtual.Clock()
+    clock = virtual.Clock(batch_rows=8)
     started = time.perf_counter()
     for _ in range(50):
         clock.wait(0.002)
@@ -199,7 +199,7 @@ def test_a_target_is_met_where_all_values_are_within() -> None:
 
 
 def test_columns_make_the_table() -> None:
-    row = tables.make_row(10.0, [0.5, 0.25, 0.2], method="dgl", span=2, ranks=2, work_s=[0.25, 0.1])
+    row = tables.make_row(10.0, [0.5, 0.25, 0.2], method="dgl + hpff", ranks=2, work_s=[0.25, 0.1])
     table = tables.Table([tables.Column("system", tables.label), *tables.SPEED, tables.BUSY], [row])
     assert table.cells == [["dgl + hpff, exact", "40.0", "20.0", "50.0", "1.00 / 0.40"]]
     assert row["bound"] == pytest.approx(40.0) and row["efficiency"] == pytest.approx(1.0)
