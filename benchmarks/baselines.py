@@ -119,17 +119,9 @@ class Part(nn.Module):
 def torch_pipeline(
     rank: Rank, system: System, parts: Sequence[Sequence[nn.Module]], inputs: Tensor
 ) -> Iterator[tuple[Step, float]]:
-    """A pipeline over all ranks.
-
-    Args:
-        system: says which schedule, and how many micro-batches.
-        parts: blocks of every part, with equal weights on all ranks.
-        inputs: a whole batch, for the shapes.
-
-    Yields:
-        The step, which uses the inputs on rank 0 and the labels on the rank of the last part, and the bytes that
-        this rank sends in one.
-    """
+    """A pipeline over all ranks, of the blocks of every part, with equal weights on all ranks; ``inputs`` are a whole
+    batch, for the shapes. Yields the step, which uses the inputs on rank 0 and the labels on the rank of the last part,
+    and the bytes that this rank sends in one."""
     schedule, micro_batches = TORCH_SCHEDULES[system.schedule], system.micro_batches
     with rank.group(inputs.device):
         modules = [Part(blocks).to(inputs.device) for blocks in parts]
@@ -165,20 +157,17 @@ def torch_pipeline(
 
 def _boundaries(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """A micro-batch before every part and behind the last one."""
-    tensors = [x]
+    tensors = [x.clone()]
     with torch.no_grad():
         for module in modules:
-            tensors.append(module.eval()(tensors[-1]))
+            tensors.append(module.eval()(tensors[-1]).clone())
             module.train()
-    return [tensor.detach().clone() for tensor in tensors]
+    return tensors
 
 
 def one_device(network: nn.Sequential, micro_batches: int = 1, checkpointing: bool = False) -> Step:
-    """Backpropagation in one process; gradients of micro-batches are accumulated.
-
-    Args:
-        checkpointing: keep only the inputs of blocks, and run their forward passes again in the backward pass.
-    """
+    """Backpropagation in one process; gradients of micro-batches are accumulated. ``checkpointing`` keeps only the
+    inputs of blocks, and runs their forward passes again in the backward pass."""
     trained = sgd(list(network.parameters()))
 
     def forward(x: Tensor) -> Tensor:
@@ -201,11 +190,8 @@ def one_device(network: nn.Sequential, micro_batches: int = 1, checkpointing: bo
 
 @contextmanager
 def data_parallel(rank: Rank, network: nn.Sequential) -> Iterator[tuple[Step, float]]:
-    """DistributedDataParallel.
-
-    Yields:
-        The step, on this rank's rows of the batch, and the bytes that this rank sends in one: a ring all-reduce.
-    """
+    """DistributedDataParallel. Yields the step, on this rank's rows of the batch, and the bytes that this rank sends in
+    one: a ring all-reduce."""
     parameters = list(network.parameters())
     with rank.group(parameters[0].device):
         copy = DistributedDataParallel(network)

@@ -6,7 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,8 @@ from pipeline import build_blocks
 CLASSES = 10
 IMAGE = (3, 32, 32)
 SGD = {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
-
-
-def sgd(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser of every baseline; ours takes the same numbers from its configuration."""
-    return torch.optim.SGD(parameters, **SGD)
+sgd = partial(torch.optim.SGD, **SGD)
+"""The optimiser of every baseline; ours takes the same numbers from its configuration."""
 
 
 def network(model: str) -> nn.Sequential:
@@ -60,10 +57,8 @@ def block_seconds(blocks: nn.Sequential, x: Tensor, passes: int = 5) -> list[flo
 
 
 def split(seconds: Sequence[float], parts: int, lighter: float = 1.0) -> tuple[int, ...]:
-    """Blocks of each of ``parts`` consecutive parts, so that the slowest part is as fast as can be.
-
-    The blocks of the last part count ``lighter`` times: below 1 it gets more of them.
-    """
+    """Blocks of each of ``parts`` consecutive parts, so that the slowest part is as fast as can be. The blocks of the
+    last part count ``lighter`` times: below 1 it gets more of them."""
     total = [0.0, *itertools.accumulate(seconds)]
 
     @cache
@@ -80,10 +75,8 @@ def split(seconds: Sequence[float], parts: int, lighter: float = 1.0) -> tuple[i
 
 
 def split_twice(seconds: Sequence[float], modules: int, ranks: int, lighter: float) -> tuple[tuple[int, ...], ...]:
-    """Blocks of every local module, by rank: ranks of equal time, and in each its modules of equal time.
-
-    Where ``modules`` is no multiple of ``ranks``, the last ranks own one more. Empty if a rank has too few blocks.
-    """
+    """Blocks of every local module, by rank: ranks of equal time, and in each its modules of equal time. Where they
+    are no multiple of ``ranks``, the last ranks own one more. Empty if a rank has too few blocks."""
     found, start = [], 0
     for rank, blocks in enumerate(split(seconds, ranks, lighter)):
         own = modules // ranks + (rank >= ranks - modules % ranks)

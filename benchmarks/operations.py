@@ -38,16 +38,10 @@ def operations(case: Case, steps: int) -> list[Row]:
     """All calls of every operation in a step, the longest first: means over ``steps`` steps after two to warm up.
     Milliseconds are without the operations that it calls itself."""
     profiler = profile(activities=[ProfilerActivity.CPU])
-    begun: set[int] = set()
+    at_step = {2: profiler.start, 2 + steps: profiler.stop}
 
     def started(step: int, _: Any) -> None:
-        if step in begun:
-            return
-        begun.add(step)
-        if step == 2:
-            profiler.start()
-        elif step == 2 + steps:
-            profiler.stop()
+        at_step.pop(step, lambda: None)()
 
     run_steps(case, steps + 3, started)
     found = []

@@ -9,8 +9,8 @@ ratio to fp32 NCHW, and to backpropagation in the same setting, within each roun
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import truediv
 
 from networks import IMAGE
 from runner import Report, main, option
@@ -54,13 +54,11 @@ def measure(settings: Settings) -> Report:
         for key, case in cases.items():
             steps_s[key].append(seconds(case, settings.steps)[1])
 
-    def ratio(own: Sequence[float], base: Sequence[float]) -> float:
-        return statistics.median(other / value for value, other in zip(own, base, strict=True))
-
     rows = [
         make_row(
             settings.batch, own, method=method, modules=cases[method, setting].config.model.modules, setting=setting,
-            ratio_to_bp=ratio(own, steps_s["bp", setting]), ratio_to_plain=ratio(own, steps_s[method, "fp32 NCHW"]),
+            ratio_to_bp=statistics.median(map(truediv, steps_s["bp", setting], own)),
+            ratio_to_plain=statistics.median(map(truediv, steps_s[method, "fp32 NCHW"], own)),
         )
         for (method, setting), own in steps_s.items()
     ]  # fmt: skip

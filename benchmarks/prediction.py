@@ -12,9 +12,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bursts import Burst, System
+from bursts import Burst, LocalPipeline, System, sections
 from networks import network, random_images
-from ours import LocalPipeline, sections
 from ranks import Rank, available_cores, run_ranks
 from runner import Report, Target, main, option
 from tables import BUSY, Column, Row, Table, make_row, medians, system_name
@@ -49,25 +48,25 @@ class Settings:
     steps: int = 4
     deadline_s: float = 1200.0
 
+    @property
+    def systems(self) -> list[System]:
+        """What is planned and run, with both placements."""
+        size = (self.ranks, self.modules)
+        return [System("localpipe", method, kind, *size, span=span) for method, span, kind in METHODS]
+
 
 Sample = tuple[list[int], float, Burst]
 """Of one plan and one run of it: modules of every rank, seconds of a step as predicted, and what was measured."""
-
-
-def systems(settings: Settings) -> list[System]:
-    """What is planned and run, with both placements."""
-    what = (settings.ranks, settings.modules)
-    return [System("localpipe", method, kind, *what, span=span) for method, span, kind in METHODS]
 
 
 def work(rank: Rank, settings: Settings) -> dict[tuple[System, str], list[Sample]]:
     """All rounds on one rank; rank 0 hands back the samples, by system and placement."""
     runner = LocalPipeline(rank, settings.warmup, settings.steps)
     data = runner.data(*random_images(settings.batch))
-    keys = [(system, placement) for system in systems(settings) for placement in PLACEMENTS]
+    keys = [(system, placement) for system in settings.systems for placement in PLACEMENTS]
     found: dict[tuple[System, str], list[Sample]] = {key: [] for key in keys}
     for _ in range(settings.rounds):
-        for system in systems(settings):
+        for system in settings.systems:
             base = sections(system, settings.batch)
             base["model"] |= {"name": settings.model, "cuts": "even"}
             base["patches"] = {"grid": system.span}
@@ -104,7 +103,7 @@ def measure(settings: Settings) -> Report:
     rows = {key: row_of(settings, *key, samples) for key, samples in found.items()}
     ratios = {f"{row['method']}, {row['schedule']}, {row['placement']}": row["ratio"] for row in rows.values()}
     gains = {}
-    for system in systems(settings):
+    for system in settings.systems:
         count, measured = rows[system, "count"], rows[system, "measured"]
         gains[system_name(count)] = measured["images_per_s"] / count["images_per_s"]
     about = (

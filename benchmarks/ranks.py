@@ -7,9 +7,8 @@ Processes come from a fork server that has imported torch once, before any threa
 fraction of a second where ``spawn`` takes three seconds on a small machine. They are real processes all the same: they
 can be killed, stopped, and have an exit code.
 
-Ranks in lockstep are pinned to cores and run the same list of measurements; ``rank.meet()`` separates them, and ranks
-that have nothing to do wait there without using a core. Nobody is left behind: a rank that fails, a deadline, or the
-end of the caller ends all.
+Ranks in lockstep have a core each and run the same list of measurements, separated by ``rank.meet()``; who has nothing
+to do waits there without using its core. A rank that fails, a deadline, or the end of the caller ends all.
 """
 
 from __future__ import annotations
@@ -95,11 +94,11 @@ def run_processes(
         stderr = [(Path(folder) / f"stderr{rank}").read_text(errors="replace") for rank in range(count)]
     if len(ended) < count and (grace_s is None or not any(processes[rank].exitcode for rank in ended)):
         raise TimeoutError(f"ranks still running after {timeout_s} s; stderr: {stderr}")
-    now = time.monotonic()
-    return [
-        RankResult(rank, values.get(rank), processes[rank].exitcode, stderr[rank], ended.get(rank, now) - start)
-        for rank in range(count)
-    ]
+    results = []
+    for rank, process in enumerate(processes):
+        ended_s = ended.get(rank, time.monotonic()) - start
+        results.append(RankResult(rank, values.get(rank), process.exitcode, stderr[rank], ended_s))
+    return results
 
 
 def _collect(
@@ -154,7 +153,6 @@ class Rank:
     folder: Path  # scratch directory of the job, for all ranks
     deadline_s: float  # longest wait for a peer
     _barrier: Barrier
-    _port: int
     _store: dist.Store | None = None
     _names: int = 0
 
@@ -164,32 +162,26 @@ class Rank:
         return self.index == 0
 
     def meet(self) -> None:
-        """Wait for all ranks.
-
-        Raises:
-            threading.BrokenBarrierError: a rank has failed or is too late.
-        """
+        """Wait for all ranks; threading.BrokenBarrierError if one has failed or is too late."""
         self._barrier.wait(self.deadline_s)
 
     def share(self, value: Any) -> Any:
         """Rank 0's ``value`` (picklable) on every rank."""
-        self._names += 1
-        path = self.folder / f"shared{self._names}"
+        store = self._next_store()
         if self.leader:
-            path.write_bytes(pickle.dumps(value))
-        self.meet()
-        return pickle.loads(path.read_bytes())
+            store.set("value", pickle.dumps(value))
+        return pickle.loads(store.get("value"))
+
+    def _next_store(self) -> dist.Store:
+        self._names += 1
+        return dist.PrefixStore(str(self._names), self._store)
 
     @contextlib.contextmanager
     def group(self, device: torch.device) -> Iterator[None]:
         """A fresh default process group of all ranks for tensors on ``device``, destroyed at the end."""
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(seconds=self.deadline_s)
-        if self._store is None:
-            self._store = dist.TCPStore("127.0.0.1", self._port, self.count, self.leader, timeout)
-        self._names += 1
-        store = dist.PrefixStore(f"group{self._names}", self._store)
-        dist.init_process_group(backend, store=store, rank=self.index, world_size=self.count, timeout=timeout)
+        backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=self.deadline_s)
+        job = {"store": self._next_store(), "rank": self.index, "world_size": self.count}
+        dist.init_process_group(backend, **job, timeout=timeout)
         yield
         self.meet()
         dist.destroy_process_group()
@@ -202,21 +194,18 @@ class Rank:
 
 
 def run_ranks(work: Callable[..., Any], count: int, *args: Any, deadline_s: float) -> list[Any]:
-    """``work(rank, *args)`` in ``count`` processes; returns their values by rank.
-
-    Args:
-        work: at the top level of a module; its arguments and its value can be pickled.
-        deadline_s: of the whole job, in seconds.
+    """``work(rank, *args)`` in ``count`` processes (see :func:`run_processes`); returns their values by rank.
 
     Raises:
-        RanksFailed: see there.
+        RanksFailed: a rank has failed, or not all are done after ``deadline_s``.
     """
     context = multiprocessing.get_context("forkserver")
     alive, keep = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder, alive, keep:
-        rank = Rank(-1, count, available_cores(), Path(folder), deadline_s, context.Barrier(count), free_port())
+        rank = Rank(-1, count, available_cores(), Path(folder), deadline_s, context.Barrier(count))
+        what = (rank, free_port(), alive, work, args)
         try:
-            results = run_processes(_in_lockstep, count, rank, alive, work, args, timeout_s=deadline_s, grace_s=GRACE_S)
+            results = run_processes(_in_lockstep, count, *what, timeout_s=deadline_s, grace_s=GRACE_S)
         except TimeoutError:
             raise RanksFailed(f"the ranks are not done after {deadline_s:g} s; use fewer rounds or steps") from None
         failure = Path(folder, "failure")
@@ -236,9 +225,12 @@ def available_cores() -> tuple[int, ...]:
     return tuple(range(os.cpu_count() or 1))
 
 
-def _in_lockstep(index: int, rank: Rank, alive: Connection, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+def _in_lockstep(
+    index: int, rank: Rank, port: int, alive: Connection, work: Callable[..., Any], args: Sequence[Any]
+) -> Any:
     threading.Thread(target=_end_with_caller, args=(alive,), daemon=True).start()
-    rank = replace(rank, index=index)
+    store = dist.TCPStore("127.0.0.1", port, rank.count, index == 0, timedelta(seconds=rank.deadline_s))
+    rank = replace(rank, index=index, _store=store)
     rank.pin()
     try:
         value = work(rank, *args)

@@ -21,11 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from baselines import TORCH_SCHEDULES, torch_pipeline, torch_systems
-from bursts import Burst, System, Turn, compete, time_steps
-from charts import lines
-from ours import LocalPipeline, local_systems, sections
+from bursts import Burst, LocalPipeline, System, Turn, compete, local_systems, sections, time_steps
 from ranks import Rank, available_cores
-from runner import Report, Target, main, option
+from runner import DASHED, INK, Report, Target, main, option, picture
 from tables import BUSY, SPEED, Column, M, P, Row, Table, label, make_row, medians, system_name
 from torch import nn
 from virtual import CLASSES, METHOD, Clock, Costs, equal_costs, features, profiled_costs, register_virtual_heads
@@ -33,13 +31,10 @@ from virtual import virtual_network as network_of
 
 from pipeline import ConfigError, Profile, explain, from_dict, register_backbone
 
-METHODS = (("dgl", 1), ("dgl", 2))
-"""What the virtual heads stand for, and cascade spans."""
-FILLED = ("GPipe", "1F1B")
-"""Schedules of torch whose time is known in a closed form. M = P is run of the second one too."""
+METHODS = (("dgl", 1), ("dgl", 2))  # what the virtual heads stand for, and cascade spans
+FILLED = ("GPipe", "1F1B")  # schedules of torch whose time is known in a closed form
 SIMULATED = (2, 4, 8, 16, 32, 64, 256, 1024, 4096)
-WIDTH = 8
-"""Features per row: messages are small, as in a pipeline that computes much more than it sends."""
+WIDTH = 8  # features per row: messages are small, as in a pipeline that computes much more than it sends
 COLUMNS = (
     Column("system", system_name), P, M, *SPEED, Column("x one device", "ratio_to_bp", ".2f"),
     Column("optimum", "optimum", ".1f"), Column("of optimum", "of_optimum", ".3f"),
@@ -61,7 +56,7 @@ CURVES = {
     "torch ZBVZeroBubble, M = 8": ("#8c6bb1", "v"),
     "torch GPipe, M = 8": ("#e08214", "^"),
     "torch GPipe, M = 4": ("#d9534f", "<"),
-    "torch GPipe": ("#7f7f7f", "x"),
+    "torch GPipe, M = 1": ("#7f7f7f", "x"),
 }
 
 
@@ -163,15 +158,9 @@ def _shapes_only(ranks: int) -> OrderedDict[str, nn.Module]:
 
 
 def row_of(settings: Settings, system: System, turns: Sequence[Turn]) -> Row:
-    """One system, with four keys of its own:
-
-    optimum      images/s of this schedule with these costs and free messages: simulated for ours, the closed form for
-                 GPipe and 1F1B with equal modules, else None
-    of_optimum   images_per_s / optimum
-    local_ratio  median over rounds of the speed of plain DGL (exact, M = 1) to this in the same round
-    host_load    share of the cores of this machine that the processes really used; above a half, they and not the
-                 schedule may limit a row. None for ours, whose processes start and end within a burst
-    """
+    """One system, with four keys of its own: ``optimum`` (images/s of this schedule with these costs and free
+    messages), ``of_optimum``, ``local_ratio`` (median speed of plain DGL, exact, M = 1 to this in the same round) and
+    ``host_load`` (share of this machine's cores that was used; None for ours, which start and end in a burst)."""
     ranks, costs = system.ranks, settings.costs(system.ranks)
     images = settings.batch * settings.stretch
     step_s = statistics.median(turn.step_s for turn in turns)
@@ -196,20 +185,19 @@ def row_of(settings: Settings, system: System, turns: Sequence[Turn]) -> Row:
 def simulated(settings: Settings) -> list[Row]:
     """Our schedules from the simulator and GPipe by the closed form, up to ``simulate_to`` ranks."""
     entries = []
-
-    def add(curve: str, ranks: int, step_s: float, bound_s: float) -> None:
-        rates = {"images_per_s": settings.batch / step_s, "efficiency": bound_s / step_s}
-        entries.append({"schedule": curve, "ranks": ranks, **rates})
-
     module_s = 3 * settings.unit_ms / 1e3
     for ranks in [ranks for ranks in SIMULATED if ranks <= settings.simulate_to]:
-        for system in local_systems(METHODS, ranks, ranks, True, Bench.ours):
-            if label(system.row) in CURVES:
+        ours = local_systems(METHODS, ranks, ranks, True, Bench.ours)
+        for system in [*ours, *torch_systems(["GPipe"], ranks, (1, 4, 8), Bench.torch)]:
+            curve, count = label(system.row), system.micro_batches
+            if curve not in CURVES:
+                continue
+            step_s, bound_s = module_s * (count + ranks - 1) / count, module_s
+            if system.method != "bp":
                 plan = predict(settings, system)
-                add(label(system.row), ranks, plan.step_s, plan.bound_s)
-        for system in torch_systems(["GPipe"], ranks, (1, 4, 8), Bench.torch):
-            count = system.micro_batches
-            add(label(system.row), ranks, module_s * (count + ranks - 1) / count, module_s)
+                step_s, bound_s = plan.step_s, plan.bound_s
+            rates = {"images_per_s": settings.batch / step_s, "efficiency": bound_s / step_s}
+            entries.append({"schedule": curve, "ranks": ranks, **rates})
     return sorted(entries, key=lambda entry: list(CURVES).index(entry["schedule"]))
 
 
@@ -279,11 +267,7 @@ def about(settings: Settings, overshoot: float) -> list[str]:
 
 
 def profile_shape(path: str) -> dict[str, Any]:
-    """The number of ranks and the batch that a profile is for.
-
-    Raises:
-        ConfigError: a profile of one module, or without times of forward passes.
-    """
+    """The number of ranks and the batch that a profile is for; ConfigError for one that cannot be used."""
     profile = Profile.read(Path(path))
     if len(profile.modules) < 2 or not any(module.forward_s for module in profile.modules):
         raise ConfigError(f"--profile {path}: {len(profile.modules)} modules; give two or more, with their forward_s")
@@ -311,11 +295,22 @@ def measure(settings: Settings) -> Report:
 
 
 def chart(path: Path, rows: Sequence[Row], entries: Sequence[Row]) -> None:
-    """images/s against P, measured and predicted."""
-    measured = {curve: [(r["ranks"], r["images_per_s"]) for r in rows if label(r) == curve] for curve in CURVES}
-    predicted = {name: [(e["ranks"], e["images_per_s"]) for e in entries if e["schedule"] == name] for name in CURVES}
+    """images/s against P: points and solid lines are measured, dashed lines predicted."""
     title = "Virtual devices: one local module per rank; dashed: simulated or closed form"
-    lines(path, title, measured, predicted, CURVES, "images/s through every rank")
+    with picture(path, title, 4.8, "outside right upper") as axes:
+        for curve, (colour, marker) in CURVES.items():
+            measured = [(row["ranks"], row["images_per_s"]) for row in rows if label(row) == curve]
+            predicted = [(entry["ranks"], entry["images_per_s"]) for entry in entries if entry["schedule"] == curve]
+            if measured:
+                axes.plot(*zip(*measured, strict=True), color=colour, marker=marker, markersize=5, label=curve)
+            if predicted:
+                name = None if measured else curve
+                axes.plot(*zip(*predicted, strict=True), color=colour, linewidth=1.2, linestyle=DASHED, label=name)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("ranks P; the network has P times the layers", fontsize=9, color=INK)
+        axes.set_ylabel("images/s through every rank", fontsize=9, color=INK)
 
 
 QUICK = {"ranks": (2,), "unit_ms": 20.0, "batch": 8, "rounds": 1, "warmup": 2, "steps": 4, "torch_steps": 1}

@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bursts import System
-from ours import LocalPipeline, sections
+from bursts import LocalPipeline, System, sections
 from ranks import Rank, run_ranks
 from runner import Report, Target, main, option
 from tables import Column, Row, Table, make_row, medians
 from virtual import METHOD, Clock, equal_costs, features, register_virtual_heads, virtual_network
 
-from pipeline import ConfigError
+from pipeline import ConfigError, read_metrics
 
 KINDS = ("exact", "async", "free")
 WIDTH = 16
@@ -32,8 +31,7 @@ COLUMNS = (
     Column("steps by rank", "steps", ".0f"), Column("on a batch used before", "reused", ".0f"),
     Column("batches left out", "skipped", ".0f"),
 )  # fmt: skip
-Records = Sequence[dict[str, Any]]
-"""Of rank 0: the epoch in metrics.jsonl, round by round."""
+Records = Sequence[dict[str, Any]]  # of rank 0: the epoch in metrics.jsonl, round by round
 
 
 @dataclass(frozen=True)
@@ -54,9 +52,9 @@ def work(rank: Rank, settings: Settings) -> dict[tuple[str, float], Records]:
     """All rounds on one rank: its records by (schedule, times as long as the slow stage takes)."""
     clock = Clock(settings.batch)
     runner = LocalPipeline(rank, 1, settings.steps - 2)
-    costs = {1.0: equal_costs(settings.ranks, settings.unit_ms / 1e3, HEAD_UNITS)}
-    slow = costs[1.0][settings.slow].scaled(settings.factor)
-    costs[settings.factor] = (*costs[1.0][: settings.slow], slow, *costs[1.0][settings.slow + 1 :])
+    even = equal_costs(settings.ranks, settings.unit_ms / 1e3, HEAD_UNITS)
+    slowed = [cost.scaled(settings.factor if stage == settings.slow else 1.0) for stage, cost in enumerate(even)]
+    costs = {1.0: even, settings.factor: slowed}
     for factor, stages in costs.items():
         register_virtual_heads(stages[rank.index], clock, f"{METHOD}{factor:g}")
     data = runner.data(*features(settings.batch, WIDTH))
@@ -66,7 +64,8 @@ def work(rank: Rank, settings: Settings) -> dict[tuple[str, float], Records]:
             network = virtual_network(costs[factor], clock, WIDTH)
             system = System("localpipe", f"{METHOD}{factor:g}", kind, settings.ranks, settings.ranks)
             rank.meet()
-            records.append(runner.epoch(sections(system, settings.batch), data, network))
+            folder = runner.train(sections(system, settings.batch), data, network)
+            records += read_metrics(folder / "metrics.jsonl") if rank.leader else []
     return found
 
 

@@ -28,7 +28,6 @@ from torchvision.io import write_png
 
 from pipeline import Config, LoaderData, StepCost, load_config, recipe_names, step_cost, train
 
-MODEL = "resnet32"
 LOCAL = ["model.modules=16", "model.cuts=even"]
 HPFF = ["model.modules=15", "model.cuts=even", "hierarchy.cascade_span=2", "patches.grid=2"]  # the cut of HPFF's K = 16
 METHODS = {
@@ -88,7 +87,7 @@ class Case:
 
 def method_case(name: str, batch: int, precision: str = "fp32") -> Case:
     """One of METHODS on ResNet-32."""
-    run = [f"model.name={MODEL}", f"data.batch_size={batch}", f"precision.compute={precision}", *RUN]
+    run = ["model.name=resnet32", f"data.batch_size={batch}", f"precision.compute={precision}", *RUN]
     return Case(name, load_config("cifar10-resnet32-bp", assignments=[*run, *METHODS[name]]), IMAGE)
 
 
@@ -150,9 +149,8 @@ COLUMNS = (
     Column("BP GFLOP/image", "bp_gflops_per_image", ".2f"),
 )  # fmt: skip
 LEGEND = (
-    "BP units: CPU seconds of a step to those of a step of backpropagation, median, lowest and highest of all rounds; "
-    "wall units: of wall seconds. FLOP units: counted matrix products and convolutions, from trunk on its parts; plain "
-    "order: with upsampling before the convolution, as published."
+    "BP units: CPU seconds of a step to those of backpropagation (wall units: wall seconds). FLOP units: counted "
+    "operations and their parts; plain order: with upsampling before the convolution, as published."
 )
 
 

@@ -16,7 +16,8 @@ Row = dict[str, Any]
 def make_row(
     images: float, steps_s: Sequence[float], work_s: Sequence[float] = (), stage_s: Sequence[float] = (), **known: Any
 ) -> Row:
-    """One measured configuration of a benchmark of speed, with these keys and those of ``known``:
+    """One measured configuration of a benchmark of speed: a step of ``images`` took ``steps_s`` seconds in the rounds,
+    of which ranks work ``work_s`` (empty: not known) and should ``stage_s`` (empty: the same). Keys, and ``known``:
 
         system, method     who runs it; what a local module learns from, "bp" for backpropagation
         schedule           order of work
@@ -26,11 +27,6 @@ def make_row(
         bound, efficiency  images/s if the busiest rank never waited; images_per_s / bound; None where not known
         busy               by rank, share of the time in which it works
         bytes_per_step     sent by all ranks together
-
-    Args:
-        images: of one step. steps_s: seconds of one step, in every round.
-        work_s: seconds of work in a step, by rank, where they are known.
-        stage_s: the same as it should be, where that is another than what was measured.
     """
     rate, low, high = spread([images / step_s for step_s in steps_s])
     bound = images / max(stage_s or work_s) if stage_s or work_s else None
@@ -52,8 +48,9 @@ def system_name(row: Row) -> str:
 
 
 def label(row: Row) -> str:
-    """For people: ``dgl, async``, ``torch 1F1B, M = 4``."""
-    return system_name(row) if row["micro_batches"] == 1 else f"{system_name(row)}, M = {row['micro_batches']}"
+    """For people: ``dgl, async``, ``torch 1F1B, M = 4``. That of a torch pipeline always has its M."""
+    plain = row["micro_batches"] == 1 and not row["system"].startswith("torch")
+    return system_name(row) if plain else f"{system_name(row)}, M = {row['micro_batches']}"
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:

@@ -18,12 +18,10 @@ from typing import Any
 
 import torch
 from baselines import TORCH_SCHEDULES, Step, data_parallel, one_device, torch_pipeline, torch_systems
-from bursts import Burst, System, Turn, compete, time_steps
-from charts import bars
+from bursts import Burst, LocalPipeline, System, Turn, compete, local_systems, sections, time_steps
 from networks import block_seconds, grouped, network, normalise, random_images, split, split_twice
-from ours import LocalPipeline, local_systems, sections
 from ranks import Rank, RanksFailed, available_cores
-from runner import Report, Target, main, option
+from runner import DASHED, INK, PAPER, Report, Target, main, option, picture
 from tables import BUSY, SPEED, Column, M, P, Row, Table, label, make_row, medians, spread, system_name
 from torch import Tensor, nn
 
@@ -34,8 +32,7 @@ WEIGHTS = (1.0, 1.15, 1.3, 0.85)
 """Candidates for every system: how much of its time alone the last part counts, see :func:`networks.split`. Local
 heads and the input gradient that the first part does not need are not in the times of blocks."""
 CHECKED_STEPS = 2
-TOLERANCE = 5e-3
-"""Relative difference of losses between systems that compute the same; they differ in the order of sums only."""
+TOLERANCE = 5e-3  # relative, of losses of systems that compute the same: they differ in the order of sums only
 EXPECTED = {
     "BP, 2 threads": {1: 1.71},
     "DDP": {1: 1.90},
@@ -118,18 +115,11 @@ def cut_key(system: System) -> tuple[Any, ...]:
 
 
 class Bench:
-    """Runs the systems on one rank.
-
-    Attributes:
-        cuts: by :func:`cut_key`, chosen by time measured here: blocks of every part of a torch pipeline; of ours, by
-            rank, blocks of every local module.
-        losses: the first losses of one process that accumulates M micro-batches, by M (rank 0).
-    """
+    """Runs the systems on one rank. ``cuts``, by :func:`cut_key`, are chosen by time measured here: blocks of every
+    part of a torch pipeline; of ours, by rank, blocks of every local module."""
 
     def __init__(self, settings: Settings, rank: Rank) -> None:
-        self.settings = settings
-        self.rank = rank
-        self.device = torch.device("cpu")
+        self.settings, self.rank, self.device = settings, rank, torch.device("cpu")
         if settings.device == "cuda":
             self.device = torch.device("cuda", rank.index)
             torch.cuda.set_device(self.device)
@@ -139,16 +129,11 @@ class Bench:
         for system in systems(settings, rank.count):
             if system.modules > 1 and cut_key(system) not in self.cuts:
                 self.cuts[cut_key(system)] = self.fastest_cut(system)
-        self.losses: dict[int, list[float]] = {}
+        losses = {}  # the first of one process that accumulates M micro-batches, by M
         for micro_batches in {1, settings.ranks, *settings.torch_micro_batches} if rank.leader else ():
             step = one_device(self.fresh(), micro_batches)
-            found = [step(normalise(self.images), self.labels) for _ in range(CHECKED_STEPS)]
-            self.losses[micro_batches] = found
-
-    @property
-    def record(self) -> tuple[dict[tuple[Any, ...], tuple[Any, ...]], dict[int, list[float]]]:
-        """Cuts and losses."""
-        return self.cuts, self.losses
+            losses[micro_batches] = [step(normalise(self.images), self.labels) for _ in range(CHECKED_STEPS)]
+        self.record = self.cuts, losses
 
     def fastest_cut(self, system: System) -> tuple[Any, ...]:
         """Of splits by measured time of the blocks the one with the fastest bursts, by their median of three in turns:
@@ -161,10 +146,7 @@ class Bench:
             candidates = [split_twice(seconds, system.modules, system.ranks, weight) for weight in WEIGHTS]
         different = [candidate for candidate in dict.fromkeys(candidates) if candidate]
         if not different:
-            raise RanksFailed(
-                f"--modules {self.settings.modules} --ranks {self.settings.ranks}: {self.settings.model} has too few "
-                "blocks for that cut; use fewer modules"
-            )
+            raise RanksFailed(f"--modules {system.modules}: too few blocks for {system.ranks} ranks; use fewer modules")
         if len(different) == 1 or self.settings.quick:
             return different[0]
         times: dict[tuple[Any, ...], list[float]] = {candidate: [] for candidate in different}
@@ -222,11 +204,7 @@ class Bench:
 
 
 def check_losses(system: System, turns: Sequence[Turn], references: Mapping[int, Sequence[float]]) -> None:
-    """Refuse a baseline that does not compute what one process computes.
-
-    Raises:
-        RanksFailed: the first losses of a burst are not those of one process with the same micro-batches.
-    """
+    """Refuse (RanksFailed) a baseline whose first losses are not those of one process with the same micro-batches."""
     if system.method != "bp":
         return
     ranks = system.ranks if system.system == "DDP" else 1  # which have a loss each
@@ -253,24 +231,19 @@ def row_of(settings: Settings, system: System, turns: Sequence[Turn], cut: Seque
     )  # fmt: skip
 
 
-def at_work(row: Row) -> float:
-    """Share of all cores at work: the sum of the ranks' work / (ranks x wall)."""
-    return sum(row["busy"]) / len(row["busy"])
-
-
 def targets(rows: Sequence[Row]) -> list[Target]:
     """Cores at work, and beside each the limit of its placement: what it would be if the busiest rank never waited."""
     ours = [row for row in rows if row["method"] != "bp" and row["busy"]]
     plain = [row for row in ours if "hpff" not in row["method"] and label(row).endswith("exact")]
     groups = {"async": [row for row in ours if row["schedule"] == "async"], "plain methods, exact, M = 1": plain}
-    return [
-        Target(
-            f"cores at work, sum of the ranks' compute / (P x wall), {group}",
-            {f"{label(row)}; its placement allows {at_work(row) / max(row['busy']):.3f}": at_work(row) for row in its},
-            least=0.93,
-        )
-        for group, its in groups.items()
-    ]
+    found = []
+    for group, its in groups.items():
+        shares = {}
+        for row in its:
+            share = sum(row["busy"]) / len(row["busy"])
+            shares[f"{label(row)}; its placement allows {share / max(row['busy']):.3f}"] = share
+        found.append(Target(f"cores at work, sum of the ranks' compute / (P x wall), {group}", shares, least=0.93))
+    return found
 
 
 def findings(rows: Sequence[Row]) -> list[str]:
@@ -287,30 +260,21 @@ def findings(rows: Sequence[Row]) -> list[str]:
     for rival in rivals:
         slower = [label(row) for row in ours if row["ratio_to_bp"] < rival["ratio_to_bp"]]
         faster = [label(row) for row in ours if row["ratio_to_bp"] >= rival["ratio_to_bp"]]
-        found.append(
-            f"{label(rival)} ({rival['ratio_to_bp']:.2f}) is faster than {len(slower)} of {len(ours)} rows of ours"
-            + (f": {', '.join(slower)}" if 0 < len(slower) <= len(faster) else "")
-            + (f"; not than {', '.join(faster)}" if 0 < len(faster) < len(slower) else "")
-            + "."
-        )
+        named = f": {', '.join(slower)}" if 0 < len(slower) <= len(faster) else ""
+        named = f"; not than {', '.join(faster)}" if 0 < len(faster) < len(slower) else named
+        text = f"{label(rival)} ({rival['ratio_to_bp']:.2f}) is faster than {len(slower)} of {len(ours)} rows of ours"
+        found.append(f"{text}{named}.")
     return found
 
 
 def refuse(settings: Settings) -> None:
-    """Refuse options that cannot work together.
-
-    Raises:
-        ConfigError: one line with the option, its value and the fix.
-    """
+    """Refuse options that cannot work together: a ConfigError with the option, its value and the fix."""
     gpus, whole = torch.cuda.device_count(), math.lcm(settings.ranks, *settings.torch_micro_batches)
     ranks, device, cores = settings.ranks, settings.device, settings.cores
     if device == "cuda" and gpus < ranks:
         raise ConfigError(f"--device cuda --ranks {ranks} needs one GPU per rank, found {gpus}; use fewer, or cpu")
     if device == "cpu" and ranks > cores:
-        raise ConfigError(
-            f"--ranks {ranks} on {cores} cores: every rank needs a core of its own; use fewer ranks, or scaling.py for "
-            "more ranks than cores"
-        )
+        raise ConfigError(f"--ranks {ranks} on {cores} cores: every rank needs its own; use fewer, or try scaling.py")
     if settings.modules < ranks:
         raise ConfigError(f"--modules {settings.modules} is less than --ranks {ranks}; use as many or more")
     if settings.batch % whole:
@@ -338,16 +302,27 @@ def measure(settings: Settings) -> Report:
 
 
 def chart(path: Path, settings: Settings, rows: Sequence[Row]) -> None:
-    """Ratios to one device as bars."""
+    """Ratios to one device as bars with whiskers."""
 
     def group(row: Row) -> str:
         if row["method"] != "bp" or row["system"] == "DDP":
             return row["system"]
         return "one process" if row["ranks"] == 1 else "torch pipelines"
 
-    entries = [(label(row), group(row), row["ratio_to_bp"], row["ratio_low"], row["ratio_high"]) for row in rows]
     title = f"{settings.model}, batch {settings.batch}, {settings.ranks} ranks ({settings.device})"
-    bars(path, title, entries, COLOURS, "images/s, ratio to backpropagation on one device")
+    with picture(path, title, 1.2 + 0.19 * len(rows), "outside upper right", len(COLOURS)) as axes:
+        for place, row in enumerate(rows):
+            value, low, high = row["ratio_to_bp"], row["ratio_low"], row["ratio_high"]
+            first = group(row) not in map(group, rows[:place])
+            axes.barh(place, value, 0.72, color=COLOURS[group(row)], label=group(row) if first else None)
+            axes.plot([low, high], [place, place], color=INK, linewidth=0.9, marker="|", markersize=4)
+            axes.text(high + 0.02, place, f"{value:.2f}", va="center", fontsize=7, color=INK, bbox=PAPER)
+        axes.set_yticks(range(len(rows)), [label(row) for row in rows], fontsize=7.5)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlim(0, 1.1 * max(row["ratio_high"] for row in rows))
+        axes.axvline(1.0, color=INK, linewidth=0.9, linestyle=DASHED)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("images/s, ratio to backpropagation on one device", fontsize=9, color=INK)
 
 
 QUICK = {"model": "resnet20", "batch": 16, "rounds": 1, "steps": 2, "quick": True, "deadline_s": 120.0}
