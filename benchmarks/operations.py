@@ -25,8 +25,6 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one run of this tool."""
-
     method: tuple[str, ...] = option(SHOWN, "what to run", "NAME", choices=list(METHODS))
     batch: int = option(128, "images of a step", "N", above=1)
     steps: int = option(1, "profiled steps", "N")

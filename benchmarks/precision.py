@@ -34,8 +34,6 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one run of this tool."""
-
     rounds: int = option(5, "interleaved rounds", "N")
     steps: int = option(4, "training steps of one measurement", "N")
     batch: int = 32

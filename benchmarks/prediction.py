@@ -37,8 +37,6 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one run of this tool; a burst is ``warmup`` and ``steps`` timed steps."""
-
     model: str = option("resnet32", "backbone", choices=backbone_names())
     modules: int = option(8, "local modules", "K", above=1)
     ranks: int = option(2, "processes", "P", above=1)

@@ -62,8 +62,6 @@ CURVES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one run of this tool."""
-
     ranks: tuple[int, ...] = option((2, 4, 8, 16, 32), "numbers of ranks to run", "P", above=1)
     unit_ms: float = option(50.0, "forward, input gradient and weight gradient of a module take one unit each", "MS")
     head: float = option(0.3, "units of one level of heads, forward and backward", "UNITS")

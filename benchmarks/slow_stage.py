@@ -36,8 +36,6 @@ Records = Sequence[dict[str, Any]]  # of rank 0: the epoch in metrics.jsonl, rou
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one run of this tool."""
-
     ranks: int = option(4, "number of stages, one local module each", "P", above=2)
     slow: int = option(1, "the slow rank", "R")
     factor: float = option(3.0, "times as long as the others that it takes", "X", above=1)

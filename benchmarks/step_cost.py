@@ -47,8 +47,6 @@ RUN = ["runtime.device=cpu", "runtime.threads=1", "optim.warmup_epochs=0", "opti
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one run of this tool."""
-
     rounds: int = option(5, "interleaved rounds", "N")
     steps: int = option(1, "measured steps of one round", "N")
     batch: int = option(128, "images of a step", "N", above=1)
@@ -173,11 +171,9 @@ def row_of(case: Case, found: Sequence[Any], cost: StepCost, plain: StepCost) ->
 def measure(settings: Settings) -> Report:
     """All cases, interleaved; one row each. Cases that differ in name only are measured once."""
     with tempfile.TemporaryDirectory() as pictures:
-        if settings.recipes:
-            cases = recipe_cases(settings, Path(pictures))
-        else:
-            names = list(METHODS)[:: 4 if settings.quick else 1]
-            cases = [method_case(name, settings.batch, settings.precision) for name in names]
+        names = list(METHODS)[:: 4 if settings.quick else 1]
+        cases = [method_case(name, settings.batch, settings.precision) for name in names]
+        cases = recipe_cases(settings, Path(pictures)) if settings.recipes else cases
         different = {case.work: case for case in cases}
         samples: dict[Any, list[Any]] = {work: [] for work in different}
         for _ in range(settings.rounds):

@@ -67,8 +67,6 @@ COLOURS = {"one process": "#9aa0a8", "DDP": "#5b6570", "torch pipelines": "#e082
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one run of this tool."""
-
     model: str = option("resnet32", "backbone", choices=backbone_names())
     modules: int = option(4, "local modules", "K", above=1)
     ranks: int = option(2, "processes", "P", above=1)
