@@ -12,7 +12,7 @@ import math
 import sys
 from pathlib import Path
 
-from pipeline import ConfigError, Profile, explain, load_config, measure, plot_timeline, schedule_text, show_plan
+from pipeline import ConfigError, Profile, explain, load_config, plot_timeline, schedule_text, show_plan
 
 
 def main() -> int:
@@ -38,15 +38,14 @@ def main() -> int:
 
 def _plan(arguments: argparse.Namespace) -> int:
     config = load_config(arguments.recipe, arguments.config, arguments.set)
-    ranks = arguments.ranks
-    profile = Profile.read(arguments.profile) if arguments.profile else measure(config, ranks)
+    profile = Profile.read(arguments.profile) if arguments.profile else None  # None: measured here
     link = {"latency_s": arguments.latency_us * 1e-6, "bytes_per_s": arguments.gbit * 1e9 / 8}
-    report = explain(config, ranks, profile, count=True, **link)
+    report = explain(config, arguments.ranks, profile, count=True, **link)
     show_plan(report)
     if arguments.schedule:
         print(f"\n{schedule_text(report)}")
     if arguments.save_profile:
-        profile.write(arguments.save_profile)
+        report.profile.write(arguments.save_profile)
     if arguments.chart:
         plot_timeline(report.events, arguments.chart, report.first_step, title=report.lines[0])
     if arguments.json:

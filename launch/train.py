@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline import ConfigError, load_config, recipe_names, to_toml, train
+from pipeline import ConfigError, keys_markdown, load_config, recipes_text, to_toml, train
 
 
 def main() -> int:
@@ -26,12 +26,14 @@ def main() -> int:
     )
     parser.add_argument("--quiet", action="store_true", help="print only the final report")
     parser.add_argument("--trace", action="store_true", help="write trace.json (Chrome, Perfetto), trace.png")
-    parser.add_argument("--list-recipes", action="store_true", help="print the names of the recipes and end")
+    parser.add_argument("--list-recipes", action="store_true", help="print recipes and the papers' figures, and end")
+    parser.add_argument("--list-keys", action="store_true", help="print a table of all keys (Markdown), and end")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and end")
     arguments = parser.parse_args()
     first = os.environ.get("RANK", "0") == "0"
-    if arguments.list_recipes:
-        print("\n".join(recipe_names()) if first else "", end="\n" if first else "")
+    if arguments.list_recipes or arguments.list_keys:
+        if first:
+            print(recipes_text() if arguments.list_recipes else keys_markdown())
         return 0
     try:
         config = load_config(arguments.recipe, arguments.config, arguments.set)
@@ -40,7 +42,8 @@ def main() -> int:
             print(f"localpipe: {error}", file=sys.stderr)
         return 2
     if arguments.print_config:
-        print(to_toml(config) if first else "", end="")
+        if first:
+            sys.stdout.buffer.write(to_toml(config, comments=True).encode())  # a configuration is UTF-8 in any locale
         return 0
     train(
         config, run_dir=arguments.run_dir, resume=arguments.resume, quiet=arguments.quiet, trace=arguments.trace

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.base.config import Config, from_dict, validate
+from pipeline.base.config import Config
 from pipeline.base.numerics import Numerics
+from pipeline.base.validation import from_dict, validate
 from pipeline.edges.connect import Edges
 from pipeline.local.local_module import LocalModule
 from pipeline.local.methods import Task

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Iterable
+
+LONGEST_VALUE = 120  # letters of a value in a message
 
 
 class LocalpipeError(Exception):
-    """Base of all errors raised on purpose by this package."""
+    """Base of all errors raised on purpose by this package; line breaks of a value in its message are escaped."""
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class ConfigError(LocalpipeError, ValueError):
@@ -62,3 +68,20 @@ def suggest(name: str, valid: Iterable[str]) -> str:
     if near:
         return f"did you mean '{near[0]}'?"
     return "valid names: " + ", ".join(choices)
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it: on one line, in letters that can be printed, at most LONGEST_VALUE of them."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write out integers of more than a few thousand digits
+        return "a number of thousands of digits"
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}... ({len(text)} characters)"
+
+
+def one_line(text: str) -> str:
+    """``text`` with what would end or garble a line written as an escape: line breaks, control characters, surrogates.
+
+    Surrogates are what Python makes of bytes in a path that are not text in the encoding of the system.
+    """
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else repr(c)[1:-1] for c in text)

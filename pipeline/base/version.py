@@ -15,7 +15,7 @@ def code_version() -> str:
     """
     package = Path(__file__).parent.parent
     digest = hashlib.sha256()
-    for path in sorted([*package.rglob("*.py"), *package.glob("recipes/*.toml")]):
+    for path in sorted([*package.rglob("*.py"), *package.rglob("*.toml")]):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
     return f"{VERSION}+{digest.hexdigest()[:12]}"

@@ -3,13 +3,12 @@
 from pipeline.data.augmentation import Augmentation, augment
 from pipeline.data.catalogue import CATALOGUE, open_data
 from pipeline.data.images import CachedImages, ImageData, ImageSet, LazyImages
-from pipeline.data.stream import EpochLoader, ImageStream, epoch_order
+from pipeline.data.stream import ImageStream, epoch_order
 
 __all__ = [
     "CATALOGUE",
     "Augmentation",
     "CachedImages",
-    "EpochLoader",
     "ImageData",
     "ImageSet",
     "ImageStream",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.base.errors import ConfigError
+from pipeline.base.paths import path_of
 from pipeline.data.decoding import UNREADABLE, decode, size_of, unreadable
 from pipeline.data.files import GIB, SPLIT_NAMES, SPLITS, DirectoryFiles, Files, TarFiles
 from pipeline.data.images import CachedImages, ImageSet, LazyImages, in_parallel
@@ -27,7 +28,7 @@ def load_folder(root: str, image_size: int, cache_gib: float) -> tuple[ImageSet,
         ConfigError: no such path, missing or empty split, different classes in the splits, a file that is no
             image, images of different sizes without ``image_size``, or a compressed tar too large to cache.
     """
-    path = Path(root).expanduser()
+    path = Path(path_of(root)).expanduser()
     fix = "set it to a directory or tar file with train/CLASS/*.jpg and test/CLASS/*.jpg"
     if not root:
         raise ConfigError(f"data.root is empty; {fix}")

@@ -1,54 +1,98 @@
-"""Work done ahead of its consumer by one background thread."""
+"""Work done ahead of its consumer by one background thread; for batches on a GPU, on a stream of its own.
+
+    consumer's thread     item 0..2 | computes with value 0 | item 3 | computes with value 1 | item 4 | ...
+    background thread        value 0   value 1   value 2                value 3                ...
+"""
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from itertools import islice
 from typing import TypeVar
 
-T = TypeVar("T")
+import torch
+from torch import Tensor
+
+from pipeline.stage.stage import Batch
+
+Item = TypeVar("Item")
+Value = TypeVar("Value")
 AHEAD = 2
-POLL_S = 0.05
 
 
-def prefetched(make: Callable[[int], T], items: Iterable[int]) -> Iterator[T]:
-    """``make(item)`` for every item, up to AHEAD of them made ahead in a thread.
+def prefetched(
+    make: Callable[[Item], Value], items: Iterable[Item], ahead: int = AHEAD
+) -> Generator[Value, None, None]:
+    """``make(item)`` for every item, up to ``ahead`` of them made in a thread before they are asked for.
 
-    The thread starts with the first ``next``. An exception in ``make`` is raised here, after the values
-    before it. When the consumer stops early or closes the generator, the thread is waited for: none is left.
+    The items themselves are taken in the consumer's thread, within its ``next``; the thread starts with the first one.
+    An exception of ``make`` or of ``items`` is raised here, after the values before it. When the consumer stops early
+    or closes the generator, the thread is waited for: none is left.
     """
-    ready: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(AHEAD)
-    stopped = threading.Event()
-
-    def put(entry: tuple[T | None, BaseException | None, bool]) -> None:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(entry, timeout=POLL_S)
-                return
-
-    def work() -> None:
-        try:
-            for item in items:
-                if stopped.is_set():
-                    return
-                put((make(item), None, False))
-            put((None, None, True))
-        except BaseException as error:  # handed to the consumer, who raises it
-            put((None, error, True))
-
-    thread = threading.Thread(target=work, name="prefetch", daemon=True)
-    thread.start()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+    futures = _submitted(pool, make, items)
+    waiting: deque[Future[Value]] = deque()
     try:
         while True:
-            value, error, last = ready.get()
-            if error is not None:
-                raise error
-            if last:
+            waiting.extend(islice(futures, ahead + 1 - len(waiting)))
+            if not waiting:
                 return
-            assert value is not None
-            yield value
+            yield waiting.popleft().result()
     finally:
-        stopped.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)
+
+
+def _submitted(
+    pool: ThreadPoolExecutor, make: Callable[[Item], Value], items: Iterable[Item]
+) -> Iterator[Future[Value]]:
+    try:
+        for item in items:
+            yield pool.submit(make, item)
+    except Exception as error:  # the consumer raises it when it comes to this place
+        failed: Future[Value] = Future()
+        failed.set_exception(error)
+        yield failed
+
+
+def on_device(
+    make: Callable[[Item], Batch], items: Iterable[Item], device: torch.device, ahead: int = AHEAD
+) -> Generator[Batch, None, None]:
+    """:func:`prefetched` for batches on ``device``, which ``make`` copies there and computes on.
+
+    On a GPU that happens on a stream beside the one that the network computes on, which waits for a batch only when it
+    is handed out. An item that lies on the GPU is used only once what was queued before it was taken is done.
+    """
+    if device.type != "cuda":
+        with closing(prefetched(make, items, ahead)) as batches:
+            yield from batches
+        return
+    stream = torch.cuda.Stream(device)
+
+    def taken() -> Iterator[tuple[Item, torch.cuda.Event]]:
+        for item in items:
+            yield item, torch.cuda.current_stream(device).record_event()
+
+    def make_beside(entry: tuple[Item, torch.cuda.Event]) -> tuple[Batch, torch.cuda.Event]:
+        item, ready = entry
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
+            return make(item), stream.record_event()
+
+    with closing(prefetched(make_beside, taken(), ahead)) as batches:
+        for batch, made in batches:
+            computing = torch.cuda.current_stream(device)
+            computing.wait_event(made)
+            for tensor in (batch.x, batch.labels, batch.image):
+                if tensor is not None:
+                    tensor.record_stream(computing)  # its memory is the side stream's, but not before it is used
+            yield batch
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``; from pinned memory if that is a GPU, so that the copy runs beside computing."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -10,6 +10,7 @@ import torch
 from torchvision import datasets
 
 from pipeline.base.errors import ConfigError
+from pipeline.base.paths import path_of
 from pipeline.data.images import CachedImages
 
 # (root, train, download) -> the data set. Of SVHN and STL-10 only the labelled "train" split is trained on.
@@ -47,7 +48,7 @@ def load_torchvision(
 
 def _open(name: str, root: str, train: bool, download: bool) -> Any:
     try:
-        return OPENERS[name](str(Path(root).expanduser()), train, download)
+        return OPENERS[name](str(Path(path_of(root)).expanduser()), train, download)
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"data.name = '{name}' needs the package '{error.name}'; install it (pip install {error.name})"

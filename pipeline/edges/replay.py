@@ -12,6 +12,7 @@ order. Source: Belilovsky et al. 2020, asynchronous DGL
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections import deque
@@ -20,8 +21,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from pipeline.edges.transport import ASK_AGAIN, Received, Receiver
+from pipeline.edges.transport import Received, Receiver
 from pipeline.edges.wire import Header, MessageKind, MessageSpec, Slot
+from pipeline.ranks.team import Team
 
 
 @dataclass
@@ -52,11 +54,11 @@ class ReplayReceiver(Receiver):
 
     def __init__(
         self,
+        team: Team,
         group: dist.ProcessGroup,
         peer_rank: int,
         spec: MessageSpec,
         slots: int,
-        deadline_s: float,
         device: torch.device,
         label: str,
         ring: int,
@@ -71,7 +73,7 @@ class ReplayReceiver(Receiver):
         self._epoch_marks = 0
         self._failed: Exception | None = None
         self._last_arrival = time.monotonic()
-        super().__init__(group, peer_rank, spec, slots, deadline_s, device, label)
+        super().__init__(team, group, peer_rank, spec, slots, device, label)
 
     def ready(self, epoch: int, started: bool) -> bool:
         """Whether there is a batch to train on in ``epoch``; False: the epoch is over.
@@ -85,30 +87,34 @@ class ReplayReceiver(Receiver):
             PeerLost, WireError: the edge is broken.
         """
         start = time.monotonic()
-        held_back = False
+        what = f"for a new {self._label} from rank {self._peer}"
+
+        def look(seconds: float) -> tuple[bool, bool]:
+            self._changed.wait(seconds)
+            if (found := self._state(epoch, started)) is None:
+                raise queue.Empty
+            return found
+
         with self._changed:
-            while True:
-                over, usable = self._epoch_marks >= epoch, self._choose() is not None
-                if over and (started or not usable):
-                    break
-                self._raise_failure("waiting for a batch")
-                since = self._last_arrival if usable else max(self._last_arrival, start)
-                left = since + self._deadline_s - time.monotonic()
-                what = f"for a new {self._label} from rank {self._peer}"
-                if left <= 0 and not over:
-                    verdict = self.patience.verdict(self._peer)
-                    if verdict is not None:
-                        raise self._late(what, round(self._deadline_s - left, 1), verdict)
-                    left = self._deadline_s / ASK_AGAIN
-                if usable:
-                    break
-                held_back = held_back or bool(self._ring)
-                self.patience.begin(self._peer, what)
-                self._changed.wait(left)
-                self.patience.end()
-            self.counts.held_back += held_back
+            found = self._state(epoch, started)
+            if found is None:
+                self.counts.held_back += bool(self._ring)
+                found = self._wait(look, what)
+            over, usable = found
+            silent_s = time.monotonic() - self._last_arrival
+            if usable and not over and silent_s > self._team.deadline_s:
+                verdict = self._team.patience.verdict(self._peer)
+                if verdict is not None:
+                    raise self._late(what, round(silent_s, 1), verdict)
         self.wait_s += time.monotonic() - start
         return not over or (usable and not started)
+
+    def _state(self, epoch: int, started: bool) -> tuple[bool, bool] | None:
+        """Whether the epoch is over, and whether there is a batch to train on; None: it depends on what comes next."""
+        over, usable = self._epoch_marks >= epoch, self._choose() is not None
+        if not over or (usable and not started):
+            self._raise_failure("waiting for a batch")
+        return (over, usable) if over or usable else None
 
     def read(self) -> Received:
         """A batch to train on: among the least used the newest. It stays in place until ``release``. Only where

@@ -10,13 +10,12 @@ deadline: it stays interruptible, and a late peer costs an error message and not
 posted ahead, so the two directions cannot dead-lock. gloo does not notice a peer killed in mid-transfer; the
 deadline covers that.
 
-When a wait has outlasted the deadline, an end asks its ``patience`` whether to go on: only it knows whether the peer
-is gone or just slow. It is told of a wait when there is one; a message that is already here costs nothing.
+All waits are those of the team: what outlasts the deadline goes on while the peer is just slow. A message that is
+already here costs nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import re
 import threading
@@ -31,31 +30,28 @@ import torch.distributed as dist
 
 from pipeline.base.errors import DeadlineExceeded, PeerLost, WireError
 from pipeline.edges.wire import MAGIC, Directive, Header, MessageKind, MessageSpec, Slot
-from pipeline.ranks.patience import ASK_AGAIN, NO_PATIENCE, Patience
+from pipeline.ranks.team import Team
 
 T = TypeVar("T")
 
 
 class _End:
-    """What both ends of an edge share: who they are, how they wait, how they word a failure. ``patience`` may be set
-    after construction."""
+    """What both ends of an edge share: who they are, how they wait, how they word a failure."""
 
     def __init__(
         self,
+        team: Team,
         group: dist.ProcessGroup,
         peer_rank: int,
         spec: MessageSpec,
-        deadline_s: float,
         device: torch.device,
         label: str,
     ) -> None:
         self.wait_s = 0.0
-        self.patience: Patience = NO_PATIENCE
         self.spec = spec
+        self._team = team
         self._group = group
         self._peer = peer_rank
-        self._rank = dist.get_rank()
-        self._deadline_s = deadline_s
         self._device = device
         self._label = label
         self._gloo = dist.get_backend(group) == "gloo"
@@ -70,48 +66,38 @@ class _End:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # the current device is per thread
 
-    def _wait(self, attempt: Callable[[float], T], what: str, timeout_s: float) -> T:
-        """What ``attempt(seconds)`` returns. It raises queue.Empty when the seconds are over; after ``timeout_s`` it is
-        called again as long as patience lasts."""
-        waited_s = self._deadline_s
-        self.patience.begin(self._peer, what)
-        try:
-            while True:
-                with contextlib.suppress(queue.Empty):
-                    return attempt(max(timeout_s, 0.001))
-                verdict = self.patience.verdict(self._peer)
-                if verdict is not None:
-                    raise self._late(what, waited_s, verdict)
-                timeout_s = self._deadline_s / ASK_AGAIN
-                waited_s += timeout_s
-        finally:
-            self.patience.end()
+    def _wait(self, look: Callable[[float], T], what: str, left_s: float | None = None) -> T:
+        """What ``look(seconds)`` returns. It raises queue.Empty when the seconds are over; when ``left_s`` of the
+        deadline are, it is called again as long as patience lasts."""
+        awaited = (self._peer, what)
+        return self._team.wait(look, lambda: awaited, lambda *why: self._late(what, *why), left_s=left_s)
 
     def _late(self, what: str, waited_s: float, verdict: str) -> DeadlineExceeded:
-        limit = f" (deadline {self._deadline_s:g} s)" if waited_s > self._deadline_s else ""
+        deadline_s = self._team.deadline_s
+        limit = f" (deadline {deadline_s:g} s)" if waited_s > deadline_s else ""
         return DeadlineExceeded(
-            f"rank {self._rank} has waited {waited_s:g} s{limit} {what}{self._history()}; {verdict}"
+            f"rank {self._team.rank} has waited {waited_s:g} s{limit} {what}{self._history()}; {verdict}"
         )
 
     def _history(self) -> str:
         """What this end has seen of its peer, for a message."""
         return ""
 
-    def _join(self, what: str, timeout_s: float) -> None:
+    def _join(self, what: str, left_s: float | None = None) -> None:
         """Wait until the thread has ended."""
 
-        def attempt(seconds: float) -> None:
+        def look(seconds: float) -> None:
             self._thread.join(seconds)
             if self._thread.is_alive():
                 raise queue.Empty
 
-        self._wait(attempt, what, timeout_s)
+        self._wait(look, what, left_s)
 
     def _lost(self, doing: str, cause: BaseException) -> PeerLost:
         # gloo: "[<path of its build>] Connection closed by peer [127.0.0.1]:37112. This is typically ..."
         text = re.sub(r"^\[[^]]*\] ", "", str(cause)).split(". ")[0].splitlines()[:1]
         reason = "".join(text) or type(cause).__name__
-        return PeerLost(self._peer, f"rank {self._rank} was {doing} when the connection was lost ({reason})")
+        return PeerLost(self._peer, f"rank {self._team.rank} was {doing} when the connection was lost ({reason})")
 
 
 class Sender(_End):
@@ -126,16 +112,16 @@ class Sender(_End):
 
     def __init__(
         self,
+        team: Team,
         group: dist.ProcessGroup,
         peer_rank: int,
         spec: MessageSpec,
         depth: int,
         peer_slots: int,
-        deadline_s: float,
         device: torch.device,
         label: str,
     ) -> None:
-        super().__init__(group, peer_rank, spec, deadline_s, device, label)
+        super().__init__(team, group, peer_rank, spec, device, label)
         self.bytes_sent = 0
         self._sequence = 0
         self._peer_slots = peer_slots
@@ -160,7 +146,7 @@ class Sender(_End):
         self._check(header, tensors)
         start = time.monotonic()
         try:
-            slot = self._take_free(self._deadline_s)
+            slot = self._take_free()
         finally:
             self.wait_s += time.monotonic() - start
         slot.pack(self._words(header, tensors), header.rows, tensors)
@@ -169,7 +155,7 @@ class Sender(_End):
 
     def flush(self) -> None:
         """Wait until the peer has taken every message. Raises DeadlineExceeded, PeerLost."""
-        end = time.monotonic() + self._deadline_s
+        end = time.monotonic() + self._team.deadline_s
         for slot in [self._take_free(end - time.monotonic()) for _ in range(self._depth)]:
             self._free.put(slot)
 
@@ -188,7 +174,7 @@ class Sender(_End):
         """``finish`` unless done, then wait until the peer has taken it all and end the thread."""
         if not self._finished:
             self.finish()
-        self._join(f"for rank {self._peer} to close the {self._label} edge", self._deadline_s)
+        self._join(f"for rank {self._peer} to close the {self._label} edge")
         if self._failure is not None:
             raise self._failure
 
@@ -198,7 +184,7 @@ class Sender(_End):
             or header.rows > self.spec.max_rows
         ):
             raise WireError(
-                f"rank {self._rank}: {header.rows} rows of {sorted(tensors)} do not fit the edge to rank "
+                f"rank {self._team.rank}: {header.rows} rows of {sorted(tensors)} do not fit the edge to rank "
                 f"{self._peer}: {self.spec.describe()}"
             )
         for field in self.spec.fields:
@@ -210,7 +196,7 @@ class Sender(_End):
             )
             if tuple(tensor.shape) != (header.rows, *field.shape_per_row) or not castable:
                 raise WireError(
-                    f"rank {self._rank}: {field.name} {tensor.dtype} {tuple(tensor.shape)} does not fit "
+                    f"rank {self._team.rank}: {field.name} {tensor.dtype} {tuple(tensor.shape)} does not fit "
                     f"{header.rows} rows of {field} on the edge to rank {self._peer}"
                 )
 
@@ -229,13 +215,13 @@ class Sender(_End):
         if header.kind in (MessageKind.TRAIN, MessageKind.GRADIENT):
             self.bytes_sent += self.spec.nbytes
 
-    def _take_free(self, timeout_s: float) -> Slot:
+    def _take_free(self, left_s: float | None = None) -> Slot:
         try:
             slot = self._free.get_nowait()
         except queue.Empty:
             oldest = next(iter(self._untaken.copy()), "the last step")  # the thread may take it at this moment
             what = f"for rank {self._peer} to take the {self._label} of {oldest}"
-            slot = self._wait(lambda seconds: self._free.get(timeout=seconds), what, timeout_s)
+            slot = self._wait(lambda seconds: self._free.get(timeout=seconds), what, left_s)
         if self._failure is not None or slot is None:
             self._free.put(None)  # every later call fails as well
             raise self._failure or PeerLost(
@@ -284,15 +270,15 @@ class Receiver(_End):
 
     def __init__(
         self,
+        team: Team,
         group: dist.ProcessGroup,
         peer_rank: int,
         spec: MessageSpec,
         slots: int,
-        deadline_s: float,
         device: torch.device,
         label: str,
     ) -> None:
-        super().__init__(group, peer_rank, spec, deadline_s, device, label)
+        super().__init__(team, group, peer_rank, spec, device, label)
         self.messages = 0
         self._slots = slots
         self._posted: queue.SimpleQueue[tuple[dist.Work, Slot]] = queue.SimpleQueue()
@@ -313,12 +299,12 @@ class Receiver(_End):
         wanted = Header(expected_kind, epoch, step, micro_batch, key)
         start = time.monotonic()
         try:
-            item = self._next(lambda: f"for the {self._label} of {wanted} from rank {self._peer}", self._deadline_s)
+            item = self._next(lambda: f"for the {self._label} of {wanted} from rank {self._peer}")
         finally:
             self.wait_s += time.monotonic() - start
         if item is None:
             self._ended = WireError(
-                f"rank {self._rank} expected the {self._label} of {wanted}, "
+                f"rank {self._team.rank} expected the {self._label} of {wanted}, "
                 f"but rank {self._peer} has ended its stream"
             )
             raise self._ended
@@ -326,7 +312,7 @@ class Receiver(_End):
         self._held.add(slot)
         if replace(header, rows=0, batch_rows=0, directive=Directive.GO) != wanted:
             raise WireError(
-                f"rank {self._rank} expected {expected_kind.name} {wanted} key {key} from rank {self._peer}, "
+                f"rank {self._team.rank} expected {expected_kind.name} {wanted} key {key} from rank {self._peer}, "
                 f"got {header.kind.name} {header} key {header.key}"
             )
         self.messages += 1
@@ -342,7 +328,7 @@ class Receiver(_End):
         unread = 0
         for slot in list(self._held):
             self._release(slot)
-        end = time.monotonic() + self._deadline_s
+        end = time.monotonic() + self._team.deadline_s
         doing = f"for rank {self._peer} to end its {self._label} stream"
         while self._ended is None:
             item = self._next(lambda: doing, end - time.monotonic())
@@ -353,13 +339,13 @@ class Receiver(_End):
         self._join(doing, end - time.monotonic())
         return unread
 
-    def _next(self, doing: Callable[[], str], timeout_s: float) -> tuple[Header, Slot] | None:
+    def _next(self, doing: Callable[[], str], left_s: float | None = None) -> tuple[Header, Slot] | None:
         if self._ended is not None:
             raise self._ended
         try:
             item = self._ready.get_nowait()
         except queue.Empty:
-            item = self._wait(lambda seconds: self._ready.get(timeout=seconds), doing(), timeout_s)
+            item = self._wait(lambda seconds: self._ready.get(timeout=seconds), doing(), left_s)
         if isinstance(item, BaseException):
             self._ended = self._lost(f"waiting {doing()}", item) if isinstance(item, RuntimeError) else item
             raise self._ended
@@ -411,7 +397,7 @@ class Receiver(_End):
         for (name, value), got in zip(expected.items(), words, strict=False):
             if got != value:
                 raise WireError(
-                    f"rank {self._rank} expected {name} {value} in the {self._label} from rank {self._peer}, "
+                    f"rank {self._team.rank} expected {name} {value} in the {self._label} from rank {self._peer}, "
                     f"but rank {self._peer} sent {got}"
                 )
         kind, *rest, directive = words[4:12]

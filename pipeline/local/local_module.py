@@ -390,7 +390,7 @@ class LocalModule:
         taken, self.skipped_steps = self.skipped_steps, 0
         return taken
 
-    # --- evaluation and state ----------------------------------------------------------------------------------------
+    # --- evaluation ---------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -407,20 +407,6 @@ class LocalModule:
         for module in (*self.blocks.values(), *self.levels.values()):
             if module.training != training:
                 module.train(training)
-
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """State dicts on the CPU: one per block (by name) under "blocks", one per level under "heads"."""
-        blocks = {
-            f"{name}.{key}": value.detach().cpu()
-            for name, block in self.blocks.items()
-            for key, value in block.state_dict().items()
-        }
-        heads = {
-            f"module{self.plan.index}.{name}.{key}": value.detach().cpu()
-            for name, level in self.levels.items()
-            for key, value in level.state_dict().items()
-        }
-        return {"blocks": blocks, "heads": heads}
 
 
 def _sum(terms: list[Tensor | None], like: Tensor) -> Tensor:

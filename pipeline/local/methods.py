@@ -18,14 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipeline.base.config import METHODS, Config, MethodConfig
+from pipeline.base.config import DGL_HEADS, METHODS, Config, MethodConfig
 from pipeline.base.errors import ConfigError, suggest
 from pipeline.local.roles import ModulePlan, lambda_position
 from pipeline.models import heads
 from pipeline.models.backbones import initialise
 from pipeline.models.heads import Autocast, AuxiliaryHead, FeatureShape, PatchedHead
 
-DGL_HEADS = ("mlp-sr", "mlp", "cnn", "auglocal")
 DEFAULT_HEADS = {"dgl": "mlp-sr", "greedy": "0c1f", "infopro": "1c2f", "infopro-contrast": "1c2f", "predsim": ""}
 
 

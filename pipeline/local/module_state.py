@@ -1,10 +1,11 @@
 """The state of one local module as a flat dict of tensors on the CPU, and back. It does not depend on the placement.
 
-    blocks.<block>.<name>           parameters and buffers              heads.<level>.<name>       likewise
+    blocks...., heads....           parameters and buffers, see weights
     optimiser.<parameter>.<name>    momentum, moments, step counts
     losses.<term>, losses.steps     sums of the epoch so far            losses.skipped    updates left out
     open.<step>.<term>              losses of a step whose update is still to come
     late.<step>...                  schedule `async`: what is in flight between a forward and its late update
+    busy_s                          seconds that the module has been busy in the epoch so far; from the loop
 
 A batch in flight is its input, what its heads said and what has arrived from the next module; its graph is made anew by
 the same forward on the same stashed weights, with the same random numbers. That forward also moves BatchNorm's running
@@ -14,17 +15,16 @@ the position of a run is the state of its random numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from pipeline.base.errors import ConfigError
 from pipeline.local.local_module import BatchKey, InFlight, LocalModule, Stash
+from pipeline.local.weights import State, live_weights, weights_of
 
 STRIDES = ".strides"  # in which a tensor of four dimensions lies decides which kernels work on it, so on the last bits
 FIELDS = ("x", "labels", "image", "own", "independent")
-State = dict[str, Tensor]
+BUSY = "busy_s"
 
 
 def module_state(module: LocalModule) -> State:
@@ -36,7 +36,7 @@ def module_state(module: LocalModule) -> State:
     module.confirm()
     module.mend_buffers()
     state: State = {}
-    for name, value in _networks(module):
+    for name, value in live_weights(module).items():
         state[name] = _copy(value)
     for index, values in module.optimiser.state_dict()["state"].items():
         for name, value in values.items():
@@ -73,8 +73,8 @@ def restore_module(module: LocalModule, state: State) -> None:
         ConfigError: a tensor is missing, left over, or has another shape.
     """
     _restore_late(module, state)
-    expected = dict(_networks(module))
-    found = {name for name in state if name.split(".")[0] in ("blocks", "heads")}
+    expected = live_weights(module)
+    found = weights_of(state).keys()
     if expected.keys() != found:
         odd = sorted(expected.keys() ^ found)
         raise ConfigError(
@@ -101,13 +101,6 @@ def restore_module(module: LocalModule, state: State) -> None:
     losses = {name.removeprefix("losses."): value for name, value in state.items() if name.startswith("losses.")}
     module.loss_steps, module.skipped_steps = int(losses.pop("steps")), int(losses.pop("skipped"))
     module.loss_sums = {name: value.to(device) for name, value in losses.items()}
-
-
-def _networks(module: LocalModule) -> Iterator[tuple[str, Tensor]]:
-    for prefix, parts in (("blocks", module.blocks), ("heads", module.levels)):
-        for part, network in parts.items():
-            for name, value in network.state_dict().items():
-                yield f"{prefix}.{part}.{name}", value
 
 
 def _restore_optimiser(module: LocalModule, state: State) -> None:

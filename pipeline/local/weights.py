@@ -1,30 +1,89 @@
-"""The trained weights: their digest, and one state dict for the un-cut network."""
+"""The weights of local modules (parameters and buffers): what they are called, here and in files, and their digest.
+
+    state of a local module, checkpoints    blocks.<block>.<name>               heads.<level>.<name>
+    model.pt, an export                     <block>.<name> (the un-cut network's)
+    heads.pt                                                                    module<m>.<level>.<name>
+    an export with heads                    <block>.<name>                      heads.module<m>.<level>.<name>
+
+    blocks.layer1.0.conv1.weight --> layer1.0.conv1.weight        heads.cascade.terms.0.weight, of local module 3
+                                                                  --> module3.cascade.terms.0.weight
+
+No other file puts such names together or takes them apart. What else the state of a module holds while it trains is
+called after its prefixes in module_state.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.base.config import Config
+from pipeline.local.local_module import LocalModule
 from pipeline.models.backbones import UncutModel, build_blocks
 
+BLOCKS, HEADS = "blocks.", "heads."
+State = dict[str, Tensor]
 
-def weights_sha256(states: list[dict[str, dict[str, Tensor]]]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all parameters and buffers, in module order."""
+
+def networks(module: LocalModule) -> Iterator[tuple[str, nn.Module]]:
+    """``blocks.<block>.`` with each block, then ``heads.<level>.`` with each head level, in their order."""
+    for prefix, parts in ((BLOCKS, module.blocks), (HEADS, module.levels)):
+        for name, network in parts.items():
+            yield f"{prefix}{name}.", network
+
+
+def live_weights(module: LocalModule) -> State:
+    """The weights of ``module`` themselves, which training changes, by their names in its state."""
+    return {
+        prefix + name: value for prefix, network in networks(module) for name, value in network.state_dict().items()
+    }
+
+
+def module_weights(module: LocalModule) -> State:
+    """The weights of ``module`` on the CPU, where no copy is made of what is there already."""
+    return {name: value.detach().cpu() for name, value in live_weights(module).items()}
+
+
+def weights_of(state: State) -> State:
+    """The weights in the state of a local module, which may hold more."""
+    return {name: value for name, value in state.items() if name.startswith((BLOCKS, HEADS))}
+
+
+def below(state: State, prefix: str) -> State:
+    """The entries of ``state`` under ``prefix``, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def model_state(states: Sequence[State]) -> State:
+    """The state dict of the un-cut network (model.pt) from the states of all local modules in order."""
+    return {name: value.contiguous() for state in states for name, value in below(state, BLOCKS).items()}
+
+
+def heads_state(states: Sequence[State], prefix: str = "") -> State:
+    """All auxiliary heads (heads.pt) from the states of all local modules in order; ``prefix``: before every name."""
+    named = [_heads(index, state) for index, state in enumerate(states)]
+    return {prefix + name: value.contiguous() for heads in named for name, value in heads.items()}
+
+
+def weights_sha256(states: Sequence[State]) -> str:
+    """SHA-256 over names (as in model.pt and heads.pt), dtypes, shapes and bytes of all weights.
+
+    Args:
+        states: of all local modules in order, on the CPU; what are no weights does not count.
+    """
     digest = hashlib.sha256()
-    for state in states:
-        for part in ("blocks", "heads"):
-            for name, value in state[part].items():
-                digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
-                digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for index, state in enumerate(states):
+        for name, value in [*below(state, BLOCKS).items(), *_heads(index, state).items()]:
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
+            digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def merged_state(states: list[dict[str, dict[str, Tensor]]], part: str) -> dict[str, Tensor]:
-    """One state dict of all modules' ``part`` ("blocks" or "heads"), in module order."""
-    return {name: value.contiguous() for state in states for name, value in state[part].items()}
+def _heads(index: int, state: State) -> State:
+    return {f"module{index}.{name}": value for name, value in below(state, HEADS).items()}
 
 
 def load_model(config: Config, classes: int, in_channels: int = 3) -> nn.Module:

@@ -152,15 +152,16 @@ def initialise(module: nn.Module) -> None:
 def boundary_shapes(
     blocks: Blocks, image_shape: tuple[int, ...], entrances: Collection[str] = ()
 ) -> dict[str, tuple[int, ...]]:
-    """Output shape of every block without the batch dimension, from one evaluation pass over two blank images.
+    """Output shape of every block without the batch dimension, from one evaluation pass over two blank images,
+    on the device of the blocks: on the meta device nothing is computed.
 
     Raises:
         ConfigError: a block fails on the shape it would receive; one of ``entrances``, the first blocks of local
             modules, changes its input in place, which others still need. The message names the block.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    reference = next((p for block in blocks.values() for p in block.parameters()), torch.zeros(()))
-    x = torch.zeros(2, *image_shape, dtype=reference.dtype, device=reference.device)
+    like = next(({"dtype": p.dtype, "device": p.device} for block in blocks.values() for p in block.parameters()), {})
+    x = torch.zeros(2, *image_shape, **like)
     training = {name: block.training for name, block in blocks.items()}
     with torch.no_grad():
         for name, block in blocks.items():

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.base.config import XCYF
 from pipeline.base.errors import ConfigError
 from pipeline.models import losses
 from pipeline.models.layers import PairedConv2d, PointwiseConv2d, PoolTo2d, RowBatchNorm2d
@@ -138,7 +138,7 @@ def xcyf(shape: FeatureShape, out: int, config: str, feature_dim: int, widen: in
     Raises:
         ConfigError: ``config`` is not of the form XcYf with X in 0..2 and Y in 1..3, or is 0c3f.
     """
-    match = re.fullmatch(r"([012])c([123])f", config)
+    match = XCYF.fullmatch(config)
     if match is None or config == "0c3f":
         raise ConfigError(f"method.head = '{config}' is no XcYf head; use 0c1f, 0c2f, 1c1f ... 2c3f")
     convolutions, linears = int(match[1]), int(match[2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from pipeline.edges.wire import FieldSpec, MessageSpec
 from pipeline.local.local_module import LocalModule
 from pipeline.local.methods import Level, Task, levels_of
 from pipeline.local.roles import ModulePlan, plan_hierarchy
-from pipeline.models.backbones import Blocks, boundary_shapes, initialise
+from pipeline.models.backbones import Blocks, boundary_shapes
+from pipeline.models.unbuilt import drawn_blocks, real_blocks, without_memory
 from pipeline.plan.cut import Cut, make_cut
 from pipeline.plan.placement import place
 from pipeline.stage.capacity import activations_held, gradients_held, gradients_sent
@@ -116,7 +118,8 @@ class Plan:
 
 
 def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int) -> Plan:
-    """Cut, plan and place by count; every check that needs no process group happens here.
+    """Cut, plan and place by count; every check that needs no process group happens here. It needs no weights:
+    ``blocks`` may be planned ones (see :mod:`pipeline.models.unbuilt`), heads are only planned.
 
     Raises:
         ConfigError: K > blocks, P > K, a head or patch grid that does not fit, a network that does not end in classes.
@@ -133,11 +136,10 @@ def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int) -> Plan:
             "the last block must give class scores"
         )
     reconstructing = set()
-    with torch.random.fork_rng(devices=[]):
-        for plan, shape in zip(modules, shapes, strict=True):
-            built = [build() for build in levels_of(plan, count, shape, task, config).values()]
-            if any(level.needs_image for level in built):
-                reconstructing.add(plan.index)
+    for plan, shape in zip(modules, shapes, strict=True):
+        levels = [without_memory(build) for build in levels_of(plan, count, shape, task, config).values()]
+        if any(level.needs_image for level in levels):
+            reconstructing.add(plan.index)
     schedules = stage_schedules(modules, stages, config.schedule.micro_batches, _delay(config))
     return Plan(config, task, cut, modules, stages, schedules, shapes, frozenset(reconstructing))
 
@@ -149,20 +151,24 @@ def _delay(config: Config) -> int:
 def build_modules(
     plan: Plan, rank: int, blocks: Blocks, numerics: Numerics, fresh: bool
 ) -> list[LocalModule]:
-    """The local modules of ``rank``. With ``fresh``, blocks are re-initialised from per-block seeds; a user's own
-    network keeps its weights. Heads are always initialised from a seed of their own, so that no weight depends on the
-    placement."""
+    """The local modules of ``rank``. With ``fresh``, blocks are drawn from per-block seeds, planned ones made real; a
+    user's own network keeps its weights. Heads are always drawn from a seed of their own, so that no weight depends on
+    the placement, and blocks of other ranks are never made real."""
     seed = plan.config.train.seed
     late = lags(plan.modules, _delay(plan.config)).backward
+    whole = functools.cache(
+        lambda: real_blocks(plan.config.model.name, plan.task.image_shape[0], plan.task.classes, seed)
+    )
     built = []
     for index in plan.stages[rank]:
-        mine = OrderedDict((name, blocks[name]) for name in plan.cut.modules[index])
+        names = plan.cut.modules[index]
+        if fresh:
+            mine = drawn_blocks(blocks, names, lambda name: stable_hash(seed, "block", name), whole)
+        else:
+            mine = OrderedDict((name, blocks[name]) for name in names)
         levels: OrderedDict[str, Level] = OrderedDict()
         builders = levels_of(plan.modules[index], len(plan.modules), plan.shapes[index], plan.task, plan.config)
         with torch.random.fork_rng(devices=[]):
-            if fresh:
-                for name, block in mine.items():
-                    _seeded(lambda block=block: initialise(block), seed, "block", name)
             for name, build in builders.items():
                 levels[name] = _seeded(build, seed, "head", index, name)
         built.append(LocalModule(plan.modules[index], mine, levels, plan.config, numerics, late[index]))

@@ -14,22 +14,26 @@ from pathlib import Path
 
 import torch
 
-from pipeline.base.config import Config, validate
+from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, resolve_numerics
+from pipeline.base.paths import path_of
+from pipeline.base.validation import validate
 from pipeline.data import CATALOGUE, open_data
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.methods import Task, levels_of
-from pipeline.models.backbones import Blocks, build_blocks
+from pipeline.models.backbones import Blocks
+from pipeline.models.unbuilt import planned_blocks, without_memory
 from pipeline.plan.assembly import Plan, describe, make_plan
 from pipeline.plan.cost import StepCost, step_cost
 from pipeline.plan.cost_profile import Profile
-from pipeline.plan.placement import choose_stages, place, split_by_cost
-from pipeline.plan.profiling import profile_modules, rank_memory, refuse_too_large, work_of
+from pipeline.plan.placement import choose_stages, given, place, split_by_cost
+from pipeline.plan.profiling import profile_modules, work_of
+from pipeline.plan.rank_memory import rank_memory, refuse_too_large
 from pipeline.plan.report import Placement, PlannedModule, PlannedRank, PlanReport
 from pipeline.plan.simulate import ModuleCost, Simulation, simulate
 from pipeline.ranks.runtime import choose_device, keep_freed_memory, ranks_per_device, set_threads
-from pipeline.stage.events import SteadyState
+from pipeline.stage.events import SteadyState, steady_state
 from pipeline.stage.schedule import Kind
 
 STEPS = 24
@@ -46,15 +50,7 @@ def measure(config: Config, ranks: int) -> Profile:
     """
     config = validate(config)
     network = _Network(config)
-    plan = _plan_by_count(config, network, ranks)
-    if config.precision.compile:
-        refuse_without_compiler(network.numerics.device)
-    if network.numerics.device.type == "cpu":
-        keep_freed_memory()  # as a rank of a run does
-    with _threads_of_a_rank(config, ranks, network.numerics):
-        sharing = ranks_per_device(config.runtime.device, network.numerics.device, ranks)
-        settings = config.partition
-        return profile_modules(plan, network.blocks, network.numerics, settings.warmup, settings.steps, sharing)
+    return _measure(config, ranks, network, _plan_by_count(config, network, ranks))
 
 
 def explain(
@@ -71,7 +67,7 @@ def explain(
     Args:
         config: from :func:`pipeline.load_config`; ``partition.kind`` chooses the placement.
         ranks: number of processes, each on a device like the profiled one.
-        profile: costs of the modules; None: :func:`measure` them here.
+        profile: costs of the modules; None: :func:`measure` them here, once nothing else is left to refuse.
         count: give the operations of every module in BP units too, which takes a few seconds.
         latency_s: seconds that a message takes besides its transfer.
         bytes_per_s: bandwidth between two ranks.
@@ -81,13 +77,14 @@ def explain(
             is for another number of modules or another batch.
     """
     config = validate(config)
+    if not (0 <= latency_s < math.inf and bytes_per_s > 0):
+        raise ConfigError(f"a link of {latency_s:g} s and {bytes_per_s:g} bytes/s; use a latency >= 0 and a rate > 0")
     network = _Network(config)
     plan = _plan_by_count(config, network, ranks)
     if profile is None:
-        profile = measure(config, ranks)
-    if latency_s < 0 or bytes_per_s <= 0:
-        raise ConfigError(f"a link of {latency_s:g} s and {bytes_per_s:g} bytes/s; use a latency >= 0 and a rate > 0")
-    profile.check(len(plan.modules), config.data.batch_size, work_of(plan))
+        profile = _measure(config, ranks, network, plan)
+    else:
+        profile.check(len(plan.modules), config.data.batch_size, work_of(plan))
     numerics = network.numerics
     if profile.dtype:  # of the device that is planned for, which need not be this one
         numerics = dataclasses.replace(numerics, dtype=profile.torch_dtype)
@@ -123,6 +120,7 @@ def explain(
             Placement(kind, tuple(map(len, placed.stages)), run.step_s) for kind, (placed, _, run) in runs.items()
         ),
         schedules=tuple(tuple(map(str, schedule)) for schedule in plan.schedules),
+        profile=profile,
         events=simulation.events(first - MARGIN, first + 2 + MARGIN),
         first_step=first,
         refusal=_refusal(memory, profile),
@@ -130,11 +128,11 @@ def explain(
 
 
 class _Network:
-    """The network of a configuration, what it is for, and how one rank computes."""
+    """The network of a configuration, without weights, what it is for, and how one rank computes."""
 
     def __init__(self, config: Config) -> None:
         self.task = _task(config)
-        self.blocks: Blocks = build_blocks(config.model.name, self.task.image_shape[0], self.task.classes)
+        self.blocks: Blocks = planned_blocks(config.model.name, self.task.image_shape[0], self.task.classes)
         device, _ = choose_device(config.runtime.device, 0, 1)
         self.numerics: Numerics = resolve_numerics(config.precision, device, self.blocks.values())
 
@@ -142,7 +140,22 @@ class _Network:
 def _plan_by_count(config: Config, network: _Network, ranks: int) -> Plan:
     if ranks < 1:
         raise ConfigError(f"ranks = {ranks} must be at least 1")
-    return make_plan(config, network.blocks, network.task, ranks)
+    if config.precision.compile:
+        refuse_without_compiler(network.numerics.device)
+    plan = make_plan(config, network.blocks, network.task, ranks)
+    if config.partition.kind == "given":
+        given(config.partition.stages, len(plan.modules), ranks)
+    return plan
+
+
+def _measure(config: Config, ranks: int, network: _Network, plan: Plan) -> Profile:
+    """What :func:`measure` does, once everything that can be refused has not been."""
+    numerics, settings = network.numerics, config.partition
+    if numerics.device.type == "cpu":
+        keep_freed_memory()  # as a rank of a run does
+    with _threads_of_a_rank(config, ranks, numerics):
+        sharing = ranks_per_device(config.runtime.device, numerics.device, ranks)
+        return profile_modules(plan, network.blocks, numerics, settings.warmup, settings.steps, sharing)
 
 
 def _task(config: Config) -> Task:
@@ -150,7 +163,8 @@ def _task(config: Config) -> Task:
     data = config.data
     if data.name in CATALOGUE:
         return Task(CATALOGUE[data.name].classes, CATALOGUE[data.name].image_shape)
-    cache_gib = 0.0 if Path(data.root).expanduser().is_dir() else data.cache_gib  # decode no more than is needed
+    root = Path(path_of(data.root)).expanduser()
+    cache_gib = 0.0 if root.is_dir() else data.cache_gib  # decode no more than is needed
     opened = open_data(data.name, data.root, image_size=data.image_size, cache_gib=cache_gib)
     return Task(len(opened.classes), opened.image_shape)
 
@@ -181,7 +195,7 @@ def _run(
         bytes_per_s=bytes_per_s,
         replay=plan.config.schedule.kind == "free",
     )
-    return simulation, simulation.steady_state(STEPS // 2, STEPS - 1)
+    return simulation, steady_state(simulation.events(), STEPS // 2, STEPS - 1)
 
 
 def _modules(
@@ -191,8 +205,7 @@ def _modules(
     rows = []
     for role, cost in zip(plan.modules, costs, strict=True):
         builders = levels_of(role, len(plan.modules), plan.shapes[role.index], plan.task, plan.config)
-        with torch.random.fork_rng(devices=[]):
-            heads = sum(p.numel() for build in builders.values() for p in build().parameters())
+        heads = sum(p.numel() for build in builders.values() for p in without_memory(build).parameters())
         kinds = {action.kind for action in plan.schedules[rank_of[role.index]] if action.module == role.index}
         names = plan.cut.modules[role.index]
         rows.append(

@@ -9,7 +9,8 @@ from pipeline.models.backbones import Blocks
 from pipeline.plan.assembly import Plan, make_plan
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.placement import choose_stages, place
-from pipeline.plan.profiling import profile_modules, rank_memory, refuse_too_large
+from pipeline.plan.profiling import profile_modules
+from pipeline.plan.rank_memory import rank_memory, refuse_too_large
 from pipeline.ranks.runtime import Runtime, ranks_per_device
 
 MEBI = 2**20
@@ -24,16 +25,16 @@ def placed_plan(config: Config, blocks: Blocks, task: Task, numerics: Numerics, 
     Raises:
         ConfigError: a placement that does not fit; a measured one that needs more memory than its device has.
     """
-    by_count = make_plan(config, blocks, task, runtime.world_size)
+    by_count = make_plan(config, blocks, task, runtime.team.size)
     if config.partition.kind != "measured":
-        stages = choose_stages(config.partition, len(by_count.modules), runtime.world_size)
+        stages = choose_stages(config.partition, len(by_count.modules), runtime.team.size)
         return by_count.placed(stages), ""
     profile: Profile | None = None
 
     def after_module() -> None:  # every module by itself is within the deadline of those who wait
-        runtime.broadcast(None)
+        runtime.team.broadcast(None)
 
-    if runtime.rank == 0:
+    if runtime.team.leads:
         sharing = ranks_per_device(config.runtime.device, numerics.device, runtime.local_world_size)
         settings = config.partition
         profile = profile_modules(
@@ -42,14 +43,14 @@ def placed_plan(config: Config, blocks: Blocks, task: Task, numerics: Numerics, 
     else:
         for _ in by_count.modules:
             after_module()
-    profile = runtime.broadcast(profile)
+    profile = runtime.team.broadcast(profile)
     work = [cost.step_s(role) for cost, role in zip(profile.modules, by_count.modules, strict=True)]
-    stages = choose_stages(config.partition, len(work), runtime.world_size, work)
+    stages = choose_stages(config.partition, len(work), runtime.team.size, work)
     plan = by_count.placed(stages)
     memory = rank_memory(plan, profile.modules, numerics)
     refuse_too_large(memory, profile.device_bytes)
     slowest = max(_load(stage, work) for stage in stages)
-    by_count_slowest = max(_load(stage, work) for stage in place(len(work), runtime.world_size))
+    by_count_slowest = max(_load(stage, work) for stage in place(len(work), runtime.team.size))
     parts = " | ".join(f"{1e3 * _load(stage, work):.0f}" for stage in stages)
     sizes = " | ".join(f"{needed / MEBI:.0f}" for needed in memory)
     return plan, (

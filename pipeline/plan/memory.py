@@ -18,7 +18,7 @@ from pipeline.base.numerics import Numerics
 from pipeline.base.units import mebibytes
 from pipeline.local.local_module import LocalModule
 from pipeline.plan.assembly import Plan
-from pipeline.plan.profiling import rank_memory
+from pipeline.plan.rank_memory import rank_memory
 from pipeline.plan.simulate import ModuleCost
 from pipeline.ranks.process import peak_memory_bytes
 from pipeline.stage.schedule import lags

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.plan.cost_profile import Profile
 from pipeline.stage.events import Event
 
 
@@ -83,6 +84,7 @@ class PlanReport:
         batch_size: images of a step.
         placements: alternatives, the one that is planned first.
         schedules: actions of every rank for one step.
+        profile: the costs that it rests on.
         events: some simulated steps of the full pipeline.
         first_step: the first of two complete steps in ``events``.
         refusal: why this cannot run on these devices, or None.
@@ -97,6 +99,7 @@ class PlanReport:
     batch_size: int
     placements: tuple[Placement, ...]
     schedules: tuple[tuple[str, ...], ...]
+    profile: Profile
     events: tuple[Event, ...]
     first_step: int
     refusal: str | None
@@ -112,9 +115,11 @@ class PlanReport:
         return max(0.0, 1.0 - self.bound_s / self.step_s)
 
     def write_json(self, path: Path) -> None:
-        """Write everything but the simulated events."""
+        """Write everything but the profile and the simulated events."""
         document: dict[str, Any] = {
-            name: value for name, value in dataclasses.asdict(self).items() if name not in ("events", "first_step")
+            name: value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in ("profile", "events", "first_step")
         }
         document |= {"images_per_s": self.images_per_s, "bubble": self.bubble}
         path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

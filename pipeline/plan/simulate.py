@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from pipeline.local.roles import ModulePlan
 from pipeline.stage.capacity import activations_held, gradients_held
-from pipeline.stage.events import SEND, WAIT, Event, SteadyState
+from pipeline.stage.events import SEND, WAIT, Event
 from pipeline.stage.schedule import Action, Kind, Message, messages_needed, steps_of
 
 
@@ -168,29 +168,6 @@ class Simulation:
         for sender, edge in [*enumerate(self._down), *enumerate(self._up, start=1)]:
             for (batch, action), sent, arrived in zip(edge.what, edge.sent, edge.arrived, strict=True):
                 yield Event(sender, SEND, action.module, action.micro_batch, batch, sent, arrived)
-
-    def steady_state(self, first: int, last: int) -> SteadyState:
-        """Rates between the ends of steps ``first`` and ``last``, each rank on its own window.
-
-        As :func:`pipeline.stage.events.steady_state`: the step is that of the slowest rank; others run ahead of it only
-        until the queues between them are full.
-
-        Raises:
-            ValueError: the simulation has no such steps.
-        """
-        step_s, busy, stage_s = [], [], []
-        for index, rank in enumerate(self._ranks):
-            ends = {batch: end for (batch, _), end in zip(rank.work, rank.end, strict=True)}
-            if first not in ends or last not in ends or last <= first:
-                raise ValueError(f"rank {index} has no steps {first}..{last}; simulate more steps")
-            begin, end = ends[first], ends[last]
-            work = sum(
-                min(b, end) - max(a, begin) for a, b in zip(rank.start, rank.end, strict=True) if a < end and b > begin
-            )
-            step_s.append((end - begin) / (last - first))
-            busy.append(work / (end - begin) if end > begin else 0.0)
-            stage_s.append(work / (last - first))
-        return SteadyState(max(step_s), tuple(busy), tuple(stage_s))
 
 
 def simulate(

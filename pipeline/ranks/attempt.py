@@ -26,6 +26,8 @@ from queue import Empty, SimpleQueue
 import torch.distributed as dist
 
 from pipeline.base.errors import ConfigError, DeadlineExceeded
+from pipeline.ranks.keys import Key
+from pipeline.ranks.team import Team
 
 POLL_S = 0.02
 GRACE_S = 1.0
@@ -47,19 +49,24 @@ class Job:
         """The store of this attempt, and one that later attempts of the job see as well, both for the next run: every
         run has keys of its own, in the same order on all ranks.
 
+        A single process needs no other for its own work, and outlives a launcher that has been killed; what later
+        attempts are to see is with the launcher all the same, if there is one that serves a store.
+
         Raises:
             ConfigError: rank 0 cannot serve the store.
             DeadlineExceeded: there is no store, or a rank is missing.
         """
+        if self._world_size == 1 and not launcher_serves():
+            return dist.HashStore(), dist.HashStore()
         if self._store is None:
             job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
             self._store = dist.PrefixStore(f"/localpipe/{job}", open_store(self._rank, deadline_s))
-            self._attempt = agree_on_attempt(self._store, self._rank, self._world_size, deadline_s)
+        if self._world_size > 1 and not self._attempt:
+            team = Team(self._rank, self._world_size, self._store, deadline_s=deadline_s)
+            self._attempt = agree_on_attempt(team)
         run = next(self._runs)
-        return (
-            dist.PrefixStore(f"attempt/{self._attempt}/{run}", self._store),
-            dist.PrefixStore(f"job/{run}", self._store),
-        )
+        own = dist.PrefixStore(Key.ATTEMPT(attempt=self._attempt, run=run), self._store)
+        return own if self._world_size > 1 else dist.HashStore(), dist.PrefixStore(Key.JOB(run=run), self._store)
 
 
 def launcher_serves() -> bool:
@@ -130,17 +137,18 @@ def _within(seconds: float, connect: Callable[[], dist.Store]) -> dist.Store:
     return store
 
 
-def agree_on_attempt(store: dist.Store, rank: int, world_size: int, deadline_s: float) -> str:
+def agree_on_attempt(team: Team) -> str:
     """The name of this attempt, the same on all ranks, used by no other attempt. Collective, once per process.
 
     Args:
-        store: what all attempts of the job share.
+        team: with the store that all attempts of the job share.
 
     Raises:
         DeadlineExceeded: not all ranks have come.
     """
+    store, rank, world_size, deadline_s = team.store, team.rank, team.size, team.deadline_s
     ranks = range(world_size)
-    hellos = [f"hello/{r}" for r in ranks]
+    hellos = [Key.HELLO(rank=r) for r in ranks]
     me, name = secrets.token_hex(8), ""
     present: list[str] = []
     store.set(hellos[rank], me)
@@ -150,16 +158,16 @@ def agree_on_attempt(store: dist.Store, rank: int, world_size: int, deadline_s: 
             ids = [text.decode() for text in store.multi_get(hellos)] if store.check(hellos) else []
             if ids != present:
                 present, name = ids, secrets.token_hex(8)
-                store.set("roll", json.dumps([name, *ids]))
+                store.set(Key.ROLL(), json.dumps([name, *ids]))
             if ids and not _absent(store, name, hellos):
                 _forget_others(store, name)
-                store.set(f"go/{name}", "1")
-        elif store.check(["roll"]):
-            latest, *ids = json.loads(store.get("roll"))
+                store.set(Key.GO(attempt=name), "1")
+        elif store.check([Key.ROLL()]):
+            latest, *ids = json.loads(store.get(Key.ROLL()))
             if latest != name and ids[rank : rank + 1] == [me]:
                 name = latest
-                store.set(f"here/{name}/{rank}", "1")
-        if name and store.check([f"go/{name}"]):
+                store.set(Key.HERE(attempt=name, rank=rank), "1")
+        if name and store.check([Key.GO(attempt=name)]):
             return name
         if time.monotonic() > end:
             absent = _absent(store, name, hellos) or [0]
@@ -174,7 +182,7 @@ def _absent(store: dist.Store, name: str, hellos: list[str]) -> list[int]:
     """Ranks that have not answered to the roll called ``name``; without one, those that have not said hello."""
     keys = dict(enumerate(hellos))
     if name:
-        keys = {rank: f"here/{name}/{rank}" for rank in keys if rank > 0}
+        keys = {rank: Key.HERE(attempt=name, rank=rank) for rank in keys if rank > 0}
     return [rank for rank, key in keys.items() if not store.check([key])]
 
 
@@ -182,7 +190,8 @@ def _forget_others(store: dist.Store, name: str) -> None:
     """Remove what attempts other than ``name`` have left. Their processes are dead: all ranks of this one are alive."""
     if not hasattr(store, "list_keys"):  # an older torch
         return
+    kinds = {key.value.partition("/")[0] for key in (Key.ATTEMPT, Key.HERE, Key.GO)}
     for key in store.list_keys():
         kind, _, rest = key.partition("/")
-        if kind in ("attempt", "here", "go") and rest.partition("/")[0] != name:
+        if kind in kinds and rest.partition("/")[0] != name:
             store.delete_key(key)

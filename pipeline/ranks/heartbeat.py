@@ -29,6 +29,8 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
+from pipeline.ranks.keys import Key
+
 PERIOD_S = 2.0
 """Longest time between two beats."""
 OVERDUE = 2.0
@@ -137,10 +139,10 @@ class Heartbeat:
         if now - self._posted >= self.period_s:
             self._posted = now
             self._count += 1
-            store.set(_key(self._rank), json.dumps(asdict(self._beat(self._rank))))
+            store.set(Key.BEAT(rank=self._rank), json.dumps(asdict(self._beat(self._rank))))
         # A key that is not there yet would block multi_get.
-        known = [rank for rank in self._ring if rank in self._texts or store.check([_key(rank)])]
-        for rank, text in zip(known, store.multi_get([_key(rank) for rank in known]), strict=True):
+        known = [rank for rank in self._ring if rank in self._texts or store.check([Key.BEAT(rank=rank)])]
+        for rank, text in zip(known, store.multi_get([Key.BEAT(rank=rank) for rank in known]), strict=True):
             if text != self._texts.get(rank):
                 self._beats[rank] = Beat(**json.loads(text))
                 self._texts[rank] = text
@@ -223,7 +225,3 @@ class Heartbeat:
 
 def _advice(beat: Beat) -> str:
     return f"raise runtime.{'setup_deadline_s' if beat.step < 0 else 'deadline_s'} if this really takes so long"
-
-
-def _key(rank: int) -> str:
-    return f"beat/{rank}"

@@ -1,24 +1,25 @@
-"""When to give up a wait for another rank: not before the deadline, and then only if nobody who knows more objects.
+"""The one wait loop: not given up before the deadline, and then only if nobody who knows more objects.
 
     wait ... deadline ... ask: hung or stopped?  -> DeadlineExceeded
                                slow, but moves?  -> go on, ask again a quarter of the deadline later
+
+Only the main thread of a rank tells others what it waits for: they follow such waits from rank to rank (heartbeat.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable
+from queue import Empty
+from typing import Protocol, TypeVar
 
-import torch.distributed as dist
-
-from pipeline.base.errors import DeadlineExceeded
+T = TypeVar("T")
 
 ASK_AGAIN = 4
 """A wait that outlasts the deadline and goes on is looked at again so many times per deadline."""
-POLL_S = 0.02
-"""Between two looks at the store, less at the beginning of a wait. The store's own ``wait`` would block in C++, and
-print warnings when it times out."""
+SHORTEST_S = 0.001
+"""For one look, even if the deadline is over when the wait begins."""
 
 
 class Patience(Protocol):
@@ -31,7 +32,7 @@ class Patience(Protocol):
         """It does not wait any longer."""
 
     def verdict(self, peer: int) -> str | None:
-        """Why to give up; None: go on waiting."""
+        """Why to give up; None: go on waiting. From any thread."""
 
 
 class NoPatience:
@@ -48,39 +49,58 @@ class NoPatience:
 NO_PATIENCE = NoPatience()
 
 
-def wait_for_ranks(
-    store: dist.Store, rank: int, keys: Mapping[int, str], what: str, deadline_s: float, patience: Patience
-) -> None:
-    """Wait until every rank's key is in the store.
+class Aside:
+    """The patience of a thread beside the main one: it may ask, but its waits are not what the rank does."""
+
+    def __init__(self, patience: Patience) -> None:
+        self.verdict = patience.verdict
+
+    def begin(self, peer: int, what: str) -> None: ...
+
+    def end(self) -> None: ...
+
+
+Awaited = tuple[int, str] | None
+"""For which rank, and for what; None: for work of this rank's own, of which no other rank knows anything."""
+
+
+def wait(
+    look: Callable[[float], T],
+    awaited: Callable[[], Awaited],
+    late: Callable[[float, str], Exception],
+    patience: Patience,
+    deadline_s: float,
+    left_s: float | None = None,
+) -> T:
+    """Wait until a look succeeds.
 
     Args:
-        rank: who waits.
-        keys: by the rank that sets it.
-        what: those ranks are to do, as ``"publish the configuration"``.
-        deadline_s: after this the wait goes on as long as ``patience`` lasts.
+        look: blocks for so many seconds or less, and returns what it found, or raises queue.Empty.
+        awaited: asked after every look; may change while the wait goes on.
+        late: the error for a wait of so many seconds, and why it is given up ("" if nobody was asked).
+        left_s: of the deadline, if this is not the first wait under it.
 
     Raises:
-        DeadlineExceeded: naming the ranks that are missing.
-        RuntimeError: the store is gone.
+        what ``late`` gave, once the deadline is over and so is patience.
     """
-    wanted = list(keys.values())
-    if store.check(wanted):
-        return
-    asked_s = deadline_s
-    began, first = time.monotonic(), -1
+    left_s = max(deadline_s if left_s is None else left_s, SHORTEST_S)
+    waited_s = deadline_s
+    told: Awaited = None
     try:
-        while absent := [r for r, key in keys.items() if not store.check([key])]:
-            if absent[0] != first:
-                first = absent[0]
-                patience.begin(first, f"for rank {first} to {what}")
-            if time.monotonic() - began > asked_s:
-                verdict = patience.verdict(first)
+        while True:
+            if (now := awaited()) is not None and now != told:
+                patience.begin(*now)
+            told = now
+            if left_s <= 0:
+                verdict = "" if told is None else patience.verdict(told[0])
                 if verdict is not None:
-                    who = ("rank " if len(absent) == 1 else "ranks ") + ", ".join(map(str, absent))
-                    raise DeadlineExceeded(f"rank {rank} has waited {asked_s:g} s for {who} to {what}; {verdict}")
-                asked_s += deadline_s / ASK_AGAIN
-            end = min(began + asked_s, time.monotonic() + 0.5)
-            while (now := time.monotonic()) <= end and not store.check(wanted):
-                time.sleep(min(POLL_S, 0.001 + (now - began) / 4))
+                    raise late(waited_s, verdict)
+                left_s = deadline_s / ASK_AGAIN
+                waited_s += left_s
+            began = time.monotonic()
+            with contextlib.suppress(Empty):
+                return look(left_s)
+            # No more than the look was given: in the meantime this process may have been suspended.
+            left_s -= min(time.monotonic() - began, left_s)
     finally:
         patience.end()

@@ -17,20 +17,18 @@ import ctypes
 import ctypes.util
 import functools
 import os
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from pipeline.base.errors import ConfigError, PeerLost
+from pipeline.base.errors import ConfigError
 from pipeline.ranks.attempt import Job, launcher_serves
 from pipeline.ranks.failure import FailureDesk
-from pipeline.ranks.heartbeat import Heartbeat
-from pipeline.ranks.patience import NO_PATIENCE, Patience, wait_for_ranks
+from pipeline.ranks.keys import Key
+from pipeline.ranks.team import Team
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 DEVICES = ("auto", "cpu", "cuda", "cuda-shared")
@@ -110,12 +108,9 @@ class Runtime:
 
     Attributes:
         rank, world_size, local_rank, local_world_size: from the launcher; 0, 1, 0, 1 for one process.
+        team: all ranks of the run, and this one among them.
         device: compute device. backend: "nccl" or "gloo", for the edges.
         threads: intra-op threads.
-        store: key-value store of this run in this attempt, None for one process.
-        job_store: key-value store of this run in every attempt of the job: restarted workers find in it what their
-            predecessors have left, where the launcher serves it (torchrun). None for one process.
-        control: gloo group of all ranks for metrics and objects (timeout = deadline), None for one process.
         desk: the FailureDesk. An exception that leaves the ``with`` block goes there and ends all ranks.
 
     Nothing before the first step takes longer than ``setup_deadline_s`` (or ``deadline_s``, if that is more), nothing
@@ -140,22 +135,18 @@ class Runtime:
         self._setup_deadline_s = setup_deadline_s
         self.run_dir = run_dir
         self._graceful = graceful
-        self.store: dist.Store | None = None
-        self.job_store: dist.Store | None = None
-        self.control: dist.ProcessGroup | None = None
         self._device_request = device
         self._threads_request = threads
-        self._collectives = 0
 
     def __enter__(self) -> Runtime:
         """Raises nothing: what fails here is reported by the desk, once for the whole job."""
         self.threads = set_threads(self._threads_request, self.local_world_size)
         self.desk = FailureDesk(None, self.rank, self.world_size, run_dir=self.run_dir)
         try:
+            store, memory = _job(self.rank, self.world_size).next_run(self.deadline_s)
             if self.world_size > 1:
-                self.store, self.job_store = _job(self.rank, self.world_size).next_run(self.deadline_s)
                 self.desk = FailureDesk(
-                    self.store,
+                    store,
                     self.rank,
                     self.world_size,
                     run_dir=self.run_dir,
@@ -163,6 +154,8 @@ class Runtime:
                     deadline_s=self.deadline_s,
                     setup_deadline_s=self._setup_deadline_s,
                 )
+            ranks = (self.rank, self.world_size)
+            self.team = Team(*ranks, store, memory, self.deadline_s, self.desk.heart)
             if self._graceful:
                 self.desk.stop_gracefully()
             self.device, self.backend = choose_device(
@@ -172,8 +165,8 @@ class Runtime:
                 torch.cuda.set_device(self.device)
             else:
                 keep_freed_memory()
-            if self.store is not None:
-                self._init_groups(self.store)
+            if self.world_size > 1:
+                self._init_groups()
         except BaseException as exc:
             self.desk.report(exc)
         return self
@@ -188,75 +181,31 @@ class Runtime:
         except Exception as late:
             self.desk.report(late)
 
-    @property
-    def patience(self) -> Heartbeat:
-        """Told of this rank's waits, and asked whether to go on waiting."""
-        return self.desk.heart
-
-    def gather(self, value: Any) -> list[Any] | None:
-        """Every rank's ``value`` (picklable), by rank, on rank 0; None elsewhere. Collective.
-
-        Raises DeadlineExceeded naming the ranks that did not come, PeerLost. So does ``broadcast``.
-        """
-        if self.control is None:
-            return [value]
-        values = [None] * self.world_size if self.rank == 0 else None
-        with self._collective("gather"):
-            dist.gather_object(value, values, dst=0, group=self.control)
-        return values
-
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's ``value`` (picklable) on every rank, once all are here. Collective."""
-        if self.control is None:
-            return value
-        box = [value]
-        with self._collective("broadcast"):
-            dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
-
     def close(self) -> None:
         """Leave together: a rank that goes while a peer still waits for it would look like a failure."""
-        if self.store is not None:
-            self._meet("closing", "finish")
+        team = self.team
+        if team.size > 1:
+            team.meet("the end", "finish")
             dist.destroy_process_group()
-            self.control = None
+            team.group = None
         self.desk.close()
-        if self.store is not None and self._store_host() == self.rank:
-            # The server of the store ends with this process: the others must be done with it.
-            self._await("left", "leave", NO_PATIENCE)  # our own has ended with the desk
-        self.store = None
+        if team.size > 1 and self._store_host() == team.rank:
+            # The server of the store ends with this process: the others must be done with it. Without patience: what
+            # told it of the others has ended with the desk.
+            Team(team.rank, team.size, team.store, deadline_s=team.deadline_s).wait_for(team.each(Key.LEFT), "leave")
 
     def _store_host(self) -> int | None:
         """The rank that serves the store, None if the launcher does (torchrun)."""
         return None if launcher_serves() else 0
 
-    def _init_groups(self, store: dist.Store) -> None:
+    def _init_groups(self) -> None:
         timeout = timedelta(seconds=self.deadline_s)
         dist.init_process_group(
             self.backend,
-            store=dist.PrefixStore("groups", store),
+            store=dist.PrefixStore(Key.GROUPS(), self.team.store),
             rank=self.rank,
             world_size=self.world_size,
             timeout=timeout,
             device_id=self.device if self.backend == "nccl" else None,
         )
-        self.control = dist.new_group(backend="gloo", timeout=timeout)
-
-    @contextlib.contextmanager
-    def _collective(self, name: str) -> Iterator[None]:
-        """Wait for all ranks in the store first: gloo's own deadline knows neither who is missing nor who is slow."""
-        self._collectives += 1
-        self._meet(f"{name} {self._collectives}", f"come to a {name}")
-        try:
-            yield
-        except RuntimeError as exc:
-            raise PeerLost(-1, f"rank {self.rank} was in a {name} when it lost a peer") from exc
-
-    def _meet(self, name: str, verb: str) -> None:
-        """Wait until all ranks are here. Collective."""
-        self.store.set(f"{name}/{self.rank}", "1")
-        self._await(name, verb, self.patience)
-
-    def _await(self, name: str, verb: str, patience: Patience) -> None:
-        keys = {rank: f"{name}/{rank}" for rank in range(self.world_size)}
-        wait_for_ranks(self.store, self.rank, keys, verb, self.deadline_s, patience)
+        self.team.group = dist.new_group(backend="gloo", timeout=timeout)

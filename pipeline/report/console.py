@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 
 from rich.console import Console
 
@@ -15,5 +17,7 @@ def output_console(console: Console | None = None) -> Console:
     columns, unless the environment sets COLUMNS."""
     if console is not None:
         return console
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.encoding.lower().startswith("utf"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file must not end a run
     console = Console()
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=LOG_WIDTH)

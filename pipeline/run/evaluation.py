@@ -28,13 +28,17 @@ from rich.text import Text
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.base.config import Config, load_config
+from pipeline.base.config import Config
 from pipeline.base.errors import CheckpointError, ConfigError
 from pipeline.base.numerics import Numerics, resolve_numerics
-from pipeline.data.sources import DataSpec, ImageSource, LoaderData, LoaderSource
+from pipeline.base.recipes import load_config
+from pipeline.data.image_source import ImageSource
+from pipeline.data.loader_source import LoaderData, LoaderSource
+from pipeline.data.source import DataSpec
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.local_module import LocalModule
 from pipeline.local.methods import Task
+from pipeline.local.weights import below, networks
 from pipeline.models.backbones import Blocks, blocks_of, build_blocks
 from pipeline.plan.assembly import Plan, build_modules, make_plan
 from pipeline.ranks.runtime import choose_device, set_threads
@@ -259,18 +263,15 @@ def _restored(saved: Checkpoint, plan: Plan, blocks: Blocks, numerics: Numerics)
     modules = build_modules(plan, 0, blocks, numerics, fresh=False)
     for module in modules:
         state = saved.module_state(module.plan.index)
-        for kind, parts in (("blocks", module.blocks), ("heads", module.levels)):
-            for part, target in parts.items():
-                start = f"{kind}.{part}."
-                values = {name.removeprefix(start): state[name] for name in state if name.startswith(start)}
-                try:
-                    target.load_state_dict(values)
-                except RuntimeError as error:
-                    cause = " ".join(str(error).split())
-                    raise CheckpointError(
-                        f"checkpoint '{saved.path}' does not fit {kind} '{part}' of local module "
-                        f"{module.plan.index}; pass the network that was trained ({cause})"
-                    ) from error
+        for prefix, network in networks(module):
+            try:
+                network.load_state_dict(below(state, prefix))
+            except RuntimeError as error:
+                cause = " ".join(str(error).split())
+                raise CheckpointError(
+                    f"checkpoint '{saved.path}' does not fit {prefix[:-1]} of local module {module.plan.index}; pass "
+                    f"the network that was trained ({cause})"
+                ) from error
     return modules
 
 

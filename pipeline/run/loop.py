@@ -9,6 +9,7 @@ missing, and nothing that is on its way is lost (see Stage.catch_up).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import platform
 import sys
@@ -19,13 +20,14 @@ from typing import Any
 
 import torch
 
-from pipeline.base.config import Config, to_toml
+from pipeline.base.config import Config
+from pipeline.base.toml import to_toml
 from pipeline.base.version import VERSION
-from pipeline.data.sources import DataSpec, Source
+from pipeline.data.source import DataSpec, Source
 from pipeline.edges.wire import Directive
-from pipeline.local.module_state import module_state
+from pipeline.local.module_state import BUSY, module_state
 from pipeline.local.optimiser import learning_rate
-from pipeline.plan.assembly import Plan
+from pipeline.plan.assembly import Plan, write_plan
 from pipeline.ranks.runtime import Runtime
 from pipeline.report.view import View
 from pipeline.run.conductor import Conductor
@@ -33,18 +35,17 @@ from pipeline.run.telemetry import Telemetry, merge
 from pipeline.stage.stage import Batch, Stage
 from pipeline.store.records import EpochProgress, EpochRecord
 from pipeline.store.resume import Position
-from pipeline.store.run_directory import RunDirectory
+from pipeline.store.run_directory import PLAN, RunDirectory
+from pipeline.store.run_lock import RunLock
 from pipeline.store.saver import Document, Saver
 
-BUSY = "busy_s"
-"""In the state of a module: seconds that it has been busy in the epoch at work."""
 SHOW_S = 0.25
 """Between two looks at the other ranks' live numbers: asking for them takes longer, the more ranks there are."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the loop works with; ``source``, ``directory`` and ``view`` are used on rank 0 only."""
+    """What the loop works with; ``source``, ``directory``, ``lock`` and ``view`` are used on rank 0 only."""
 
     config: Config
     runtime: Runtime
@@ -54,6 +55,7 @@ class Run:
     source: Source | None
     telemetry: Telemetry
     directory: RunDirectory
+    lock: RunLock | None
     saver: Saver
     conductor: Conductor
     view: View | None
@@ -87,7 +89,7 @@ class Loop:
     def run(self) -> Directive:
         """Train to the end, or until told to stop: GO or STOP. After STOP the state is saved."""
         run, settings = self._run, self._run.config.train
-        leader = run.runtime.rank == 0
+        leader = run.runtime.team.leads
         for epoch in range(self._epoch_at_work(), self.epochs + 1):
             first = (epoch - 1) * run.data_spec.train_batches
             end = min(first + run.data_spec.train_batches, self.total)
@@ -122,7 +124,7 @@ class Loop:
         self._run.runtime.desk.progress(self.epochs, self.step, "waiting for its last checkpoint")
         self._run.saver.join()
         self._warn()
-        return self._run.runtime.broadcast(self._run.saver.error())
+        return self._run.runtime.team.broadcast(self._run.saver.error())
 
     # --- an epoch -----------------------------------------------------------------------------------------------------
 
@@ -146,7 +148,7 @@ class Loop:
     def _train(self, epoch: int, first: int, end: int) -> Directive:
         """Train ``epoch`` up to step ``end``, unless told to stop. Returns the last directive."""
         run, stage = self._run, self._run.stage
-        leader, free = run.runtime.rank == 0, run.config.schedule.kind == "free"
+        leader, free = run.runtime.team.leads, run.config.schedule.kind == "free"
         began = self.step
         batches = run.source.train(epoch, began - first) if run.source is not None else None
         stage.begin_epoch(self._start.late_since if first < began == self._start.step else first, began)
@@ -178,7 +180,7 @@ class Loop:
             self.step = end
             return last
         # Only the first stage's steps count, and only it knows where a stop has cut the epoch short.
-        self.step = run.runtime.broadcast(step) if stage.directive is Directive.STOP else end
+        self.step = run.runtime.team.broadcast(step) if stage.directive is Directive.STOP else end
         return stage.directive
 
     def _test(self, epoch: int) -> Directive:
@@ -186,7 +188,7 @@ class Loop:
         batches = run.source.test() if run.source is not None else None
         for index in range(run.data_spec.test_batches):
             batch = stage.fetch(batches, epoch, self.step, "the test") if batches is not None else None
-            order = run.conductor.during_test() if run.runtime.rank == 0 else Directive.GO
+            order = run.conductor.during_test() if run.runtime.team.leads else Directive.GO
             stage.test_step(epoch, self.step + index, batch, order)
             if stage.directive is Directive.STOP:
                 return Directive.STOP
@@ -212,7 +214,9 @@ class Loop:
         for index, busy_s in stage.counters.busy_s.items():
             states[index][BUSY] = torch.tensor(busy_s, dtype=torch.float64)
         document = None
-        if run.runtime.rank == 0:
+        if run.runtime.team.leads:
+            with contextlib.suppress(OSError):  # the save will say so
+                self.keep_directory()
             inside = self._finished < epoch
             position = Position(
                 self.step,
@@ -230,6 +234,7 @@ class Loop:
         run, plan = self._run, self._run.plan
 
         def contents() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+            self.keep_directory()
             self._record(position.finished_epochs, wait=True)  # all ranks have reported before they have saved
             records = self.records[: position.finished_epochs]
             tested = records[-1].test_error_pct if records and position.finished_epochs == epoch else None
@@ -298,7 +303,7 @@ class Loop:
     def _write(self, record: EpochRecord) -> None:
         """Add a line to metrics.jsonl; a full disk costs no run, and the line is made up for later."""
         try:
-            if self._unwritten:
+            if self.keep_directory() or self._unwritten:
                 self._run.directory.begin_metrics(self.records)
             else:
                 self._run.directory.append(record)
@@ -306,6 +311,30 @@ class Loop:
         except OSError as error:
             self._unwritten = True
             print(f"localpipe warning: metrics.jsonl was not written: {error}", file=sys.stderr, flush=True)
+
+    def keep_directory(self) -> bool:
+        """Rank 0: where the run directory has been deleted or renamed, go on in a new one with everything in it.
+        Returns whether that was so.
+
+        Raises:
+            LocalpipeError: another job has begun in its place.
+            OSError: the disk refuses.
+        """
+        run = self._run
+        with self._record_lock:
+            if run.lock is None or not run.lock.lost():
+                return False
+            run.lock.renew()
+            run.directory.write_config(to_toml(run.config))
+            write_plan(run.plan, run.directory.path / PLAN)
+            run.directory.begin_metrics(self.records)
+        print(
+            f"localpipe warning: run directory '{run.directory.path}' was deleted or renamed; the run goes on in a new "
+            "one with its configuration, plan and metrics so far; the next checkpoint is complete",
+            file=sys.stderr,
+            flush=True,
+        )
+        return True
 
     def _warn(self) -> None:
         for note in self._run.saver.take_notes():

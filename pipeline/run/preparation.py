@@ -8,18 +8,23 @@ from typing import Any
 
 from torch import nn
 
-from pipeline.base.config import Config, validate
+from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, resolve_numerics
-from pipeline.data.sources import DataSpec, ImageSource, LoaderData, LoaderSource, Source
+from pipeline.base.validation import validate
+from pipeline.data.image_source import ImageSource
+from pipeline.data.loader_source import LoaderData, LoaderSource
+from pipeline.data.source import DataSpec, Source
 from pipeline.edges.connect import Edges, EdgeSpecs, connect
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.methods import Task
-from pipeline.models.backbones import Blocks, blocks_of, build_blocks
+from pipeline.models.backbones import Blocks, blocks_of
+from pipeline.models.unbuilt import planned_blocks
 from pipeline.plan.assembly import Plan
 from pipeline.plan.cut import make_cut
 from pipeline.plan.placement import given, place
 from pipeline.ranks.runtime import Runtime
+from pipeline.ranks.team import Team
 
 
 def named_after(config: Config, network: nn.Sequential | None, data: LoaderData | None) -> Config:
@@ -34,11 +39,11 @@ def named_after(config: Config, network: nn.Sequential | None, data: LoaderData 
 
 def refuse_early(config: Config, network: nn.Sequential | None, runtime: Runtime) -> Numerics:
     """Refusals that need no data: more modules than blocks, more ranks than modules, a layout that cannot work."""
-    blocks = blocks_of(network) if network is not None else build_blocks(config.model.name, 3, 10)
+    blocks = blocks_of(network) if network is not None else planned_blocks(config.model.name, 3, 10)
     count = len(make_cut(list(blocks), config.model))
     if config.partition.kind == "given":
-        given(config.partition.stages, count, runtime.world_size)
-    place(count, runtime.world_size)
+        given(config.partition.stages, count, runtime.team.size)
+    place(count, runtime.team.size)
     if config.precision.compile:
         refuse_without_compiler(runtime.device)
     return resolve_numerics(config.precision, runtime.device, blocks.values())
@@ -49,20 +54,20 @@ def open_source(
 ) -> tuple[Source | None, DataSpec]:
     """The data on rank 0, and what all ranks must know of it. Collective."""
     source: Source | None = None
-    if runtime.rank == 0:
+    if runtime.team.leads:
         if data is not None:
             source = LoaderSource(data, config, numerics, runtime.desk.progress)
         else:
             source = ImageSource(config, numerics)
-    return source, runtime.broadcast(source.data_spec if source is not None else None)
+    return source, runtime.team.broadcast(source.data_spec if source is not None else None)
 
 
 def blocks_and_task(config: Config, network: nn.Sequential | None, data_spec: DataSpec) -> tuple[Blocks, Task]:
-    """The network in blocks, and what it is for."""
+    """The network in blocks, without weights unless it is the user's own, and what it is for."""
     if network is None:
         if data_spec.classes == 0:
             raise ConfigError("your own loaders need your own network: pass network=nn.Sequential(...)")
-        blocks = build_blocks(config.model.name, data_spec.image_shape[0], data_spec.classes)
+        blocks = planned_blocks(config.model.name, data_spec.image_shape[0], data_spec.classes, config.train.seed)
         return blocks, Task(data_spec.classes, data_spec.image_shape)
     blocks = blocks_of(network)
     return blocks, Task(data_spec.classes or _classes_of(blocks), data_spec.image_shape)
@@ -70,9 +75,7 @@ def blocks_and_task(config: Config, network: nn.Sequential | None, data_spec: Da
 
 def connect_stage(config: Config, plan: Plan, numerics: Numerics, runtime: Runtime) -> Edges:
     """The edges of this rank. Collective."""
-    if runtime.store is None:
-        return Edges()
-    rank, last = runtime.rank, runtime.world_size - 1
+    rank, last = runtime.team.rank, runtime.team.size - 1
     wire = (numerics.dtype, numerics.channels_last)
 
     def gradients(sender: int) -> Any:
@@ -86,31 +89,27 @@ def connect_stage(config: Config, plan: Plan, numerics: Numerics, runtime: Runti
     )
     settings = config.runtime
     return connect(
-        runtime.store,
-        rank,
-        runtime.world_size,
+        runtime.team,
         specs,
         activation_slots=plan.activation_slots(rank),
         gradient_slots=plan.gradient_slots(rank),
         depth=settings.queue_depth,
-        deadline_s=settings.deadline_s,
         device=runtime.device,
         backend=runtime.backend,
         ring=config.schedule.ring if config.schedule.kind == "free" else 0,
         max_uses=config.schedule.max_uses,
-        patience=runtime.patience,
     )
 
 
-def refuse_private_directory(runtime: Runtime, run_dir: Path) -> None:
+def refuse_private_directory(team: Team, run_dir: Path) -> None:
     """All ranks write their checkpoints below the run directory, so on several machines it must be one. Collective.
 
     Raises:
         ConfigError: a rank does not see what rank 0 has written there.
     """
-    seen = runtime.gather((run_dir / "config.toml").is_file())
+    seen = team.gather((run_dir / "config.toml").is_file())
     blind = [str(rank) for rank, there in enumerate(seen or ()) if not there]
-    blind = runtime.broadcast(blind)
+    blind = team.broadcast(blind)
     if blind:
         raise ConfigError(
             f"run directory '{run_dir}' of rank 0 is not visible on rank {', '.join(blind)}; on several machines use "

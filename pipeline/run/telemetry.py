@@ -12,11 +12,11 @@ import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from pipeline.plan.assembly import Plan
-from pipeline.ranks.patience import Patience, wait_for_ranks
+from pipeline.ranks.keys import Key
 from pipeline.ranks.process import peak_memory_bytes
+from pipeline.ranks.team import Team
 from pipeline.stage.stage import Counters, Stage
 from pipeline.store.records import EpochRecord, LiveModule, ModuleRecord, StageRecord
 
@@ -39,31 +39,14 @@ class Telemetry:
     """The reporter of one rank; on rank 0 also the collector.
 
     Args:
-        store: shared by all ranks, None for one process.
         live: whether anybody watches between epochs.
-        deadline_s, patience: of :meth:`collect`.
     """
 
-    def __init__(
-        self,
-        store: dist.Store | None,
-        rank: int,
-        plan: Plan,
-        device: torch.device,
-        live: bool,
-        deadline_s: float,
-        patience: Patience,
-    ) -> None:
-        self._store = store
-        self._rank = rank
+    def __init__(self, team: Team, plan: Plan, device: torch.device, live: bool) -> None:
+        self._team = team
         self._plan = plan
         self._device = device
         self._live = live
-        self._deadline_s = deadline_s
-        self._patience = patience
-        self._ranks = len(plan.stages)
-        self._pulses: dict[int, str] = {}
-        self._reports: dict[tuple[int, int], str] = {}
         self._last_pulse = 0.0
         self._bytes_before = 0
 
@@ -79,7 +62,7 @@ class Telemetry:
         modules = [
             LiveModule(
                 index=index,
-                rank=self._rank,
+                rank=self._team.rank,
                 losses={name: float(total) / module.loss_steps for name, total in module.loss_sums.items()},
                 busy_fraction=counters.busy_s.get(index, 0.0) / wall,
                 wait_fraction=waited / wall,
@@ -89,20 +72,12 @@ class Telemetry:
             for index, module in stage.modules.items()
         ]
         text = json.dumps([dataclasses.asdict(module) for module in modules])
-        if self._store is None or self._rank == 0:
-            self._pulses[self._rank] = text
-        else:
-            self._store.set(f"pulse/{self._rank}", text)
+        self._team.set(Key.PULSE(rank=self._team.rank), text)
 
     def live(self) -> tuple[LiveModule, ...]:
         """The latest live numbers of every rank that has published some (rank 0)."""
-        if self._store is not None:
-            for rank in range(1, self._ranks):
-                if self._store.check([f"pulse/{rank}"]):
-                    self._pulses[rank] = self._store.get(f"pulse/{rank}").decode()
-        return tuple(
-            LiveModule(**entry) for rank in sorted(self._pulses) for entry in json.loads(self._pulses[rank])
-        )
+        keys = [key for key in self._team.each(Key.PULSE).values() if self._team.has(key)]
+        return tuple(LiveModule(**entry) for text in self._team.get(keys) for entry in json.loads(text))
 
     def post(self, epoch: int, stage: Stage, counters: Counters, wait_s: float, wall_s: float, sent: int) -> None:
         """Publish this rank's numbers of a finished epoch. ``sent``: bytes sent since the run began."""
@@ -116,7 +91,7 @@ class Telemetry:
                 errors[level] = 100.0 * count / counters.tested if count is not None and counters.tested else None
             record = ModuleRecord(
                 index=index,
-                rank=self._rank,
+                rank=self._team.rank,
                 blocks=self._plan.cut.label(index),
                 losses=module.take_losses(),
                 head_error_pct=errors,
@@ -125,7 +100,7 @@ class Telemetry:
             )
             modules.append(dataclasses.asdict(record))
         record = StageRecord(
-            rank=self._rank,
+            rank=self._team.rank,
             device=str(self._device),
             modules=tuple(stage.modules),
             busy_s=sum(counters.busy_s.values()),
@@ -148,29 +123,19 @@ class Telemetry:
             wrong_final=wrong.get((index_of_last, "final")),
             test_loss_sum=counters.test_loss_sum,
         )
-        text = json.dumps(dataclasses.asdict(report))
-        if self._store is None or self._rank == 0:
-            self._reports[epoch, self._rank] = text
-        else:
-            self._store.set(f"epoch/{epoch}/{self._rank}", text)
+        self._team.set(Key.EPOCH(epoch=epoch, rank=self._team.rank), json.dumps(dataclasses.asdict(report)))
 
     def collect(self, epoch: int, wait: bool) -> list[StageReport] | None:
-        """All ranks' reports of ``epoch`` (rank 0), or None if some are missing and ``wait`` is false.
+        """All ranks' reports of ``epoch`` (rank 0), or None if some are missing and ``wait`` is false. From any thread.
 
         Raises:
             DeadlineExceeded: with ``wait``, a rank does not report, and is not just slow.
         """
-        missing = [rank for rank in range(self._ranks) if (epoch, rank) not in self._reports]
-        keys = {rank: f"epoch/{epoch}/{rank}" for rank in missing}
-        if keys:
-            assert self._store is not None
-            if not wait and not self._store.check(list(keys.values())):
-                return None
-            wait_for_ranks(self._store, self._rank, keys, f"report epoch {epoch}", self._deadline_s, self._patience)
-            for rank, key in keys.items():
-                self._reports[epoch, rank] = self._store.get(key).decode()
-                self._store.delete_key(key)
-        return [StageReport(**json.loads(self._reports.pop((epoch, rank)))) for rank in range(self._ranks)]
+        keys = self._team.each(Key.EPOCH, epoch=epoch)
+        if not wait and not self._team.has(*keys.values()):
+            return None
+        self._team.wait_for(keys, f"report epoch {epoch}")
+        return [StageReport(**json.loads(text)) for text in self._team.take(keys.values())]
 
 
 def merge(

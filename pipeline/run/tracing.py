@@ -16,9 +16,9 @@ from pipeline.stage.recorder import LIMIT, Recorder, by_time, clock_offset_s
 
 def attach(runtime: Runtime, plan: Plan, edges: Edges) -> Recorder:
     """A recorder for this rank's stage, told of its messages by the edges. Collective: clocks are compared."""
-    offset = clock_offset_s(runtime.store, runtime.rank, runtime.world_size)
-    recorder = Recorder(runtime.rank, runtime.device, offset)
-    stage = plan.stages[runtime.rank]
+    rank = runtime.team.rank
+    recorder = Recorder(rank, runtime.device, clock_offset_s(runtime.team))
+    stage = plan.stages[rank]
     for sender, module in ((edges.activation_out, stage[-1]), (edges.gradient_out, stage[0])):
         if sender is not None:
             sender.on_taken = functools.partial(recorder.sent, module)
@@ -32,7 +32,7 @@ def write(runtime: Runtime, recorder: Recorder, plan: Plan, folder: Path, steps:
     Returns:
         What the user should know: the trace is cut short, or the picture could not be drawn. Neither ends a run.
     """
-    gathered = runtime.gather((recorder.events(), recorder.full))
+    gathered = runtime.team.gather((recorder.events(), recorder.full))
     if gathered is None:
         return []
     notes = []

@@ -11,27 +11,32 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from pipeline.base.config import Config, to_toml, validate
+from pipeline.base.config import Config
 from pipeline.base.errors import LocalpipeError
+from pipeline.base.paths import path_of, text_of
+from pipeline.base.toml import to_toml
+from pipeline.base.validation import validate
 from pipeline.base.version import code_version
-from pipeline.data.sources import DataSpec, LoaderData, Source
-from pipeline.edges.connect import agree, agree_on_config
+from pipeline.data.loader_source import LoaderData
+from pipeline.data.source import DataSpec, Source
 from pipeline.edges.wire import Directive
 from pipeline.local.local_module import LocalModule
-from pipeline.local.module_state import restore_module
-from pipeline.local.weights import merged_state, weights_sha256
+from pipeline.local.module_state import BUSY, restore_module
+from pipeline.local.weights import State, heads_state, model_state, module_weights, weights_sha256
 from pipeline.plan.assembly import build_modules, describe, write_plan
 from pipeline.plan.measured_placement import placed_plan
 from pipeline.plan.memory import explain_out_of_memory
+from pipeline.ranks.agreement import agree_on_config
+from pipeline.ranks.keys import Key
 from pipeline.ranks.runtime import Runtime
 from pipeline.report.view import open_view
 from pipeline.run import tracing
 from pipeline.run.conductor import Conductor
-from pipeline.run.loop import BUSY, Loop, Run, total_steps
+from pipeline.run.loop import Loop, Run, total_steps
 from pipeline.run.preparation import (
     blocks_and_task,
     connect_stage,
@@ -48,8 +53,10 @@ from pipeline.store import checkpoint, resume
 from pipeline.store.checkpoint import Checkpoint
 from pipeline.store.records import EpochRecord
 from pipeline.store.resume import Position, Start
-from pipeline.store.run_directory import RunDirectory, summarise
+from pipeline.store.run_directory import PLAN, RunDirectory, summarise
+from pipeline.store.run_lock import RunLock
 from pipeline.store.saver import SaveFailed, Saver
+from pipeline.store.weights_file import HEADS, MODEL, write_weights
 
 ActionHook = Callable[[int, Action], None]
 
@@ -118,8 +125,8 @@ class _Trainer:
         self.before_action = before_action
         self.trace = trace
         self.draw = draw
-        self.leader = runtime.rank == 0
-        self._lock: IO[str] | None = None
+        self.leader = runtime.team.leads
+        self._lock: RunLock | None = None
         self.modules: list[LocalModule] = []
         self.stage: Stage | None = None
 
@@ -136,15 +143,15 @@ class _Trainer:
         blocks, task = blocks_and_task(config, self.network, data_spec)
         self.plan, self._placement = placed_plan(config, blocks, task, self.numerics, runtime)
         if self.leader:
-            write_plan(self.plan, self.directory.path / "plan.json")
-        runtime.desk.describe(self.plan.stage_label(runtime.rank))
+            write_plan(self.plan, self.directory.path / PLAN)
+        runtime.desk.describe(self.plan.stage_label(runtime.team.rank))
         runtime.desk.progress(-1, -1, "building the local modules")
         self.view = open_view(quiet=self.quiet) if self.leader else None
         if self.view is not None:
             runtime.desk.before_exit = self.view.close  # a live view hides the cursor
         try:
             self.modules = build_modules(
-                self.plan, runtime.rank, blocks, self.numerics, fresh=self.network is None
+                self.plan, runtime.team.rank, blocks, self.numerics, fresh=self.network is None
             )
             del blocks  # the other stages' blocks
             saved = self._open(start, data_spec)
@@ -156,7 +163,7 @@ class _Trainer:
         except (LocalpipeError, KeyboardInterrupt):
             raise
         except Exception as error:
-            explained = explain_out_of_memory(error, self.plan, runtime.rank, self.numerics, self.modules)
+            explained = explain_out_of_memory(error, self.plan, runtime.team.rank, self.numerics, self.modules)
             runtime.desk.report(explained or error, self._module_at_work())
         finally:
             if self.view is not None:
@@ -177,7 +184,7 @@ class _Trainer:
             if problem is not None:
                 raise SaveFailed(f"stopped at step {self.loop.step}, but {_unsaved(problem)}")
             folder = checkpoint.step_folder(self.directory.path / checkpoint.FOLDER, self.loop.step)
-            return self._stopped(runtime.broadcast(self.conductor.reason), folder)
+            return self._stopped(runtime.team.broadcast(self.conductor.reason), folder)
         summary = self._finish()
         if self.recorder is not None:
             steps = min(data_spec.train_batches, self.loop.total)
@@ -190,31 +197,30 @@ class _Trainer:
     # --- before step 0 ------------------------------------------------------------------------------------------------
 
     def _agree(self) -> None:
-        runtime, deadline_s = self.runtime, self.config.runtime.deadline_s
-        ranks = (runtime.store, runtime.rank, runtime.world_size)
-        agree(*ranks, "the version of the code", code_version(), deadline_s, runtime.patience)
-        agree_on_config(*ranks, self.config, deadline_s, runtime.patience)
+        self.runtime.team.agree("the version of the code", code_version())
+        agree_on_config(self.runtime.team, self.config)
 
     def _begin(self, run_dir: Path | None, resume_from: str) -> Start:
         """Choose run directory and checkpoint on rank 0 and tell all ranks. Collective."""
         runtime, config = self.runtime, self.config
         start, path = Start(None), None
         if self.leader:
-            known = _recall(runtime.job_store)
+            known = runtime.team.recall(Key.RUN_DIRECTORY())
             if known is not None:  # torchrun has restarted the workers
-                run_dir = known
+                run_dir = Path(path_of(known))
             name = f"{config.model.name}-{config.data.name}"
             going_on = known is not None or resume_from == "auto"
             directory = RunDirectory.create(run_dir, name, going_on)
-            self._lock = directory.lock()
+            self._lock = RunLock(directory.path.absolute())
             path = str(directory.path.absolute())
             start = resume.choose_start(resume_from, directory.path.absolute(), known is not None, config)
             directory.write_config(to_toml(config))
-            _remember(runtime.job_store, path)  # not before: what is refused now must not be done by a restart
-        start, path = runtime.broadcast((start, path))
+            # Not before: what is refused now must not be done by a restart.
+            runtime.team.remember(Key.RUN_DIRECTORY(), text_of(path))
+        start, path = runtime.team.broadcast((start, path))
         runtime.desk.run_dir = Path(path)
         self.directory = RunDirectory(Path(path))
-        refuse_private_directory(runtime, self.directory.path)
+        refuse_private_directory(runtime.team, self.directory.path)
         return start
 
     def _open(self, start: Start, data_spec: DataSpec) -> Checkpoint | None:
@@ -234,11 +240,11 @@ class _Trainer:
         make_stage = FreeStage if config.schedule.kind == "free" else Stage
         return make_stage(
             self.modules,
-            plan.schedules[runtime.rank],
-            plan.gradient_order(runtime.rank + 1) if runtime.rank + 1 < runtime.world_size else (),
+            plan.schedules[runtime.team.rank],
+            plan.gradient_order(runtime.team.rank + 1) if runtime.team.rank + 1 < runtime.team.size else (),
             config.schedule.micro_batches,
             edges,
-            plan.image_crosses(runtime.rank),
+            plan.image_crosses(runtime.team.rank),
             runtime.desk.progress,
             self.before_action,
             self.recorder,
@@ -256,7 +262,7 @@ class _Trainer:
         return Position.of(saved), resume.records_of(saved)
 
     def _start_view(self, start: Start, position: Position, data_spec: DataSpec) -> None:
-        devices = self.runtime.gather(str(self.runtime.device))
+        devices = self.runtime.team.gather(str(self.runtime.device))
         live = False
         if self.view is not None and devices is not None:
             for warning in start.warnings:
@@ -270,24 +276,15 @@ class _Trainer:
             labels = [self.plan.cut.label(index) for index in range(len(self.plan.modules))]
             self.view.start(header, lines, labels)
             live = not self.quiet
-        self.telemetry = Telemetry(
-            self.runtime.store,
-            self.runtime.rank,
-            self.plan,
-            self.runtime.device,
-            self.runtime.broadcast(live),
-            self.config.runtime.deadline_s,
-            self.runtime.patience,
-        )
+        team = self.runtime.team
+        self.telemetry = Telemetry(team, self.plan, self.runtime.device, team.broadcast(live))
 
     def _make_loop(
         self, start: Start, source: Source | None, data_spec: DataSpec, position: Position, records: list[EpochRecord]
     ) -> Loop:
         runtime, config = self.runtime, self.config
         folder = self.directory.path / checkpoint.FOLDER
-        ranks = (runtime.store, runtime.rank, runtime.world_size)
-        deadline_s = config.runtime.deadline_s
-        saver = Saver(*ranks, folder, config.checkpoint, deadline_s, runtime.patience)
+        saver = Saver(runtime.team, folder, config.checkpoint)
         self.conductor = Conductor(config.checkpoint, runtime.desk.stop_request)
         run = Run(
             config=config,
@@ -298,6 +295,7 @@ class _Trainer:
             source=source,
             telemetry=self.telemetry,
             directory=self.directory,
+            lock=self._lock,
             saver=saver,
             conductor=self.conductor,
             view=self.view,
@@ -312,8 +310,8 @@ class _Trainer:
 
     def _asked_to_stop(self) -> str | None:
         """Which signal came to any rank while everything was being set up. Collective."""
-        requests = self.runtime.gather(self.runtime.desk.stop_request())
-        return self.runtime.broadcast(next((request for request in requests or () if request), None))
+        requests = self.runtime.team.gather(self.runtime.desk.stop_request())
+        return self.runtime.team.broadcast(next((request for request in requests or () if request), None))
 
     def _stopped(self, reason: str, folder: Path | None) -> dict[str, Any]:
         """Say that a signal has ended the run early, in order."""
@@ -335,20 +333,21 @@ class _Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Collect weights and write the run directory; returns the summary on every rank."""
-        states = {module.plan.index: module.state() for module in self.modules}
-        gathered = self.runtime.gather(states)
+        states = {module.plan.index: module_weights(module) for module in self.modules}
+        gathered = self.runtime.team.gather(states)
         summary: dict[str, Any] | None = None
         if gathered is not None and self.view is not None:
             every = {index: state for part in gathered for index, state in part.items()}
             ordered = [every[index] for index in range(len(self.plan.modules))]
-            self.directory.write_state("model", merged_state(ordered, "blocks"))
-            self.directory.write_state("heads", merged_state(ordered, "heads"))
+            self.loop.keep_directory()
+            write_weights(self.directory.path / MODEL, model_state(ordered))
+            write_weights(self.directory.path / HEADS, heads_state(ordered))
             summary = summarise(self.loop.records, settings=self._settings(ordered))
             self.directory.write_summary(summary)
             self.view.finish(summary)
-        return self.runtime.broadcast(summary)
+        return self.runtime.team.broadcast(summary)
 
-    def _settings(self, states: list[dict[str, dict[str, Tensor]]]) -> dict[str, Any]:
+    def _settings(self, states: list[State]) -> dict[str, Any]:
         config = self.config
         return {
             "name": config.model.name,
@@ -359,7 +358,7 @@ class _Trainer:
             "schedule": config.schedule.kind,
             "micro_batches": config.schedule.micro_batches,
             "modules": len(self.plan.modules),
-            "world_size": self.runtime.world_size,
+            "world_size": self.runtime.team.size,
             "seed": config.train.seed,
             "precision": str(self.numerics.dtype).removeprefix("torch."),
             "config_sha256": config.fingerprint(),
@@ -376,16 +375,3 @@ class _Trainer:
 
 def _unsaved(problem: str) -> str:
     return f"its last checkpoint was not saved: {problem}; older ones are untouched"
-
-
-def _recall(store: Any) -> Path | None:
-    """The run directory of earlier attempts of this job."""
-    return Path(store.get(DIRECTORY).decode()) if store is not None and store.check([DIRECTORY]) else None
-
-
-def _remember(store: Any, path: str) -> None:
-    if store is not None:
-        store.set(DIRECTORY, path)
-
-
-DIRECTORY = "run_directory"

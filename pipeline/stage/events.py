@@ -110,7 +110,7 @@ def steady_state(events: Sequence[Event], first: int, last: int) -> SteadyState:
             raise ValueError(f"rank {rank} has no event of step {first if begin is None else last}")
         work = sum(min(e.end_s, end) - max(e.start_s, begin) for e in mine if e.start_s < end and e.end_s > begin)
         step_s.append((end - begin) / (last - first))
-        busy.append(work / (end - begin))
+        busy.append(work / (end - begin) if end > begin else 0.0)  # a predicted rank may cost nothing
         stage_s.append(work / (last - first))
     return SteadyState(max(step_s), tuple(busy), tuple(stage_s))
 

@@ -12,9 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from pipeline.edges.wire import Header, MessageKind
+from pipeline.ranks.keys import Key
+from pipeline.ranks.team import Team
 from pipeline.stage.events import SEND, WAIT, Event
 from pipeline.stage.schedule import Action
 
@@ -93,39 +94,31 @@ class Recorder:
         return host_s + origin.elapsed_time(mark) / 1e3 + self._offset_s
 
 
-def clock_offset_s(store: dist.Store | None, rank: int, world_size: int, rounds: int = 5) -> float:
+def clock_offset_s(team: Team, rounds: int = 5) -> float:
     """What to add to this rank's ``time.perf_counter`` to get rank 0's. Collective.
 
     The clock is common to the processes of one boot of a host, so the offset is 0 there. Between hosts rank 0 answers
     each rank in turn; the exchange with the shortest round trip counts, and its error is at most half of that.
     """
-    if store is None:
+    if len(set(team.collect("its host", _host()))) == 1:
         return 0.0
-    hosts = _hosts(store, rank, world_size)
-    if len(set(hosts)) == 1:
-        return 0.0
-    for other in range(1, world_size):
-        if rank == 0:
+    for other in range(1, team.size):
+        if team.leads:
             for index in range(rounds):
-                store.get(f"clock/ask/{other}/{index}")
-                store.set(f"clock/tell/{other}/{index}", repr(time.perf_counter()))
-        elif rank == other:
-            return min(_exchange(store, rank, index) for index in range(rounds))[1]
+                team.store.get(Key.CLOCK(what="ask", rank=other, index=index))  # blocks: to poll would take longer
+                team.set(Key.CLOCK(what="tell", rank=other, index=index), repr(time.perf_counter()))
+        elif team.rank == other:
+            return min(_exchange(team, index) for index in range(rounds))[1]
     return 0.0
 
 
-def _exchange(store: dist.Store, rank: int, index: int) -> tuple[float, float]:
+def _exchange(team: Team, index: int) -> tuple[float, float]:
     """(seconds of the round trip, offset)."""
     asked = time.perf_counter()
-    store.set(f"clock/ask/{rank}/{index}", "")
-    there = float(store.get(f"clock/tell/{rank}/{index}"))
+    team.set(Key.CLOCK(what="ask", rank=team.rank, index=index), "")
+    there = float(team.store.get(Key.CLOCK(what="tell", rank=team.rank, index=index)))
     told = time.perf_counter()
     return told - asked, there - (asked + told) / 2
-
-
-def _hosts(store: dist.Store, rank: int, world_size: int) -> list[str]:
-    store.set(f"clock/host/{rank}", _host())
-    return [store.get(f"clock/host/{other}").decode() for other in range(world_size)]
 
 
 def _host() -> str:

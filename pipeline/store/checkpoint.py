@@ -32,8 +32,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from pipeline.base.config import Config, from_dict, validate
+from pipeline.base.config import Config
 from pipeline.base.errors import CheckpointError
+from pipeline.base.validation import from_dict, validate
 from pipeline.store.manifest import (
     CONFIG,
     HISTORY,
@@ -178,7 +179,7 @@ class Checkpoint:
     def config(self) -> Config:
         """The configuration it was written with. Raises CheckpointError for one that this version does not know."""
         try:
-            return validate(from_dict(tomllib.loads((self.path / CONFIG).read_text())))
+            return validate(from_dict(tomllib.loads((self.path / CONFIG).read_text(encoding="utf-8"))))
         except ValueError as error:  # ConfigError and TOMLDecodeError are
             raise CheckpointError(f"checkpoint '{self.path}': {CONFIG} cannot be used: {error}") from error
 

@@ -1,29 +1,24 @@
 """A checkpoint as one file of weights that needs nothing of this package: a flat dict of tensors.
 
-    checkpoint, verified --> "blocks.<block>.<name>" of every local module --> temporary file --> fsync --> rename
-                             under the names of the un-cut network
+    checkpoint, verified --> states of all local modules --> names of the un-cut network (weights) --> weights_file
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from pipeline.base.errors import ConfigError
+from pipeline.local.weights import HEADS, State, heads_state, model_state, weights_of
 from pipeline.models.torchvision import torchvision_name
-from pipeline.store.atomic import remove_temporaries, write_atomically
+from pipeline.store.atomic import remove_temporaries
 from pipeline.store.checkpoint import Checkpoint, open_checkpoint
+from pipeline.store.weights_file import encode_pt, write_weights
 
 SUFFIXES = {".pt": "pt", ".pth": "pt", ".safetensors": "safetensors"}
 FORMATS = ("pt", "safetensors")
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of BatchNorm: state, but no parameters
-State = dict[str, Tensor]
 Encoder = Callable[[State, dict[str, str]], bytes]
 
 
@@ -79,24 +74,16 @@ def export(source: Path | str, output: Path | str, *, heads: bool = False, fmt: 
     config = saved.config
     state = _uncut_state(saved, config.model.name, heads)
     about = {"step": str(saved.step), "config_sha256": config.fingerprint(), "backbone": config.model.name}
-    content = encode(state, about)
-    _write(output, content)
+    sha256 = _write(output, state, lambda state: encode(state, about))
     parameters = sum(value.numel() for name, value in state.items() if name.rpartition(".")[2] not in _STATISTICS)
-    return Exported(output, saved.path, saved.step, parameters, hashlib.sha256(content).hexdigest())
+    return Exported(output, saved.path, saved.step, parameters, sha256)
 
 
 def _uncut_state(saved: Checkpoint, backbone: str, heads: bool) -> State:
     """Blocks in order; then, with ``heads``, all heads."""
-    blocks: State = {}
-    levels: State = {}
-    for index in range(len(saved.module_names)):
-        for key, value in saved.module_state(index).items():
-            part, _, name = key.partition(".")
-            if part == "blocks":
-                blocks[torchvision_name(backbone, name)] = value
-            elif part == "heads" and heads:
-                levels[f"heads.module{index}.{name}"] = value
-    return blocks | levels
+    states = [weights_of(saved.module_state(index)) for index in range(len(saved.module_names))]
+    blocks = {torchvision_name(backbone, name): value for name, value in model_state(states).items()}
+    return blocks | (heads_state(states, HEADS) if heads else {})
 
 
 def _encoder(output: Path, fmt: str | None) -> Encoder:
@@ -106,7 +93,7 @@ def _encoder(output: Path, fmt: str | None) -> Encoder:
         where = f"format '{fmt}'" if fmt else f"the suffix of '{output}'"
         raise ConfigError(f"{where} is not known; name the file .pt, .pth or .safetensors, or give --format pt")
     if chosen == "pt":
-        return _pt
+        return lambda state, about: encode_pt(state)
     try:
         from safetensors.torch import save  # not everybody has it
     except ImportError as error:
@@ -116,17 +103,10 @@ def _encoder(output: Path, fmt: str | None) -> Encoder:
     return lambda state, about: save(state, {"format": "pt", **about})
 
 
-def _pt(state: State, about: dict[str, str]) -> bytes:
-    """Tensors only, so that nothing else has to be allowed when it is loaded."""
-    buffer = io.BytesIO()  # torch's own writing to files hides why a disk refuses
-    torch.save(state, buffer)
-    return buffer.getvalue()
-
-
-def _write(output: Path, content: bytes) -> None:
-    """All of it or nothing, and without what killed exports have left beside it."""
+def _write(output: Path, state: State, encode: Callable[[State], bytes]) -> str:
+    """All of it or nothing, and without what killed exports have left beside it; returns the SHA-256."""
     try:
         remove_temporaries(output.absolute().parent, lambda name: name == output.name or Path(name).suffix in SUFFIXES)
-        write_atomically(output, lambda file: file.write(content))
+        return write_weights(output, state, encode)
     except OSError as error:
         raise ConfigError(f"'{output}' cannot be written ({error.strerror}); choose another place") from error

@@ -5,8 +5,6 @@ JSON has no NaN and no infinity; such numbers are written as ``null``, so strict
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import math
 import os
@@ -18,17 +16,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from pipeline.base.errors import ConfigError
+from pipeline.base.errors import ConfigError, shown
+from pipeline.base.paths import is_text
 from pipeline.store.atomic import temporary_of, write_atomically
 from pipeline.store.records import EpochRecord
 
-CONFIG, METRICS, SUMMARY, LOCK = "config.toml", "metrics.jsonl", "summary.json", ".lock"
-LOCK_S = 10.0
-"""Longest wait for the job before to end."""
+CONFIG, PLAN, METRICS, SUMMARY = "config.toml", "plan.json", "metrics.jsonl", "summary.json"
 
 
 @dataclass(frozen=True)
@@ -46,6 +43,8 @@ class RunDirectory:
 
         With ``resume`` it may hold a run. Raises ConfigError (one line) when it does otherwise, or cannot be written.
         """
+        if path is not None and not is_text(path):
+            raise ConfigError(f"run directory {shown(str(path))} is not text in UTF-8; give --run-dir a name that is")
         try:
             path = _make_default(name) if path is None else path
             path.mkdir(parents=True, exist_ok=True)
@@ -75,29 +74,6 @@ class RunDirectory:
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def lock(self) -> IO[str]:
-        """Keep other jobs out until the file is closed or this process ends, where the file system can.
-
-        Waits a little: a job that is being restarted ends at this moment. Raises ConfigError when it is in use.
-        """
-        file = open(self.path / LOCK, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
-        end = time.monotonic() + LOCK_S
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno not in (errno.EACCES, errno.EAGAIN):  # no locks on this file system
-                    return file
-                if time.monotonic() > end:
-                    file.close()
-                    raise ConfigError(
-                        f"run directory '{self.path}' is in use by another job; wait for its end or choose another "
-                        "with --run-dir"
-                    ) from None
-                time.sleep(0.1)
-            else:
-                return file
-
     def begin_metrics(self, records: Sequence[EpochRecord]) -> None:
         """Let metrics.jsonl hold ``records``, those of a run that goes on. Without any, what an interrupted run has
         left there is kept as metrics.interrupted.jsonl."""
@@ -113,12 +89,6 @@ class RunDirectory:
         text = json.dumps(_json_ready(summary), indent=2, allow_nan=False) + "\n"
         target = self.path / SUMMARY
         write_atomically(target, lambda file: file.write(text.encode()))
-        return target
-
-    def write_state(self, name: str, state_dict: Mapping[str, Any]) -> Path:
-        """Save ``state_dict`` with ``torch.save`` in one go as ``<name>.pt`` and return its path."""
-        target = self.path / (name if name.endswith(".pt") else f"{name}.pt")
-        write_atomically(target, lambda file: torch.save(dict(state_dict), file))
         return target
 
 

@@ -15,21 +15,24 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pipeline.base.config import CheckpointConfig
 from pipeline.base.errors import DeadlineExceeded, LocalpipeError
-from pipeline.ranks.patience import ASK_AGAIN, Patience
+from pipeline.ranks.keys import Key
+from pipeline.ranks.patience import Awaited
+from pipeline.ranks.team import Team, ranks
 from pipeline.store import checkpoint
 from pipeline.store.checkpoint import Files
 
@@ -54,31 +57,16 @@ class Saver:
     """Writes the checkpoints of one rank; on rank 0 it also makes them visible.
 
     Args:
-        store: shared by all ranks of this attempt, None for one process.
+        team: its deadline is the longest time that writing one module takes, and the longest wait for a rank to come to
+            a save, unless it is just slow.
         checkpoints: the directory of all checkpoints of the run, on a file system that all ranks share.
         settings: how many stay.
-        deadline_s: longest time that writing one module takes, and longest wait for a rank to come to a save, unless it
-            is just slow.
-        patience: knows that; told of the wait of ``join``.
     """
 
-    def __init__(
-        self,
-        store: dist.Store | None,
-        rank: int,
-        world_size: int,
-        checkpoints: Path,
-        settings: CheckpointConfig,
-        deadline_s: float,
-        patience: Patience,
-    ) -> None:
-        self._store = store.clone() if store is not None else None  # a connection of its own: threads must not queue up
-        self._rank = rank
-        self._ranks = range(world_size)
+    def __init__(self, team: Team, checkpoints: Path, settings: CheckpointConfig) -> None:
+        self._team = team
         self._checkpoints = checkpoints
         self._settings = settings
-        self._deadline_s = deadline_s
-        self._patience = patience
         self._thread: threading.Thread | None = None
         self._notes: list[str] = []
         self._error: Exception | None = None
@@ -102,25 +90,27 @@ class Saver:
 
     def join(self) -> None:
         """Wait until this rank's part (on rank 0: the whole checkpoint) is written or has failed."""
-        if self._thread is None:
-            return
-        seen, told, still_s = self._moved, None, 0.0
-        while self._thread.is_alive():
-            self._thread.join(LOOK_S)
-            still_s += LOOK_S  # counted, not read from a clock: this job may have been suspended
-            if self._moved != seen or self._awaited != told:
-                seen, told, still_s = self._moved, self._awaited, 0.0
-                self._patience.end()
-                if told is not None:
-                    self._patience.begin(told, f"for rank {told} to come to the checkpoint of step {self._step}")
-            if self._thread.is_alive() and told is None and still_s > self._deadline_s:
-                raise DeadlineExceeded(
-                    f"rank {self._rank} has waited {self._deadline_s:g} s for a part of the checkpoint of step "
-                    f"{self._step}; is the disk that slow? save less often (checkpoint.every_*) or raise "
-                    "runtime.deadline_s"
-                )
-        self._patience.end()
+        while self._thread is not None and self._thread.is_alive():
+            self._await_news(self._thread)
         self._thread = None
+
+    def _await_news(self, thread: threading.Thread) -> None:
+        """Wait until the thread gets on, or ends. Where it waits for a rank, it knows itself for how long."""
+        moved, rank = self._moved, self._awaited
+        awaited = None if rank is None else (rank, f"for rank {rank} to come to the checkpoint of step {self._step}")
+
+        def look(seconds: float) -> None:
+            thread.join(min(seconds, LOOK_S))
+            if thread.is_alive() and (self._moved, self._awaited) == (moved, rank):
+                raise Empty
+
+        def late(waited_s: float, _: str) -> DeadlineExceeded:
+            return DeadlineExceeded(
+                f"rank {self._team.rank} has waited {waited_s:g} s for a part of the checkpoint of step {self._step}; "
+                "is the disk that slow? save less often (checkpoint.every_*) or raise runtime.deadline_s"
+            )
+
+        self._team.wait(look, lambda: awaited, late, self._team.deadline_s if rank is None else math.inf)
 
     def error(self) -> str | None:
         """Rank 0, after :meth:`join`: why the last save failed; None if it did not."""
@@ -144,11 +134,10 @@ class Saver:
                 self._moved += 1
             outcome = {"files": files}
         except BaseException as error:  # torch's CheckpointException is no Exception
-            outcome = {"error": f"rank {self._rank}: {_cause(error)}"}
+            outcome = {"error": f"rank {self._team.rank}: {_cause(error)}"}
         if document is None:
-            assert self._store is not None
             with contextlib.suppress(RuntimeError):  # the store is gone, and this job with it
-                self._store.set(_key(step, self._rank), json.dumps(outcome))
+                self._team.set(Key.SAVED(step=step, rank=self._team.rank), json.dumps(outcome))
             return
         try:
             self._publish(step, outcome, document)
@@ -161,8 +150,8 @@ class Saver:
 
     def _count(self, step: int) -> None:
         """Tell rank 0 that a module is begun, so that the one before it is written."""
-        if self._rank > 0:
-            self._store.add(_count_key(step, self._rank), 1)
+        if not self._team.leads:
+            self._team.count(Key.SAVING(step=step, rank=self._team.rank))
 
     def _publish(self, step: int, outcome: dict[str, Any], document: Document) -> None:
         outcomes = [outcome, *self._collect(step)]
@@ -179,42 +168,38 @@ class Saver:
 
     def _collect(self, step: int) -> list[dict[str, Any]]:
         """The outcomes of the other ranks."""
-        others = [rank for rank in self._ranks if rank != self._rank]
-        if not others:
-            return []
-        assert self._store is not None
-        written: dict[int, bytes] = {}
-        waited_s, limit_s = 0.0, self._deadline_s
-        while missing := [rank for rank in others if not self._store.check([_key(step, rank)])]:
-            began = [rank for rank in missing if self._store.check([_count_key(step, rank)])]
-            now = dict(zip(began, self._store.multi_get([_count_key(step, rank) for rank in began]), strict=True))
-            self._awaited = next((rank for rank in missing if rank not in began), None)
-            if now != written:
-                written, waited_s, limit_s = now, 0.0, self._deadline_s
-                self._moved += 1
-            if waited_s > limit_s:
-                late = self._awaited
-                verdict = "no module of it is written" if late is None else self._patience.verdict(late)
-                if verdict is not None:
-                    who = ", ".join(map(str, missing))
-                    raise SaveFailed(f"rank {who} did not save its part within {waited_s:g} s: {verdict}")
-                limit_s += self._deadline_s / ASK_AGAIN
-            time.sleep(POLL_S)
-            waited_s += POLL_S
+        team = self._team
+        begun, saved = team.each(Key.SAVING, step=step), team.each(Key.SAVED, step=step)
+        missing = others = [rank for rank in saved if rank != team.rank]
+        written: dict[int, str] = {}
+
+        def look(seconds: float) -> tuple[list[int], dict[int, str]]:
+            """Once they change: which ranks are missing, and how many modules those have begun that have begun."""
+            end = time.monotonic() + min(seconds, LOOK_S)
+            while time.monotonic() <= end:
+                absent = [rank for rank in others if not team.has(saved[rank])]
+                at_work = [rank for rank in absent if team.has(begun[rank])]
+                counts = dict(zip(at_work, team.get(begun[rank] for rank in at_work), strict=True))
+                self._awaited = next((rank for rank in absent if rank not in counts), None)
+                if (absent, counts) != (missing, written):
+                    return absent, counts
+                time.sleep(POLL_S)
+            raise Empty
+
+        def awaited() -> Awaited:
+            return None if self._awaited is None else (self._awaited, f"for rank {self._awaited} to save")
+
+        def late(waited_s: float, verdict: str) -> SaveFailed:
+            why = verdict or "no module of it is written"
+            return SaveFailed(f"{ranks(missing)} did not save its part within {waited_s:g} s: {why}")
+
+        while missing:
+            missing, written = team.wait(look, awaited, late)
+            self._moved += 1
         self._awaited = None
-        keys = [_key(step, rank) for rank in others]
-        texts = [json.loads(text) for text in self._store.multi_get(keys)]
-        for key in [*keys, *(_count_key(step, rank) for rank in others)]:
-            self._store.delete_key(key)
-        return texts
-
-
-def _key(step: int, rank: int) -> str:
-    return f"saved/{step}/{rank}"
-
-
-def _count_key(step: int, rank: int) -> str:
-    return f"saving/{step}/{rank}"
+        texts = team.take(saved[rank] for rank in others)
+        team.forget(begun[rank] for rank in others)
+        return [json.loads(text) for text in texts]
 
 
 def _cause(error: BaseException) -> str:

@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
+from pipeline.base.config import DATA_SETS
 from pipeline.base.errors import ConfigError
 from pipeline.data import CATALOGUE, Augmentation, open_data
+from pipeline.data.catalogue import NAMES
 
 CIFAR_MEAN = (0.49137, 0.48235, 0.44667)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -144,3 +146,7 @@ def test_folder_recipe(size: int, mean: tuple[float, ...], padding: int, tmp_pat
 
     assert data.mean == pytest.approx(mean, abs=1e-5)
     assert data.augmentation == Augmentation(padding, "reflect", flip=True)
+
+
+def test_the_configuration_knows_the_names_of_the_catalogue() -> None:
+    assert set(DATA_SETS) == set(NAMES)

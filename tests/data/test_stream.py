@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
+from pipeline.base.numerics import Numerics
 from pipeline.data import Augmentation, CachedImages, ImageData, ImageSet, ImageStream, augment, epoch_order
+from pipeline.data.normaliser import Normaliser
 from pipeline.data.prefetch import prefetched
 
-CPU = torch.device("cpu")
+NORMALISE = Normaliser((0.5,) * 3, (0.25,) * 3, Numerics(torch.device("cpu"), torch.float32, channels_last=False))
 POLICY = Augmentation(2, "reflect", flip=True)
 
 
@@ -28,11 +31,11 @@ def image_data(train: ImageSet, test: ImageSet) -> ImageData:
 
 
 def stream(count: int = 22, batch_size: int = 4, drop_last: bool = False) -> ImageStream:
-    return ImageStream(image_data(image_set(count), image_set(10)), batch_size, 3, CPU, drop_last)
+    return ImageStream(image_data(image_set(count), image_set(10)), batch_size, 3, NORMALISE, drop_last)
 
 
 def prefetch_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("prefetch")]
 
 
 def test_the_order_is_a_permutation_of_its_own_per_seed_and_epoch() -> None:
@@ -47,16 +50,15 @@ def test_the_order_is_a_permutation_of_its_own_per_seed_and_epoch() -> None:
 
 def test_an_epoch_is_every_image_once_augmented_with_its_own_index() -> None:
     source = image_set(22)
-    loader = stream().train_batches(epoch=4)
-    batches = list(loader)
+    batches = list(stream().train_batches(epoch=4))
     order = epoch_order(22, seed=3, epoch=4)
 
-    assert [len(labels) for _, labels in batches] == [4, 4, 4, 4, 4, 2]
-    assert (len(loader), loader.batch_size, loader.drop_last) == (6, 4, False)
-    assert torch.cat([labels for _, labels in batches]).tolist() == order.tolist()
+    assert [len(batch.labels) for batch in batches] == [4, 4, 4, 4, 4, 2]
+    assert torch.cat([batch.labels for batch in batches]).tolist() == order.tolist()
     expected = augment(source.images(order), order, seed=3, epoch=4, policy=POLICY)
-    assert torch.equal(torch.cat([images for images, _ in batches]), expected)
-    assert batches[0][0].dtype == torch.uint8 and batches[0][1].dtype == torch.int64
+    assert torch.equal(torch.cat([batch.image for batch in batches]), expected)
+    assert torch.equal(torch.cat([batch.x for batch in batches]), NORMALISE(expected))
+    assert batches[0].image.dtype == torch.uint8 and batches[0].labels.dtype == torch.int64
 
 
 @pytest.mark.parametrize(
@@ -73,8 +75,8 @@ def test_an_epoch_is_every_image_once_augmented_with_its_own_index() -> None:
 def test_the_last_batch(count: int, batch_size: int, drop_last: bool, sizes: list[int]) -> None:
     batches = stream(count, batch_size, drop_last)
 
-    assert [len(labels) for _, labels in batches.train_batches(1)] == sizes
-    assert batches.train_batch_count == len(batches.train_batches(1)) == len(sizes)
+    assert [len(batch.labels) for batch in batches.train_batches(1)] == sizes
+    assert batches.train_batch_count == len(sizes)
 
 
 @pytest.mark.parametrize("batch_size", [3, 4, 5, 100])
@@ -83,40 +85,32 @@ def test_a_test_is_everything_in_order_and_unchanged(batch_size: int) -> None:
     found = list(batches.test_batches())
     source = image_set(10)
 
-    assert torch.equal(torch.cat([images for images, _ in found]), source.pixels)
-    assert torch.cat([labels for _, labels in found]).tolist() == list(range(10))
-    assert batches.test_batch_count == len(batches.test_batches()) == len(found)
+    assert torch.equal(torch.cat([batch.image for batch in found]), source.pixels)
+    assert torch.equal(torch.cat([batch.x for batch in found]), NORMALISE(source.pixels))
+    assert torch.cat([batch.labels for batch in found]).tolist() == list(range(10))
+    assert batches.test_batch_count == len(found)
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 6])
 def test_an_epoch_resumes_where_it_stopped(start: int) -> None:
     whole = list(stream().train_batches(7))[start:]
-    loader = stream().train_batches(7, start_batch=start)
 
-    assert len(loader) == len(whole)
-    for (images, labels), (again, labels_again) in zip(whole, loader, strict=True):
-        assert torch.equal(images, again) and torch.equal(labels, labels_again)
-
-
-def test_a_loader_can_be_iterated_again() -> None:
-    loader = stream().train_batches(1)
-
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(list(loader), list(loader), strict=True))
+    for batch, again in zip(whole, stream().train_batches(7, start_batch=start), strict=True):
+        assert torch.equal(batch.x, again.x) and torch.equal(batch.labels, again.labels)
 
 
 def test_no_thread_is_left_after_an_epoch_or_an_early_stop() -> None:
-    loader = stream().train_batches(1)
-    iterator = iter(loader)
+    batches = stream().train_batches(1)
     assert not prefetch_threads()  # nothing starts before the first batch
-    next(iterator)
+    next(batches)
     assert len(prefetch_threads()) == 1
-    del iterator
+    del batches
     assert not prefetch_threads()
 
-    for _ in loader:
+    for _ in stream().train_batches(1):
         break
     assert not prefetch_threads()
-    assert len(list(loader)) == 6
+    assert len(list(stream().train_batches(1))) == 6
     assert not prefetch_threads()
 
 
@@ -137,21 +131,54 @@ class Broken:
 def test_an_error_of_the_thread_reaches_the_consumer_after_the_good_batches() -> None:
     seen = []
     with pytest.raises(ValueError, match="image 5 is broken"):
-        for _, labels in ImageStream(image_data(image_set(4), Broken()), 4, 0, CPU).test_batches():
-            seen.append(labels.tolist())
+        for batch in ImageStream(image_data(image_set(4), Broken()), 4, 0, NORMALISE).test_batches():
+            seen.append(batch.labels.tolist())
     assert seen == [[0, 1, 2, 3]]
     assert not prefetch_threads()
 
 
 def test_work_runs_ahead_but_not_without_bound() -> None:
+    taken: list[int] = []
     made: list[int] = []
-    values = prefetched(lambda item: made.append(item) or item, range(100))
+    values = prefetched(made.append, (taken.append(item) or item for item in range(100)), ahead=2)
 
-    assert next(values) == 0
+    next(values)
     deadline = time.monotonic() + 5
-    while len(made) < 2 and time.monotonic() < deadline:
+    while len(made) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.1)
-    assert 2 <= len(made) <= 4  # one taken, two waiting, one in hand
+    assert taken == made == [0, 1, 2]  # one handed out, two ahead
+    next(values)
+    assert taken == [0, 1, 2, 3]
     values.close()
     assert not prefetch_threads()
+
+
+def test_an_error_among_the_items_comes_after_the_values_of_those_before_it() -> None:
+    def items() -> Iterator[int]:
+        yield from (0, 1)
+        raise ValueError("no third item")
+
+    seen = []
+    with pytest.raises(ValueError, match="no third item"):
+        for value in prefetched(lambda item: item + 1, items()):
+            seen.append(value)
+    assert seen == [1, 2] and not prefetch_threads()
+
+
+def test_what_is_ahead_when_the_consumer_stops_is_not_made() -> None:
+    made: list[int] = []
+    begun, go = threading.Event(), threading.Event()
+
+    def make(item: int) -> None:
+        if item == 1:
+            begun.set()
+            go.wait(5)
+        made.append(item)
+
+    values = prefetched(make, range(100), ahead=2)
+    next(values)
+    begun.wait(5)
+    threading.Timer(0.1, go.set).start()
+    values.close()  # waits for the one in hand
+    assert made == [0, 1] and not prefetch_threads()

@@ -8,23 +8,22 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers_edges import CPU, SMALL, start_group, train
+from helpers_edges import CPU, SMALL, start_group, team_of, train
 from helpers_spawn import RankResult, run_ranks
 
 from pipeline.base.errors import DeadlineExceeded
 from pipeline.edges.connect import EdgeSpecs, connect
 from pipeline.edges.wire import Header, MessageKind
+from pipeline.ranks.team import Team
 
 RING = 3
 
 
-def pair_of_ends(store: dist.Store, rank: int, ring: int, max_uses: int, deadline_s: float = 20.0) -> Any:
+def pair_of_ends(team: Team, ring: int, max_uses: int) -> Any:
     """Sender on rank 0, ReplayReceiver on rank 1."""
-    specs = EdgeSpecs(activation_out=SMALL) if rank == 0 else EdgeSpecs(activation_in=SMALL)
-    edges = connect(
-        store, rank, 2, specs, activation_slots=ring + 3, gradient_slots=0, depth=2, deadline_s=deadline_s,
-        device=CPU, backend="gloo", ring=ring, max_uses=max_uses,
-    )  # fmt: skip
+    specs = EdgeSpecs(activation_out=SMALL) if team.leads else EdgeSpecs(activation_in=SMALL)
+    sizes = {"activation_slots": ring + 3, "gradient_slots": 0, "depth": 2, "ring": ring, "max_uses": max_uses}
+    edges = connect(team, specs, device=CPU, backend="gloo", **sizes)
     return edges, edges.activation_out or edges.activation_in
 
 
@@ -56,7 +55,7 @@ def ranks(rank: int) -> dict[str, Any]:
     results: dict[str, Any] = {}
 
     # Nobody reads while ten batches are sent, into an edge of two plus six slots.
-    edges, end = pair_of_ends(dist.PrefixStore("order", store), rank, RING, max_uses=2)
+    edges, end = pair_of_ends(team_of("order", store, rank, 2, 20.0), RING, max_uses=2)
     if rank == 0:
         send(end, 0, 9)
         end.flush()
@@ -90,7 +89,7 @@ def ranks(rank: int) -> dict[str, Any]:
     results["unread"] = edges.close()
 
     # A batch at work stays as it is, however many come in the meantime.
-    edges, end = pair_of_ends(dist.PrefixStore("one", store), rank, 1, max_uses=0)
+    edges, end = pair_of_ends(team_of("one", store, rank, 2, 20.0), 1, max_uses=0)
     if rank == 0:
         send(end, 0, 0)
         store.wait(["reading"])
@@ -109,7 +108,7 @@ def ranks(rank: int) -> dict[str, Any]:
     edges.close()
 
     # A sender that has stopped is noticed although there is always something to train on.
-    edges, end = pair_of_ends(dist.PrefixStore("silent", store), rank, 2, max_uses=0, deadline_s=0.5)
+    edges, end = pair_of_ends(team_of("silent", store, rank, 2, 0.5), 2, max_uses=0)
     if rank == 0:
         send(end, 0, 0)
         store.wait(["noticed"])

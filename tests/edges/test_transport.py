@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from helpers_edges import CPU, SMALL, start_group, train
+from helpers_edges import CPU, SMALL, start_group, team_of, train
 from helpers_spawn import RankResult, run_ranks
 
 from pipeline.base.errors import ConfigError, DeadlineExceeded, PeerLost, WireError
-from pipeline.edges.connect import Edges, EdgeSpecs, agree, connect
+from pipeline.edges.connect import Edges, EdgeSpecs, connect
 from pipeline.edges.transport import Receiver, Sender
 from pipeline.edges.wire import HEADER_BYTES, FieldSpec, Header, MessageKind, MessageSpec
+from pipeline.ranks.team import Team
 
 RICH = MessageSpec(
     (
@@ -50,10 +51,11 @@ def message(spec: MessageSpec, seed: int, rows: int) -> dict[str, torch.Tensor]:
 
 def edge(rank: int, spec: MessageSpec, deadline_s: float = 20, slots: int = 2, depth: int = 2) -> Any:
     """Sender on rank 0, Receiver on rank 1."""
+    team = Team(rank, 2, deadline_s=deadline_s)
     group = dist.new_group([0, 1], timeout=timedelta(seconds=1))  # far shorter than some waits below
     if rank == 0:
-        return Sender(group, 1, spec, depth, slots, deadline_s, CPU, "activation")
-    return Receiver(group, 0, spec, slots, deadline_s, CPU, "activation")
+        return Sender(team, group, 1, spec, depth, slots, CPU, "activation")
+    return Receiver(team, group, 0, spec, slots, CPU, "activation")
 
 
 def check_round_trip(rank: int) -> Any:
@@ -164,7 +166,7 @@ def check_foreign_bytes(rank: int) -> Any:
         dist.send(torch.ones(SMALL.nbytes, dtype=torch.uint8), 1, group=group)
         dist.barrier()
         return None
-    end = Receiver(group, 0, SMALL, 1, 5.0, CPU, "activation")
+    end = Receiver(Team(rank, 2, deadline_s=5.0), group, 0, SMALL, 1, CPU, "activation")
     try:
         end.take(MessageKind.TRAIN, 0, 0, 0)
     except WireError as exc:
@@ -174,9 +176,9 @@ def check_foreign_bytes(rank: int) -> Any:
 
 def check_both_directions(rank: int) -> Any:
     down, up = dist.new_group([0, 1]), dist.new_group([0, 1])
-    peer = 1 - rank
-    sender = Sender(down if rank == 0 else up, peer, BIG, 1, 2, 20.0, CPU, "activation")
-    receiver = Receiver(up if rank == 0 else down, peer, BIG, 2, 20.0, CPU, "activation")
+    peer, team = 1 - rank, Team(rank, 2, deadline_s=20.0)
+    sender = Sender(team, down if rank == 0 else up, peer, BIG, 1, 2, CPU, "activation")
+    receiver = Receiver(team, up if rank == 0 else down, peer, BIG, 2, CPU, "activation")
     tensor = torch.full((6, 1024, 1024), float(rank))
     right = True
     for step in range(5):
@@ -306,17 +308,13 @@ def chain_specs(rank: int, world_size: int, width: int, dtype: torch.dtype = tor
 def chain(rank: int) -> dict[str, Any]:
     store = start_group(rank, 3)
     results: dict[str, Any] = {"errors": []}
-    slots = {"activation_slots": 2, "gradient_slots": 2}
-    options = {**slots, "depth": 2, "deadline_s": 10.0, "device": CPU, "backend": "gloo"}
+    team = team_of("b", store, rank, 3, 10.0)
+    options = {"activation_slots": 2, "gradient_slots": 2, "depth": 2, "device": CPU, "backend": "gloo"}
     attempts = [
-        lambda: agree(store, rank, 3, "configuration", "abc" if rank < 2 else "abd", 10.0),
+        lambda: team.agree("configuration", "abc" if rank < 2 else "abd"),
+        lambda: connect(team_of("a", store, rank, 3, 10.0), chain_specs(rank, 3, 4 if rank < 2 else 5), **options),
         lambda: connect(
-            dist.PrefixStore("a", store), rank, 3, chain_specs(rank, 3, 4 if rank < 2 else 5), **options
-        ),
-        lambda: connect(
-            dist.PrefixStore("c", store),
-            rank,
-            3,
+            team_of("c", store, rank, 3, 10.0),
             chain_specs(rank, 3, 4, torch.bfloat16 if rank < 1 else torch.float32),
             **options,
         ),
@@ -328,11 +326,11 @@ def chain(rank: int) -> dict[str, Any]:
             results["errors"].append((type(exc).__name__, str(exc)))
     if rank == 0:
         try:
-            agree(store, rank, 3, "nobody else", "x", 0.2)
+            team_of("d", store, rank, 3, 0.2).agree("nobody else", "x")
         except DeadlineExceeded as exc:
             results["errors"].append((type(exc).__name__, str(exc)))
-    agree(store, rank, 3, "code version", "1", 10.0)
-    edges = connect(dist.PrefixStore("b", store), rank, 3, chain_specs(rank, 3, 4), **options)
+    team.agree("code version", "1")
+    edges = connect(team, chain_specs(rank, 3, 4), **options)
     x = torch.zeros(4, 4)
     for step in range(3):
         if edges.activation_in:
@@ -385,8 +383,9 @@ def lose_a_peer(rank: int) -> Any:
     """Rank 1 is killed while rank 0 waits to be rid of a message and rank 2 waits for one."""
     store = start_group(rank, 3)
     specs = chain_specs(rank, 3, 4)
-    slots = {"activation_slots": 1, "gradient_slots": 1}
-    edges = connect(store, rank, 3, specs, **slots, depth=1, deadline_s=10.0, device=CPU, backend="gloo")
+    team = Team(rank, 3, store, deadline_s=10.0)
+    options = {"activation_slots": 1, "gradient_slots": 1, "depth": 1}
+    edges = connect(team, specs, device=CPU, backend="gloo", **options)
     dist.barrier()
     if rank == 1:
         time.sleep(0.3)

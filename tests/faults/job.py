@@ -1,7 +1,7 @@
 """A training job to break: ``job.py FOLDER``, with the settings and the faults in FOLDER/job.json.
 
     {"settings": {...}, "span": 2, "epochs": 2, "steps": 20, "pause_s": 0.0, "test_pause_s": 0.0,
-     "open_pause_s": 0.0, "resume": "auto", "faults": [fault, ...]}
+     "open_pause_s": 0.0, "resume": "auto", "run_dir": "run", "faults": [fault, ...]}
     fault: {"rank": 1, "step": 7, "do": "kill"}, each once in the life of the job, in this order. Step -1: before
     ``train`` has anything to do; step 100: when the first stage reads its third batch of a test
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -60,7 +61,7 @@ class Batches:
 
 
 def network(folder: Path) -> nn.Sequential:
-    torch.manual_seed(8 if list(folder.glob("run/checkpoints/step-*")) else 7)
+    torch.manual_seed(8 if list(folder.glob("**/checkpoints/step-*")) else 7)
     return nn.Sequential(tiny_blocks())
 
 
@@ -183,6 +184,23 @@ class Faults:
             assert time.monotonic() < end, "the directory stays busy"  # with a save that has a file open for writing
             time.sleep(0.05)
 
+    def rename_run(self) -> None:
+        """Give the run directory another name while the job works in it."""
+        self._await_checkpoint()
+        (self._folder / "run").rename(self._folder / "moved")
+
+    def replace_run(self) -> None:
+        """Let another job begin in its place."""
+        self.rename_run()
+        (self._folder / "run").mkdir()
+        (self._folder / "run" / ".lock").touch()
+
+    def delete_run(self) -> None:
+        """Delete the run directory; other ranks may be saving into it."""
+        self._await_checkpoint()
+        while (self._folder / "run").exists():
+            shutil.rmtree(self._folder / "run", ignore_errors=True)
+
     def poison(self) -> None:
         """A weight becomes NaN, so the next loss does."""
         with torch.no_grad():
@@ -210,6 +228,7 @@ def main(rank: int, folder: str) -> dict[str, Any]:
     """One rank of the job; returns what ``train`` does."""
     here = Path(folder)
     job = json.loads((here / "job.json").read_text())
+    os.chdir(here)  # without a run directory the run goes to a new one below this
     (here / "pids").mkdir(exist_ok=True)
     (here / "pids" / f"{rank}-{os.getpid()}").touch()
     settings: dict[str, dict[str, Any]] = {
@@ -228,7 +247,7 @@ def main(rank: int, folder: str) -> dict[str, Any]:
         config,
         network=model,
         data=LoaderData(Batches(job["steps"], job["open_pause_s"]), Tests(20, job["test_pause_s"], faults)),
-        run_dir=here / "run",
+        run_dir=here / job["run_dir"] if job["run_dir"] else None,
         resume=job["resume"],
         quiet=True,
         before_action=faults,

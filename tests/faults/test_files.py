@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from harness import line_of, run_forked
 
+from pipeline import read_metrics
 from pipeline.store.checkpoint import open_checkpoint, step_folders
 
 
@@ -75,6 +76,35 @@ def test_a_directory_that_becomes_read_only_keeps_what_it_has(tmp_path: Path) ->
             open_checkpoint(path)
     finally:
         subprocess.run(["umount", "-l", str(tmp_path / "run" / "checkpoints")], check=True)
+
+
+@pytest.mark.parametrize("how", ["rename_run", "delete_run"])
+def test_a_run_goes_on_in_a_whole_directory_when_its_own_is_gone(
+    tmp_path: Path, undisturbed: dict[str, str], how: str
+) -> None:
+    """In the second of two epochs, so that saves and metrics follow; and it may be resumed like any other."""
+    results = run_forked(tmp_path, [{"rank": 0, "step": 23, "do": how}], settings={"checkpoint": {"keep": 99}})
+    assert [result.exit_code for result in results] == [0, 0, 0], [result.stderr for result in results]
+    assert results[0].value["weights_sha256"] == undisturbed["exact"]
+    told = [line for result in results for line in result.stderr.splitlines() if "deleted or renamed;" in line]
+    assert len(told) == 1 and told[0].startswith("localpipe warning: run directory '"), told
+    there = {path.name for path in (tmp_path / "run").iterdir()}
+    files = {"config.toml", "plan.json", "metrics.jsonl", "summary.json", "model.pt", "heads.pt", ".lock"}
+    assert there == {*files, "checkpoints"}
+    assert [epoch["epoch"] for epoch in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    assert steps_of(tmp_path)[0] == 40 and 20 not in steps_of(tmp_path)
+    for path in step_folders(tmp_path / "run" / "checkpoints"):
+        open_checkpoint(path)
+    if how == "rename_run":
+        moved = tmp_path / "moved"
+        assert not (moved / "summary.json").exists() and open_checkpoint(moved).step <= 20
+
+
+def test_a_run_whose_directory_another_job_has_taken_stops(tmp_path: Path) -> None:
+    results = run_forked(tmp_path, [{"rank": 0, "step": 23, "do": "replace_run"}])
+    assert all(result.exit_code != 0 for result in results)
+    assert "was renamed, and another job has begun in its place" in line_of(results)
+    assert not (tmp_path / "run" / "config.toml").exists() and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:

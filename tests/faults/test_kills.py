@@ -46,6 +46,18 @@ def test_the_command_torchrun_restarts_what_was_killed(tmp_path: Path, undisturb
     assert ended.result["weights_sha256"] == undisturbed["exact"]
 
 
+@pytest.mark.parametrize("job", [{"run_dir": None}, {"resume": "none"}])
+def test_a_single_process_that_was_killed_goes_on_with_its_run(
+    tmp_path: Path, undisturbed: dict[str, str], job: dict[str, Any]
+) -> None:
+    """Where it was told of no run directory, and where it was told to begin anew: that was its first attempt."""
+    (ended,) = run_with_agents(tmp_path, [{"rank": 0, "step": 17, "do": "kill"}], [1], restarts=1, **job)
+    assert ended.code == 0, ended.output
+    assert (ended.attempts(), ended.lines, ended.alive()) == (2, [], [])
+    assert ended.result["weights_sha256"] == undisturbed["exact"]
+    assert len(list(tmp_path.glob("**/checkpoints"))) == 1
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each of two ranks")
 def test_torchrun_restarts_what_was_killed_on_nccl(tmp_path: Path) -> None:
     fault = {"rank": 1, "step": 17, "do": "kill"}

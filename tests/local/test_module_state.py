@@ -12,7 +12,7 @@ from tiny import tiny_batch, tiny_config, tiny_stage
 from pipeline.base.errors import ConfigError
 from pipeline.local.local_module import LocalModule
 from pipeline.local.module_state import module_state, restore_module
-from pipeline.local.weights import weights_sha256
+from pipeline.local.weights import module_weights, weights_sha256
 from pipeline.store.checkpoint import Checkpoint, write_module
 
 STEPS = 6
@@ -27,7 +27,7 @@ def run(stage: Any, steps: range, first: int = 0) -> None:
 
 
 def digest(modules: list[LocalModule]) -> str:
-    return weights_sha256([module.state() for module in modules])
+    return weights_sha256([module_weights(module) for module in modules])
 
 
 CASES = {

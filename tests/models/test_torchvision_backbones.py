@@ -10,10 +10,11 @@ from torch import nn
 from torchvision import models
 
 from pipeline import UncutModel, backbone_names, build_blocks
-from pipeline.base.config import from_dict, validate
 from pipeline.base.numerics import resolve_numerics
+from pipeline.base.validation import from_dict, validate
 from pipeline.edges.connect import Edges
 from pipeline.local.methods import Task
+from pipeline.local.weights import model_state, module_weights
 from pipeline.models.backbones import boundary_shapes
 from pipeline.models.torchvision import NAMES, torchvision_name
 from pipeline.plan.assembly import build_modules, make_plan
@@ -93,13 +94,13 @@ def test_two_local_modules_train_on_larger_images(method: str) -> None:
     assert [len(names) for names in plan.cut.modules] == [5, 5]
     numerics = resolve_numerics(config.precision, torch.device("cpu"), blocks.values())
     modules = build_modules(plan, 0, blocks, numerics, fresh=True)
-    before = [module.state()["blocks"] for module in modules]
+    before = [model_state([module_weights(module)]) for module in modules]
     before = [{key: value.clone() for key, value in state.items()} for state in before]
     stage = Stage(modules, plan.schedules[0], (), 1, Edges(), forward_image=False)
     image = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     stage.train_step(1, 0, Batch(numerics.boundary(image / 127.5 - 1.0), torch.arange(4), image))
     for module, old in zip(modules, before, strict=True):
-        same = [key for key, value in module.state()["blocks"].items() if torch.equal(value, old[key])]
+        same = [key for key, value in model_state([module_weights(module)]).items() if torch.equal(value, old[key])]
         assert same == [], f"module {module.plan.index} did not train {same}"
         assert all(torch.isfinite(total) for total in module.loss_sums.values())
     assert set(modules[1].loss_sums) == {"final"}

@@ -25,8 +25,8 @@ from oracle.kinks import Kinks
 from tiny import without_updates
 from torch import Tensor, nn
 
-from pipeline.base.config import from_dict, validate
 from pipeline.base.numerics import Numerics
+from pipeline.base.validation import from_dict, validate
 from pipeline.edges.connect import Edges
 from pipeline.local.local_module import LocalModule
 from pipeline.local.methods import Task

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from oracle.literal import literal_backward
 from tiny import METHODS, VARIANTS, gradients, tiny_batch, tiny_config, tiny_stage, without_updates
 
+from pipeline.local.weights import model_state, module_weights
 from pipeline.models.backbones import UncutModel
 
 MODULES = 5
@@ -82,7 +83,7 @@ def test_one_module_is_backpropagation_bit_for_bit() -> None:
         optimiser.zero_grad()
         F.cross_entropy(plain(batch.x), batch.labels).backward()
         optimiser.step()
-    mine = modules[0].state()["blocks"]
+    mine = model_state([module_weights(modules[0])])
     for name, value in plain.state_dict().items():
         assert torch.equal(mine[name], value), name
 

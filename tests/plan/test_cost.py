@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pipeline.base.config import load_config
+from pipeline.base.recipes import load_config
 from pipeline.plan.cost import StepCost, step_cost
 
 SHAPE = (3, 16, 16)

@@ -17,6 +17,7 @@ from pipeline.base.numerics import Numerics
 from pipeline.local.methods import Task
 from pipeline.plan import measured_placement
 from pipeline.plan.profiling import profile_modules
+from pipeline.ranks.team import Team
 
 KINDS: dict[str, dict[str, Any]] = {
     "count": {"kind": "count"},
@@ -61,7 +62,7 @@ def test_the_plan_is_stored(runs: tuple[dict[str, str], dict[str, Any]]) -> None
 
 
 def one_rank() -> Any:
-    return SimpleNamespace(rank=0, world_size=1, local_world_size=1, broadcast=lambda value: value)
+    return SimpleNamespace(team=Team(), local_world_size=1)
 
 
 def test_a_plan_larger_than_the_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +93,7 @@ def test_measuring_leaves_the_network_and_the_random_state_alone(monkeypatch: py
     [
         ({"kind": "given"}, "stages belong to kind 'given'"),
         ({"kind": "count", "stages": [2, 2]}, "stages belong to kind 'given'"),
-        ({"kind": "given", "stages": [2, 0]}, "list of positive integers"),
+        ({"kind": "given", "stages": [2, 0]}, "each must be at least 1"),
         ({"kind": "balanced"}, "partition.kind = 'balanced' is not known"),
     ],
 )

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,9 @@ from rich.console import Console
 from pipeline import load_config
 from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
+from pipeline.models import unbuilt
+from pipeline.models.backbones import Blocks
+from pipeline.plan import explain as explain_module
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.explain import explain, measure
 from pipeline.plan.report import PlanReport
@@ -124,6 +129,39 @@ def test_a_measured_plan_needs_no_profile() -> None:
 def test_what_would_stop_a_run_stops_the_plan(assignments: list[str], ranks: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         explain(config(*assignments), ranks, PROFILE)
+
+
+REFUSED: list[tuple[list[str], int, dict[str, Any], str]] = [
+    ([], 2, {"latency_s": -1.0}, "use a latency >= 0"),
+    ([], 2, {"bytes_per_s": math.nan}, "use a latency >= 0 and a rate > 0"),
+    ([], 5, {}, "5 processes for 4 local modules"),
+    ([], 0, {}, "must be at least 1"),
+    (["partition.kind=given", "partition.stages=[1,1]"], 2, {}, "adds up to 2"),
+    (["partition.kind=given", "partition.stages=[2,2]"], 3, {}, "has 2 sizes for 3 processes"),
+    (["patches.grid=64"], 2, {}, "patches.grid = 64"),
+    (["model.modules=40"], 2, {}, "blocks; use at most"),
+]
+
+
+@pytest.mark.parametrize(("assignments", "ranks", "link", "message"), REFUSED)
+def test_nothing_is_measured_before_a_refusal(
+    assignments: list[str], ranks: int, link: dict[str, float], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explain_module, "profile_modules", lambda *_: pytest.fail("measured"))
+    with pytest.raises(ConfigError, match=message):
+        explain(config(*assignments), ranks, **link)
+
+
+def test_the_network_is_built_once_and_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Blocks] = []
+    build = unbuilt.build_blocks
+    monkeypatch.setattr(unbuilt, "build_blocks", lambda *which: built.append(build(*which)) or built[-1])
+    small = config("model.name=resnet20", "data.batch_size=4", "partition.steps=1")
+    report = explain(small, 2)
+    assert len(built) == 1
+    assert all(parameter.is_meta for block in built[0].values() for parameter in block.parameters())
+    assert report.profile.modules[0].state_bytes > 0
+    assert [m.parameters for m in report.modules] == [m.parameters for m in explain(small, 2, report.profile).modules]
 
 
 def test_a_profile_without_times_is_refused() -> None:

@@ -16,7 +16,8 @@ from pipeline.local.methods import Task
 from pipeline.models.backbones import Blocks
 from pipeline.plan.assembly import Plan, make_plan
 from pipeline.plan.cost_profile import Profile
-from pipeline.plan.profiling import device_memory, profile_modules, rank_memory, refuse_too_large
+from pipeline.plan.profiling import profile_modules
+from pipeline.plan.rank_memory import device_memory, rank_memory, refuse_too_large
 from pipeline.plan.simulate import ModuleCost
 from pipeline.stage.schedule import Kind
 

@@ -13,6 +13,7 @@ from helpers_spawn import run_ranks
 
 from pipeline.base.errors import ConfigError, DeadlineExceeded
 from pipeline.ranks.attempt import Job, agree_on_attempt, open_store
+from pipeline.ranks.team import Team
 
 HANG_S = 60.0
 
@@ -29,14 +30,14 @@ class Rank(threading.Thread):
     def __init__(self, server: dist.TCPStore, rank: int, world_size: int, deadline_s: float = HANG_S) -> None:
         super().__init__(daemon=True)
         client = dist.TCPStore("127.0.0.1", server.port, is_master=False, wait_for_workers=False)
-        self._arguments = (dist.PrefixStore("/job", client), rank, world_size, deadline_s)
+        self._team = Team(rank, world_size, dist.PrefixStore("/job", client), deadline_s=deadline_s)
         self.name_of_attempt = ""
         self.error: Exception | None = None
         self.start()
 
     def run(self) -> None:
         try:
-            self.name_of_attempt = agree_on_attempt(*self._arguments)
+            self.name_of_attempt = agree_on_attempt(self._team)
         except Exception as error:
             self.error = error
 

@@ -8,7 +8,7 @@ import pytest
 import torch.distributed as dist
 
 from pipeline.base.errors import DeadlineExceeded
-from pipeline.ranks.patience import NO_PATIENCE, wait_for_ranks
+from pipeline.ranks.team import Team
 
 KEYS = {0: "here/0", 1: "here/1", 2: "here/2"}
 DEADLINE_S = 0.1
@@ -38,7 +38,7 @@ class Judge:
 
 
 def wait(patience: Judge) -> None:
-    wait_for_ranks(patience.store, 7, KEYS, "report", DEADLINE_S, patience)
+    Team(7, 8, patience.store, deadline_s=DEADLINE_S, patience=patience).wait_for(KEYS, "report")
 
 
 def test_nobody_is_told_of_a_wait_that_is_none() -> None:
@@ -66,4 +66,4 @@ def test_the_wait_ends_with_the_ranks_that_are_missing_and_why() -> None:
 
 def test_without_patience_the_deadline_is_the_end() -> None:
     with pytest.raises(DeadlineExceeded, match="has waited 0.1 s for ranks 0, 1, 2 to report; rank 0 is slow, hung or"):
-        wait_for_ranks(dist.HashStore(), 7, KEYS, "report", DEADLINE_S, NO_PATIENCE)
+        Team(7, 8, deadline_s=DEADLINE_S).wait_for(KEYS, "report")

@@ -52,17 +52,12 @@ def specs(rank: int) -> EdgeSpecs:
 def job(mode: str, run_dir: str) -> None:
     """Ten steps of a chain; at step 5 something happens to a rank, or to several."""
     with Runtime("cpu", threads=1, deadline_s=DEADLINES_S.get(mode, DEADLINE_S), run_dir=Path(run_dir)) as runtime:
-        rank, desk = runtime.rank, runtime.desk
+        rank, desk = runtime.team.rank, runtime.desk
         desk.stop_gracefully()
         print(f"pid {os.getpid()} rank {rank}", flush=True)
         desk.describe(f"modules {rank}-{rank} (block{rank})")
-        edges = connect(
-            runtime.store, rank, WORLD, specs(rank), activation_slots=2, gradient_slots=2, depth=2,
-            deadline_s=runtime.deadline_s, device=runtime.device, backend=runtime.backend,
-        )  # fmt: skip
-        for end in vars(edges).values():
-            if end is not None:
-                end.patience = runtime.patience
+        options = {"activation_slots": 2, "gradient_slots": 2, "depth": 2}
+        edges = connect(runtime.team, specs(rank), device=runtime.device, backend=runtime.backend, **options)
         for step in range(10):
             desk.progress(0, step, "computing")
             if step == 5:
@@ -82,11 +77,11 @@ def happen(mode: str, runtime: Runtime) -> None:
     if mode == "config":
         raise ConfigError("train.batch_size = 0: must be at least 1")
     if mode == "collective":  # the main threads of ranks 0 and 1 sit in C++
-        if runtime.rank != 2:
+        if runtime.team.rank != 2:
             runtime.desk.progress(0, 5, "in a C++ wait")
-            runtime.store.wait(["never"])
+            runtime.team.store.wait(["never"])
         time.sleep(0.5)
-    if runtime.rank not in VICTIMS.get(mode, (2,)):
+    if runtime.team.rank not in VICTIMS.get(mode, (2,)):
         return
     if mode in DEADLINES_S:
         time.sleep(DEADLINES_S[mode] / 2)  # the others have heard who this is
@@ -226,11 +221,11 @@ def test_a_slow_rank_is_no_error(tmp_path: Path) -> None:
 def signalled(rank: int, number: int, target: int) -> None:
     with Runtime("cpu", threads=1, deadline_s=20.0) as runtime:
         runtime.desk.progress(1, 2, "waiting")
-        runtime.broadcast(None)
+        runtime.team.broadcast(None)
         if rank == target:
             time.sleep(0.2)
             os.kill(os.getpid(), number)
-        runtime.store.wait(["never"])
+        runtime.team.store.wait(["never"])
 
 
 @pytest.mark.parametrize(
@@ -255,7 +250,7 @@ def asked_to_stop(rank: int, mode: str) -> Any:
         worker.start()
         while os.getpgid(worker.pid) != worker.pid:
             time.sleep(0.01)  # it has only just been forked
-        runtime.broadcast(None)
+        runtime.team.broadcast(None)
         assert desk.stop_request() is None
         if rank == 2:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -266,14 +261,14 @@ def asked_to_stop(rank: int, mode: str) -> Any:
         if rank == 0:
             while desk.stop_request() is None:
                 time.sleep(0.01)
-        reason = runtime.broadcast(desk.stop_request())
+        reason = runtime.team.broadcast(desk.stop_request())
         worker.terminate()
         worker.join(HANG_S)
         if mode == "death":
             if rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGTERM)  # as the launcher does when a rank dies
-            runtime.store.wait(["never"])
+            runtime.team.store.wait(["never"])
     return reason, worker.exitcode, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -299,11 +294,11 @@ def test_a_death_is_reported_although_all_have_been_asked_to_stop() -> None:
 
 def host_dies(rank: int) -> None:
     with Runtime("cpu", threads=1, deadline_s=20.0) as runtime:
-        runtime.broadcast(None)
+        runtime.team.broadcast(None)
         time.sleep(1.0)  # the sentinels have read who is who
         if rank == 0:
             os.kill(os.getpid(), signal.SIGKILL)
-        runtime.store.wait(["never"])
+        runtime.team.store.wait(["never"])
 
 
 def test_the_host_of_the_store_is_killed() -> None:
@@ -315,11 +310,11 @@ def test_the_host_of_the_store_is_killed() -> None:
 
 def host_stops(rank: int) -> None:
     with Runtime("cpu", threads=1, deadline_s=2.0) as runtime:
-        runtime.broadcast(None)
+        runtime.team.broadcast(None)
         time.sleep(1.0)
         if rank == 0:
             os.kill(os.getpid(), signal.SIGSTOP)
-        runtime.broadcast("data")  # main threads and sentinels ask a store that does not answer
+        runtime.team.broadcast("data")  # main threads and sentinels ask a store that does not answer
 
 
 def test_the_host_of_the_store_stops_in_the_set_up() -> None:
@@ -333,9 +328,9 @@ def test_the_host_of_the_store_stops_in_the_set_up() -> None:
 def stuck(rank: int) -> None:
     """Nobody waits for it."""
     with Runtime("cpu", threads=1, deadline_s=1.0) as runtime:
-        runtime.broadcast(None)
+        runtime.team.broadcast(None)
         runtime.desk.progress(0, 5, "computing")
-        while rank == 1 or not runtime.store.check(["never"]):
+        while rank == 1 or not runtime.team.store.check(["never"]):
             time.sleep(3600 if rank == 1 else 0.1)
             runtime.desk.progress(0, 5, "computing")
 
@@ -349,18 +344,18 @@ def test_a_rank_that_is_stuck_reports_itself() -> None:
 
 def orderly(rank: int) -> Any:
     with Runtime("cpu", threads=1, deadline_s=2.0) as runtime:
-        values = runtime.gather({"rank": rank})
-        first = runtime.broadcast(f"from {rank}")
-        runtime.broadcast(None)
+        values = runtime.team.gather({"rank": rank})
+        first = runtime.team.broadcast(f"from {rank}")
+        runtime.team.broadcast(None)
         late = None
         if rank == 0:
             try:
-                runtime.gather(0)
+                runtime.team.gather(0)
             except Exception as exc:
                 late = f"{type(exc).__name__}: {exc}"
-            runtime.store.set("late", "1")
+            runtime.team.store.set("late", "1")
         else:
-            while not runtime.store.check(["late"]):  # hung, for all that the other knows
+            while not runtime.team.store.check(["late"]):  # hung, for all that the other knows
                 time.sleep(0.05)
         # A forked worker (data loader) can be terminated, and its SIGTERM is not taken for ours.
         worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
@@ -411,9 +406,9 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_process_needs_no_group(alone: None) -> None:
     with Runtime("cpu", threads=1) as runtime:
-        assert (runtime.rank, runtime.world_size, runtime.store, runtime.control) == (0, 1, None, None)
-        assert runtime.gather(3) == [3] and runtime.broadcast(4) == 4
-        runtime.broadcast(None)
+        assert (runtime.team.rank, runtime.team.size, runtime.team.group) == (0, 1, None)
+        assert runtime.team.gather(3) == [3] and runtime.team.broadcast(4) == 4
+        runtime.team.broadcast(None)
         assert not dist.is_initialized()
 
 

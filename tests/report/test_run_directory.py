@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from pipeline.base.errors import ConfigError
+from pipeline.base.errors import ConfigError, LocalpipeError
 from pipeline.report.curve import plot_curve
 from pipeline.store.run_directory import RunDirectory, read_metrics, summarise
+from pipeline.store.run_lock import RunLock
 
 
 def strict(text: str) -> object:
@@ -53,18 +54,38 @@ def test_an_unwritable_place_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_directory_in_use_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.store.run_directory.LOCK_S", 0.2)
-    code = "import sys; from pathlib import Path; from pipeline.store.run_directory import RunDirectory;"
-    code += "held = RunDirectory(Path(sys.argv[1])).lock(); print('held', flush=True); input()"
+    monkeypatch.setattr("pipeline.store.run_lock.LOCK_S", 0.2)
+    code = "import sys; from pathlib import Path; from pipeline.store.run_lock import RunLock;"
+    code += "held = RunLock(Path(sys.argv[1])); print('held', flush=True); input()"
     other = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     with other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(ConfigError, match="in use by another job"):
-            RunDirectory(tmp_path).lock()
+            RunLock(tmp_path)
         other.communicate("\n")
-    RunDirectory(tmp_path).lock().close()
+    RunLock(tmp_path).close()
+
+
+def test_a_lock_tells_whether_its_directory_is_still_there(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    lock = RunLock(folder)
+    assert not lock.lost()
+    folder.rename(tmp_path / "moved")
+    assert lock.lost()
+    lock.renew()
+    assert not lock.lost() and (tmp_path / "moved" / ".lock").exists()
+    shutil.rmtree(folder)
+    folder.mkdir()
+    other = RunLock(folder)
+    assert lock.lost()
+    other.close()  # it has ended, but what is there is not ours
+    with pytest.raises(LocalpipeError, match="another job has begun in its place") as caught:
+        lock.renew()
+    assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+    lock.close()
 
 
 def test_metrics_round_trip_with_nan_as_null(tmp_path, sample_run):
@@ -111,14 +132,9 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_litter(tmp_path, monkey
     assert (tmp_path / "summary.json").read_text() == before
 
 
-def test_config_and_state_are_written(tmp_path):
+def test_the_configuration_is_written(tmp_path):
     directory = RunDirectory(tmp_path)
     assert directory.write_config("name = 'é'\n").read_text(encoding="utf-8") == "name = 'é'\n"
-    weight = torch.arange(3.0)
-    path = directory.write_state("rank0", {"weight": weight})
-    assert path == tmp_path / "rank0.pt"
-    assert torch.equal(torch.load(path, weights_only=True)["weight"], weight)
-    assert directory.write_state("rank1.pt", {}).name == "rank1.pt"
 
 
 def test_summary_reports_the_last_epoch_and_adds_up_the_ranks(sample_run):

@@ -218,7 +218,7 @@ def test_a_network_of_ones_own_must_be_given_and_be_the_one_that_was_trained(own
         evaluate(own, network=renamed, data=mine["data"])
     other = tiny_blocks()
     other["stem"][0] = nn.Conv2d(3, 4, 5, 1, 2, bias=False)
-    with pytest.raises(ConfigError, match="does not fit blocks 'stem' of local module 0; pass the network that was"):
+    with pytest.raises(ConfigError, match="does not fit blocks.stem of local module 0; pass the network that was"):
         evaluate(own, network=nn.Sequential(other), data=mine["data"])
 
 

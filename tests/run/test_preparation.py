@@ -12,7 +12,7 @@ from pipeline.run.preparation import refuse_private_directory
 
 
 def ranks_that_see(seen: list[bool]) -> SimpleNamespace:
-    """A runtime on rank 0; this rank's own look is the first."""
+    """The team on rank 0; this rank's own look is the first."""
     return SimpleNamespace(gather=lambda mine: [mine, *seen], broadcast=lambda value: value)
 
 

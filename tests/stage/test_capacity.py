@@ -11,7 +11,8 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_plan
 
-from pipeline.base.config import HierarchyConfig, load_config
+from pipeline.base.config import HierarchyConfig
+from pipeline.base.recipes import load_config
 from pipeline.local.methods import Task
 from pipeline.local.roles import ModulePlan, plan_hierarchy
 from pipeline.models.backbones import build_blocks

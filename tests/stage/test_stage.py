@@ -7,6 +7,7 @@ import torch
 from tiny import gradients, tiny_batch, tiny_config, tiny_stage, without_updates
 
 from pipeline.base.errors import DataError
+from pipeline.local.weights import module_weights
 from pipeline.stage.stage import Batch
 
 
@@ -41,10 +42,10 @@ def test_evaluation_counts_the_errors_of_every_head_in_short_batches_too() -> No
 def test_evaluation_changes_nothing() -> None:
     stage, modules, _ = tiny_stage(tiny_config("infopro", "hpff", 2))
     stage.train_step(1, 0, tiny_batch(0))
-    before = [{k: v.clone() for k, v in {**m.state()["blocks"], **m.state()["heads"]}.items()} for m in modules]
+    before = [{name: value.clone() for name, value in module_weights(module).items()} for module in modules]
     stage.test_step(1, 0, tiny_batch(1))
     for module, old in zip(modules, before, strict=True):
-        for name, value in {**module.state()["blocks"], **module.state()["heads"]}.items():
+        for name, value in module_weights(module).items():
             assert torch.equal(value, old[name]), name
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers_edges import start_group
+from helpers_edges import start_group, team_of
 from helpers_spawn import run_ranks
 from tiny import tiny_batch, tiny_config, tiny_stage
 
@@ -111,12 +111,12 @@ def test_waiting_for_a_message_and_for_room_become_wait_events(monkeypatch: pyte
 def offsets(rank: int) -> list[float]:
     """Offsets on one host, then with two host names and a clock of rank 1 that is 1,000 s ahead."""
     store = start_group(rank, 2)
-    same = clock_offset_s(torch.distributed.PrefixStore("same", store), rank, 2)
+    same = clock_offset_s(team_of("same", store, rank, 2, 30.0))
     if rank == 1:
         true_clock = time.perf_counter
         recording.time.perf_counter = lambda: true_clock() + 1000.0
     recording._host = lambda: f"host{rank}"
-    other = clock_offset_s(torch.distributed.PrefixStore("other", store), rank, 2)
+    other = clock_offset_s(team_of("other", store, rank, 2, 30.0))
     store.set(f"done/{rank}", "1")
     store.wait(["done/0", "done/1"])
     torch.distributed.destroy_process_group()

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.base.config import load_config, to_toml
 from pipeline.base.errors import CheckpointError
+from pipeline.base.recipes import load_config
+from pipeline.base.toml import to_toml
 from pipeline.store.checkpoint import (
     newest_valid,
     open_checkpoint,

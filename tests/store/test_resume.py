@@ -18,8 +18,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline import LoaderData, read_metrics, train
-from pipeline.base.config import Config, from_dict, load_config, validate
+from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
+from pipeline.base.recipes import load_config
+from pipeline.base.validation import from_dict, validate
 from pipeline.store.checkpoint import FOLDER, open_checkpoint, step_folders
 from pipeline.store.resume import choose_start
 

@@ -1,0 +1,149 @@
+"""Which configurations are valid: names and types of the keys, their values, and what does not go together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.base.config import Config, ScheduleConfig, sections, settings
+from pipeline.base.errors import ConfigError, shown, suggest
+
+ALIASES = {
+    "method.name": {"infopro-softmax": "infopro"},
+    "precision.compute": {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16"},
+}
+
+
+def from_dict(values: Mapping[str, Mapping[str, Any]]) -> Config:
+    """Build a :class:`Config` from nested dictionaries, checking names and types.
+
+    Raises:
+        ConfigError: names the key that is unknown or has a value of another type.
+    """
+    built: dict[str, Any] = {}
+    for section, entries in values.items():
+        if section not in sections():
+            raise ConfigError(f"unknown section {shown(section)} in the configuration; {suggest(section, sections())}")
+        if not isinstance(entries, Mapping):
+            raise ConfigError(f"'{section}' is a section, not a value; write {section}.key = value")
+        checked = {}
+        for name, value in entries.items():
+            key = f"{section}.{name}"
+            if key not in settings():
+                raise ConfigError(f"unknown key {shown(key)}; {suggest(key, settings())}")
+            converted = settings()[key].convert(value)
+            checked[name] = ALIASES.get(key, {}).get(converted, converted) if isinstance(value, str) else converted
+        built[section] = sections()[section](**checked)
+    return Config(**built)
+
+
+def validate(config: Config) -> Config:
+    """Check every value that can be checked without data or model, and fill in variant-dependent defaults.
+
+    Raises:
+        ConfigError: names the first value that cannot work, its key and the fix.
+    """
+    check_values(config)
+    check_combinations(config)
+    released = config.hierarchy.variant == "released"
+    return with_values(
+        config,
+        {
+            "hierarchy.independent_weight": _default(config.hierarchy.independent_weight, 0.001 if released else 1.0),
+            "hierarchy.cascade_weight": _default(config.hierarchy.cascade_weight, 0.999 if released else 1.0),
+        },
+    )
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of ``section.name``."""
+    section, _, name = key.partition(".")
+    return getattr(getattr(config, section), name)
+
+
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """The configuration with other values of some keys (``section.name``)."""
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{name: value})}
+        )
+    return config
+
+
+def check_values(config: Config) -> None:
+    """Check every key alone, against the range or the choices that stand beside its field.
+
+    Raises:
+        ConfigError: names the key, its value, and what is valid.
+    """
+    for key, setting in settings().items():
+        value = value_of(config, key)
+        if value is not None:
+            setting.check(setting.convert(value))
+
+
+def check_combinations(config: Config) -> None:
+    """Check what does not go together.
+
+    Raises:
+        ConfigError: names the keys and the fix.
+    """
+    batch, parts = config.data.batch_size, config.schedule.micro_batches
+    if batch % parts:
+        raise ConfigError(
+            f"data.batch_size = {batch} is not divisible by schedule.micro_batches = {parts}; "
+            f"use a multiple of {parts}, for example {batch + parts - batch % parts}"
+        )
+    if parts > 1 and batch // parts < 2:
+        raise ConfigError(
+            f"data.batch_size = {batch} with schedule.micro_batches = {parts} leaves BatchNorm one image; use fewer "
+            "micro-batches or a larger batch"
+        )
+    for name, kind in (("delay", "async"), ("ring", "free"), ("max_uses", "free")):
+        value = getattr(config.schedule, name)
+        if config.schedule.kind != kind and value != getattr(ScheduleConfig(), name):
+            raise ConfigError(
+                f"schedule.{name} = {value} with schedule.kind = '{config.schedule.kind}': it belongs to '{kind}'; "
+                f"remove it or use schedule.kind={kind}"
+            )
+    if config.model.modules > 1 and config.hierarchy.cascade_span > config.model.modules:
+        raise ConfigError(
+            f"hierarchy.cascade_span = {config.hierarchy.cascade_span} is larger than model.modules = "
+            f"{config.model.modules}; the largest span is K, which is end-to-end flow"
+        )
+    if config.schedule.kind == "free":
+        _refuse_free(config)
+    if (config.partition.kind == "given") != bool(config.partition.stages):
+        stages = shown(list(config.partition.stages))
+        raise ConfigError(
+            f"partition.kind = '{config.partition.kind}' and partition.stages = {stages}: "
+            "stages belong to kind 'given', for example partition.kind=given partition.stages=[2,2]"
+        )
+    if config.optim.schedule == "cosine" and config.train.epochs == 1 and config.optim.warmup_epochs == 0:
+        raise ConfigError(
+            "train.epochs = 1 with the cosine schedule and no warm-up has learning rate 0 throughout; "
+            "use optim.schedule=constant or more epochs"
+        )
+    if config.optim.nesterov and config.optim.name == "sgd" and config.optim.momentum == 0:
+        raise ConfigError("optim.momentum = 0 with optim.nesterov = true; set optim.nesterov=false")
+
+
+def _refuse_free(config: Config) -> None:
+    """Without waiting there is no gradient from the next module and no batch in parts."""
+    if config.model.modules > 1 and config.hierarchy.cascade_span > 1:
+        raise ConfigError(
+            f"schedule.kind = 'free' with hierarchy.cascade_span = {config.hierarchy.cascade_span}: a cascade's "
+            "gradient belongs to one batch, and free stages train on different ones; use hierarchy.cascade_span=1 or "
+            "schedule.kind=async"
+        )
+    if config.schedule.micro_batches > 1:
+        raise ConfigError(
+            f"schedule.kind = 'free' with schedule.micro_batches = {config.schedule.micro_batches}: the replay ring "
+            "holds whole batches; use schedule.micro_batches=1"
+        )
+
+
+def _default(value: float | None, default: float) -> float:
+    return default if value is None else value

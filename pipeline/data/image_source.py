@@ -1,0 +1,60 @@
+"""A data set by name feeds the first stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipeline.base.config import Config
+from pipeline.base.errors import ConfigError
+from pipeline.base.numerics import Numerics
+from pipeline.data.catalogue import open_data
+from pipeline.data.normaliser import Normaliser
+from pipeline.data.source import DataSpec
+from pipeline.data.stream import ImageStream
+from pipeline.stage.stage import Batch
+
+
+class ImageSource:
+    """A data set by name (``data.name``), augmented on the device.
+
+    Raises:
+        ConfigError: see :func:`pipeline.data.open_data`.
+    """
+
+    def __init__(self, config: Config, numerics: Numerics) -> None:
+        settings = config.data
+        data = open_data(
+            settings.name,
+            settings.root,
+            download=settings.download,
+            image_size=settings.image_size,
+            cache_gib=settings.cache_gib,
+            augment=settings.augment,
+        )
+        parts = config.schedule.micro_batches
+        short = len(data.train) % settings.batch_size
+        # A short batch must leave every micro-batch at least two images, or BatchNorm has nothing to average.
+        drop_last = settings.drop_last or 0 < short < 2 * parts
+        if drop_last and len(data.train) < settings.batch_size:
+            raise ConfigError(
+                f"data.batch_size = {settings.batch_size} is larger than the {len(data.train)} training images of "
+                f"'{settings.name}'; use a smaller batch"
+            )
+        normalise, seed = Normaliser(data.mean, data.std, numerics), config.train.seed
+        self._train = ImageStream(data, settings.batch_size, seed, normalise, drop_last=drop_last)
+        self._test = ImageStream(data, settings.batch_size // parts, seed, normalise)
+        self.data_spec = DataSpec(
+            classes=len(data.classes),
+            image_shape=data.image_shape,
+            train_batches=self._train.train_batch_count,
+            test_batches=self._test.test_batch_count,
+            train_images=len(data.train) - (short if drop_last else 0),
+        )
+
+    def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The augmented batches of ``epoch``."""
+        return self._train.train_batches(epoch, start)
+
+    def test(self) -> Iterator[Batch]:
+        """The test set as it is."""
+        return self._test.test_batches()

@@ -1,0 +1,43 @@
+"""What feeds the first stage.
+
+Only the process that owns the first local module reads images; the others are told their :class:`DataSpec`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from pipeline.stage.stage import Batch
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What every rank must know of the data, whoever reads them.
+
+    Attributes:
+        classes: number of classes; 0 if only the network knows.
+        image_shape: (C, H, W).
+        train_batches, test_batches: batches of one epoch and of one test.
+        train_images: images of one epoch.
+    """
+
+    classes: int
+    image_shape: tuple[int, ...]
+    train_batches: int
+    test_batches: int
+    train_images: int
+
+
+class Source(Protocol):
+    """Feeds the first stage with batches that are ready on its device."""
+
+    data_spec: DataSpec
+
+    def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of ``epoch`` (1-based) from number ``start`` on, at most ``data.batch_size`` images each. They do
+        not depend on ``start``."""
+
+    def test(self) -> Iterator[Batch]:
+        """The test set, at most one micro-batch of images at a time, nothing left out."""

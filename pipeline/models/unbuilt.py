@@ -1,0 +1,120 @@
+"""A network without weights: planned as shapes, and made real block by block where somebody trains it.
+
+    planned   every block on the meta device: names, shapes, numbers of parameters; no memory, no random numbers
+    drawn     the blocks of one rank, or of one module that is measured, with fresh weights
+
+What PyTorch cannot build on the meta device, or would build differently there, is built as it is, from a seed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.base.errors import LocalpipeError
+from pipeline.models.backbones import Blocks, build_blocks, initialise
+
+T = TypeVar("T")
+
+
+def without_memory(build: Callable[[], T], seed: int = 0) -> T:
+    """What ``build`` makes, its tensors on the meta device, or real ones from ``seed`` where it looks at values. No
+    random state changes.
+
+    Raises:
+        Whatever ``build`` raises without the meta device as well.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return build()
+        except LocalpipeError:
+            raise
+        except (RuntimeError, NotImplementedError):
+            torch.manual_seed(seed)
+            return build()
+
+
+def real_blocks(name: str, in_channels: int, classes: int, seed: int) -> Blocks:
+    """The whole named backbone with weights drawn from ``seed``. Raises ConfigError: unknown name."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_blocks(name, in_channels, classes)
+
+
+def planned_blocks(name: str, in_channels: int, classes: int, seed: int = 0) -> Blocks:
+    """The named backbone on the meta device; with real weights from ``seed`` where that is not possible: it looks at
+    values, or shares weights, which moving from the meta device would separate. Raises ConfigError: unknown name."""
+    blocks = without_memory(lambda: build_blocks(name, in_channels, classes), seed)
+    uses = Counter(
+        id(tensor)
+        for block in blocks.values()
+        for tensors in (block.named_parameters(remove_duplicate=False), block.named_buffers(remove_duplicate=False))
+        for _, tensor in tensors
+    )
+    shares = any(count > 1 for count in uses.values())
+    return real_blocks(name, in_channels, classes, seed) if shares else blocks
+
+
+def is_planned(block: nn.Module) -> bool:
+    """Whether it has tensors on the meta device."""
+    return any(tensor.is_meta for tensor in _tensors(block))
+
+
+def drawn_blocks(
+    blocks: Blocks, names: Iterable[str], seed_of: Callable[[str], int], whole: Callable[[], Blocks]
+) -> Blocks:
+    """The blocks ``names`` with fresh weights, those of each drawn from a seed of its own. No random state changes.
+
+    Args:
+        blocks: the network; planned blocks get memory on the CPU, real ones are drawn again where they are.
+        names: of the blocks that are wanted.
+        seed_of: name of a block -> its seed.
+        whole: builds the whole network; called only for a planned block that holds what :func:`initialise` leaves.
+    """
+    built: Blocks | None = None
+    drawn: Blocks = OrderedDict()
+    with torch.random.fork_rng(devices=[]):
+        for name in names:
+            block, planned = blocks[name], is_planned(blocks[name])
+            if planned:
+                _give_memory(block)
+            torch.manual_seed(seed_of(name))
+            initialise(block)
+            if planned and any(map(_is_marked, _tensors(block))):
+                built = built if built is not None else whole()
+                block = built[name]
+                torch.manual_seed(seed_of(name))
+                initialise(block)
+            drawn[name] = block
+    return drawn
+
+
+def _tensors(block: nn.Module) -> list[Tensor]:
+    return [*block.parameters(), *block.buffers()]
+
+
+def _give_memory(block: nn.Module) -> None:
+    """Memory on the CPU for a planned block, with a mark in every tensor."""
+    block.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in _tensors(block):
+            tensor.fill_(_mark(tensor))
+
+
+def _mark(tensor: Tensor) -> float | int:
+    """A value that no initialisation gives."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return float("nan")
+    return 1 if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).min
+
+
+def _is_marked(tensor: Tensor) -> bool:
+    """Whether a tensor may still hold a mark: with two values to choose from there is none that stands out."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return bool(tensor.isnan().any())
+    return tensor.dtype == torch.bool or bool((tensor == _mark(tensor)).any())
