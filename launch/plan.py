@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ def main() -> int:
     parser.add_argument("--chart", metavar="FILE.png", type=Path, help="draw two steps of the full pipeline")
     parser.add_argument("--json", metavar="FILE.json", type=Path, help="write the plan")
     arguments = parser.parse_args()
+    _refuse_files(arguments)
     config = pipeline.load_config(arguments.recipe, arguments.config, arguments.set)
     profile = pipeline.Profile.read(arguments.profile) if arguments.profile else None  # None: measured here
     link = {"latency_s": arguments.latency_us * 1e-6, "bytes_per_s": arguments.gbit * 1e9 / 8}
@@ -46,6 +48,15 @@ def main() -> int:
         print(f"localpipe: {report.refusal}", file=sys.stderr)
         return 2
     return 0
+
+
+def _refuse_files(arguments: argparse.Namespace) -> None:
+    """What cannot be written in the end is said before anything is measured."""
+    for path in (arguments.save_profile, arguments.chart, arguments.json):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise pipeline.ConfigError(f"'{path}': there is no directory '{path.parent}'; make it, or choose another")
+    if arguments.chart and importlib.util.find_spec("matplotlib") is None:
+        raise pipeline.ConfigError(f"--chart {arguments.chart} needs matplotlib; run: pip install localpipe[plot]")
 
 
 if __name__ == "__main__":
