@@ -36,7 +36,7 @@ import torch.distributed as dist
 
 from pipeline import LocalpipeError
 
-PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "torch.distributed.pipelining", "pipeline"]
+PRELOAD = ["torch", "torch.distributed", "torch._dynamo", "torch.distributed.pipelining", "pipeline.run.train"]
 GRACE_S = 5.0
 
 

@@ -7,11 +7,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-from pipeline import LocalpipeError, evaluate, show_evaluation
+import pipeline
 
 
 def main() -> int:
@@ -22,17 +21,12 @@ def main() -> int:
     )
     parser.add_argument("--json", metavar="FILE.json", type=Path, help="write the numbers")
     arguments = parser.parse_args()
-    try:
-        evaluation = evaluate(arguments.source, arguments.set)
-        show_evaluation(evaluation)
-        if arguments.json:
-            evaluation.write_json(arguments.json)
-    except LocalpipeError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"localpipe: {error}", file=sys.stderr)
-        return 2
+    evaluation = pipeline.evaluate(arguments.source, arguments.set)
+    pipeline.show_evaluation(evaluation)
+    if arguments.json:
+        evaluation.write_json(arguments.json)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pipeline.command(main))

@@ -10,7 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline import LocalpipeError, export
+import pipeline
 
 
 def main() -> int:
@@ -20,13 +20,9 @@ def main() -> int:
     parser.add_argument("--heads", action="store_true", help="add the auxiliary heads (heads.module0. ...)")
     parser.add_argument("--format", choices=("pt", "safetensors"), help="default: as the name of the file says")
     arguments = parser.parse_args()
-    try:
-        print(export(arguments.source, arguments.output, heads=arguments.heads, fmt=arguments.format))
-    except LocalpipeError as error:
-        print(f"localpipe: {error}", file=sys.stderr)
-        return 2
+    print(pipeline.export(arguments.source, arguments.output, heads=arguments.heads, fmt=arguments.format))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pipeline.command(main))

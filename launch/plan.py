@@ -8,11 +8,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import sys
 from pathlib import Path
 
-from pipeline import ConfigError, Profile, explain, load_config, plot_timeline, schedule_text, show_plan
+import pipeline
 
 
 def main() -> int:
@@ -29,25 +30,18 @@ def main() -> int:
     parser.add_argument("--chart", metavar="FILE.png", type=Path, help="draw two steps of the full pipeline")
     parser.add_argument("--json", metavar="FILE.json", type=Path, help="write the plan")
     arguments = parser.parse_args()
-    try:
-        return _plan(arguments)
-    except ConfigError as error:
-        print(f"localpipe: {error}", file=sys.stderr)
-        return 2
-
-
-def _plan(arguments: argparse.Namespace) -> int:
-    config = load_config(arguments.recipe, arguments.config, arguments.set)
-    profile = Profile.read(arguments.profile) if arguments.profile else None  # None: measured here
+    _refuse_files(arguments)
+    config = pipeline.load_config(arguments.recipe, arguments.config, arguments.set)
+    profile = pipeline.Profile.read(arguments.profile) if arguments.profile else None  # None: measured here
     link = {"latency_s": arguments.latency_us * 1e-6, "bytes_per_s": arguments.gbit * 1e9 / 8}
-    report = explain(config, arguments.ranks, profile, count=True, **link)
-    show_plan(report)
+    report = pipeline.explain(config, arguments.ranks, profile, count=True, **link)
+    pipeline.show_plan(report)
     if arguments.schedule:
-        print(f"\n{schedule_text(report)}")
+        print(f"\n{pipeline.schedule_text(report)}")
     if arguments.save_profile:
         report.profile.write(arguments.save_profile)
     if arguments.chart:
-        plot_timeline(report.events, arguments.chart, report.first_step, title=report.lines[0])
+        pipeline.plot_timeline(report.events, arguments.chart, report.first_step, title=report.lines[0])
     if arguments.json:
         report.write_json(arguments.json)
     if report.refusal:
@@ -56,5 +50,14 @@ def _plan(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_files(arguments: argparse.Namespace) -> None:
+    """What cannot be written in the end is said before anything is measured."""
+    for path in (arguments.save_profile, arguments.chart, arguments.json):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise pipeline.ConfigError(f"'{path}': there is no directory '{path.parent}'; make it, or choose another")
+    if arguments.chart and importlib.util.find_spec("matplotlib") is None:
+        raise pipeline.ConfigError(f"--chart {arguments.chart} needs matplotlib; run: pip install localpipe[plot]")
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pipeline.command(main))

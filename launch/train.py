@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from pipeline import ConfigError, keys_markdown, load_config, recipes_text, to_toml, train
+import pipeline
 
 
 def main() -> int:
@@ -33,23 +33,18 @@ def main() -> int:
     first = os.environ.get("RANK", "0") == "0"
     if arguments.list_recipes or arguments.list_keys:
         if first:
-            print(recipes_text() if arguments.list_recipes else keys_markdown())
+            print(pipeline.recipes_text() if arguments.list_recipes else pipeline.keys_markdown())
         return 0
-    try:
-        config = load_config(arguments.recipe, arguments.config, arguments.set)
-    except ConfigError as error:
-        if first:
-            print(f"localpipe: {error}", file=sys.stderr)
-        return 2
+    config = pipeline.load_config(arguments.recipe, arguments.config, arguments.set)
     if arguments.print_config:
         if first:
-            sys.stdout.buffer.write(to_toml(config, comments=True).encode())  # a configuration is UTF-8 in any locale
+            sys.stdout.buffer.write(pipeline.to_toml(config, comments=True).encode())  # UTF-8 in any locale
         return 0
-    train(
+    pipeline.train(
         config, run_dir=arguments.run_dir, resume=arguments.resume, quiet=arguments.quiet, trace=arguments.trace
     )
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(pipeline.command(main, trains=True))

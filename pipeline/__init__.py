@@ -3,8 +3,12 @@
     config = load_config(assignments=["method.name=dgl", "model.modules=4"])
     summary = train(config)                                    # under torchrun or in one process
 
-The names below are the public interface; everything else may change.
+The names below are the public interface; everything else may change. Those that need torch are imported when they are
+first used: a command can parse its arguments, refuse a configuration and note a signal before the seconds that takes.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError, LocalpipeError
@@ -13,22 +17,25 @@ from pipeline.base.reference import keys_markdown
 from pipeline.base.toml import to_toml
 from pipeline.base.validation import from_dict
 from pipeline.base.version import VERSION as __version__
-from pipeline.data.loader_source import LoaderData
-from pipeline.local.methods import Task, Term, register_method
-from pipeline.local.weights import load_model, weights_sha256
-from pipeline.models.backbones import UncutModel, backbone_names, build_blocks, register_backbone
-from pipeline.models.heads import AuxiliaryHead
-from pipeline.plan.cost import StepCost, step_cost
-from pipeline.plan.cost_profile import Profile
-from pipeline.plan.explain import explain, measure
-from pipeline.report.curve import plot_curve
-from pipeline.report.plan_view import schedule_text, show_plan
-from pipeline.report.timeline_chart import plot_timeline
-from pipeline.run.evaluation import Evaluation, ExitRow, evaluate, show_evaluation
-from pipeline.run.train import train
-from pipeline.stage.events import Event, SteadyState, read_trace, steady_state
-from pipeline.store.exporting import Exported, export
-from pipeline.store.run_directory import read_metrics
+from pipeline.ranks.command import command
+
+if TYPE_CHECKING:
+    from pipeline.data.loader_source import LoaderData
+    from pipeline.local.methods import Task, Term, register_method
+    from pipeline.local.weights import load_model, weights_sha256
+    from pipeline.models.backbones import UncutModel, backbone_names, build_blocks, register_backbone
+    from pipeline.models.heads import AuxiliaryHead
+    from pipeline.plan.cost import StepCost, step_cost
+    from pipeline.plan.cost_profile import Profile
+    from pipeline.plan.explain import explain, measure
+    from pipeline.report.curve import plot_curve
+    from pipeline.report.plan_view import schedule_text, show_plan
+    from pipeline.report.timeline_chart import plot_timeline
+    from pipeline.run.evaluation import Evaluation, ExitRow, evaluate, show_evaluation
+    from pipeline.run.train import train
+    from pipeline.stage.events import Event, SteadyState, read_trace, steady_state
+    from pipeline.store.exporting import Exported, export
+    from pipeline.store.run_directory import read_metrics
 
 __all__ = [
     "AuxiliaryHead",
@@ -49,6 +56,7 @@ __all__ = [
     "__version__",
     "backbone_names",
     "build_blocks",
+    "command",
     "evaluate",
     "explain",
     "export",
@@ -74,3 +82,32 @@ __all__ = [
     "train",
     "weights_sha256",
 ]
+
+_NEED_TORCH = {
+    "pipeline.data.loader_source": ("LoaderData",),
+    "pipeline.local.methods": ("Task", "Term", "register_method"),
+    "pipeline.local.weights": ("load_model", "weights_sha256"),
+    "pipeline.models.backbones": ("UncutModel", "backbone_names", "build_blocks", "register_backbone"),
+    "pipeline.models.heads": ("AuxiliaryHead",),
+    "pipeline.plan.cost": ("StepCost", "step_cost"),
+    "pipeline.plan.cost_profile": ("Profile",),
+    "pipeline.plan.explain": ("explain", "measure"),
+    "pipeline.report.curve": ("plot_curve",),
+    "pipeline.report.plan_view": ("schedule_text", "show_plan"),
+    "pipeline.report.timeline_chart": ("plot_timeline",),
+    "pipeline.run.evaluation": ("Evaluation", "ExitRow", "evaluate", "show_evaluation"),
+    "pipeline.run.train": ("train",),
+    "pipeline.stage.events": ("Event", "SteadyState", "read_trace", "steady_state"),
+    "pipeline.store.exporting": ("Exported", "export"),
+    "pipeline.store.run_directory": ("read_metrics",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name that needs torch, on its first use."""
+    for module, names in _NEED_TORCH.items():
+        if name in names:
+            value = getattr(importlib.import_module(module), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+
+MARK = "localpipe: "
+"""With which every line about a failure begins."""
 
 LONGEST_VALUE = 120  # letters of a value in a message
 
 
 class LocalpipeError(Exception):
-    """Base of all errors raised on purpose by this package; line breaks of a value in its message are escaped."""
+    """Base of all errors raised on purpose by this package; line breaks of a value in its message are escaped.
+
+    Attributes:
+        reported: whether it has ended a run (and not only refused a call).
+    """
+
+    reported = False
 
     def __str__(self) -> str:
         return one_line(super().__str__())
@@ -18,6 +27,10 @@ class LocalpipeError(Exception):
 
 class ConfigError(LocalpipeError, ValueError):
     """A configuration value, a data set or a partition that cannot work; raised before training starts."""
+
+
+class InUseError(ConfigError):
+    """Another job uses what this one needs: a refusal that may pass, so a launcher may try again."""
 
 
 class CheckpointError(ConfigError):
@@ -59,6 +72,26 @@ class NonFiniteError(LocalpipeError):
 
 class MemoryExhausted(LocalpipeError):
     """A rank ran out of memory; the message says what it holds and which settings make that smaller."""
+
+
+def line_of(error: BaseException) -> str:
+    """What to print of ``error``: the line that a run has noted with it, which says where, or its own text."""
+    if isinstance(error, LocalpipeError):
+        text = str(error)
+    elif isinstance(error, KeyboardInterrupt):
+        text = "stopped by ctrl-C"
+    else:
+        text = f"{type(error).__name__}: {error}"
+    return next(_notes(error), MARK + " ".join(text.split()))
+
+
+def is_noted(error: BaseException) -> bool:
+    """Whether a run has noted where ``error`` has ended it."""
+    return any(_notes(error))
+
+
+def _notes(error: BaseException) -> Iterator[str]:
+    return (note for note in getattr(error, "__notes__", ()) if note.startswith(MARK))
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:

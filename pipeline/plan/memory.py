@@ -20,7 +20,7 @@ from pipeline.local.local_module import LocalModule
 from pipeline.plan.assembly import Plan
 from pipeline.plan.rank_memory import rank_memory
 from pipeline.plan.simulate import ModuleCost
-from pipeline.ranks.process import peak_memory_bytes
+from pipeline.ranks.resources import peak_memory_bytes
 from pipeline.stage.schedule import lags
 
 CPU_MARKS = ("DefaultCPUAllocator", "can't allocate memory")

@@ -25,11 +25,14 @@ from queue import Empty, SimpleQueue
 
 import torch.distributed as dist
 
-from pipeline.base.errors import ConfigError, DeadlineExceeded
+from pipeline.base.errors import ConfigError, DeadlineExceeded, InUseError
+from pipeline.ranks import launcher
 from pipeline.ranks.keys import Key
 from pipeline.ranks.team import Team
 
 POLL_S = 0.02
+LOOK_S = 0.5
+"""Between two looks at the processes that are not here yet."""
 GRACE_S = 1.0
 """By which torch's own deadline comes first, where it has one."""
 
@@ -104,7 +107,7 @@ def open_store(rank: int, deadline_s: float) -> dist.Store:
         return _within(deadline_s + GRACE_S, connect)
     except dist.DistNetworkError as exc:
         if "EADDRINUSE" in str(exc):
-            raise ConfigError(
+            raise InUseError(
                 f"MASTER_PORT = {port}: the port is taken on this machine, and rank 0 is to serve the store there; "
                 "does another job use it? choose another port"
             ) from exc
@@ -152,7 +155,7 @@ def agree_on_attempt(team: Team) -> str:
     me, name = secrets.token_hex(8), ""
     present: list[str] = []
     store.set(hellos[rank], me)
-    end = time.monotonic() + deadline_s
+    look, end = 0.0, time.monotonic() + deadline_s
     while True:
         if rank == 0:
             ids = [text.decode() for text in store.multi_get(hellos)] if store.check(hellos) else []
@@ -169,6 +172,9 @@ def agree_on_attempt(team: Team) -> str:
                 store.set(Key.HERE(attempt=name, rank=rank), "1")
         if name and store.check([Key.GO(attempt=name)]):
             return name
+        if time.monotonic() > look:
+            look = time.monotonic() + LOOK_S
+            launcher.check_siblings()
         if time.monotonic() > end:
             absent = _absent(store, name, hellos) or [0]
             raise DeadlineExceeded(

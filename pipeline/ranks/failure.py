@@ -38,7 +38,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -46,17 +45,19 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from pipeline.base.errors import ConfigError, LocalpipeError, NonFiniteError, PeerLost
+from pipeline.base.errors import MARK, ConfigError, InUseError, LocalpipeError, NonFiniteError, PeerLost
+from pipeline.ranks import launcher
 from pipeline.ranks.forks import SIGNALS, SignalOwner, follow_forks
 from pipeline.ranks.heartbeat import Heartbeat
-from pipeline.ranks.process import Process
+from pipeline.ranks.keys import Key
+from pipeline.ranks.process import REAP_S, Process, reap
+from pipeline.ranks.start_up import take_noted
+from pipeline.ranks.words import doing, own_story, where
 
 WATCH_S = 0.5
 """Seconds between two looks of the sentinel at the store and at the peers' processes."""
 GRACE_S = 2.0
 """Seconds that a rank which lost a peer waits for the peer's own report."""
-REAP_S = 2.0
-"""Seconds that the winner gives its peers on this host to end by themselves before it kills them."""
 
 
 class FailureDesk(SignalOwner):
@@ -96,6 +97,7 @@ class FailureDesk(SignalOwner):
         self._store_gone = False
         self.graceful = False
         self._interrupts = 0
+        self._noted_in_start_up: list[int] = []
         self._stop: str | None = None
         # Held from the election to os._exit: nobody ends a winner before it has printed.
         self._lock = threading.Lock()
@@ -112,7 +114,7 @@ class FailureDesk(SignalOwner):
         self._me = Process.current(modules)
         self.heart.describe(modules)
         if self._store is not None:
-            self._store.set(f"process/{self.rank}", json.dumps(asdict(self._me)))
+            self._store.set(Key.PROCESS(rank=self.rank), json.dumps(asdict(self._me)))
 
     def progress(self, epoch: int, step: int, activity: str) -> None:
         """Note where this rank is, e.g. ``(0, 7, "F2.0")``. Costs one assignment and a look at the clock."""
@@ -124,6 +126,8 @@ class FailureDesk(SignalOwner):
         self.graceful = True
         if self._world_size == 1 and threading.current_thread() is threading.main_thread():
             self._handle_signals()
+        for number in self._noted_in_start_up:
+            self._noted(number)
 
     def stop_request(self) -> str | None:
         """Which signal asks for a stop, e.g. ``"SIGTERM on rank 2"``, or None. Rank 0 knows of a signal to any rank
@@ -131,20 +135,23 @@ class FailureDesk(SignalOwner):
         return self._stop
 
     def report(self, error: BaseException, module: str | None = None) -> NoReturn:
-        """End this process because of ``error``; at most one rank of the job prints a line.
+        """End this run because of ``error``.
 
-        ``module``: the module at fault, e.g. ``"module 2 (layer3.0-layer3.4)"``. Exit code 130 for
-        KeyboardInterrupt, the code of a SystemExit, else 1. With one process it raises SystemExit, else it
-        calls ``os._exit``: threads that wait in C++ would abort an orderly exit.
+        With several processes at most one rank of the job prints a line, and this process ends by ``os._exit``: threads
+        that wait in C++ would abort an orderly exit. Exit code 130 for KeyboardInterrupt, the code of a SystemExit,
+        else 1. With one process ``error`` is raised again, with the same line as a note.
+
+        Args:
+            module: the module at fault, e.g. ``"module 2 (layer3.0-layer3.4)"``.
         """
-        if self._world_size == 1 and self._lock.locked():
-            raise error  # our own SystemExit, on its way out
+        if self._world_size == 1:
+            self._raise(error, module)
         self._ignore_workers()
         self._lock.acquire()
         if self.heart.unanswered_s():
             self._store_gone = True  # its host is stopped: a question would never return
         if isinstance(error, KeyboardInterrupt):
-            self._leave(130, lambda: f"stopped by ctrl-C{self._where()}")
+            self._leave(130, lambda: f"stopped by ctrl-C{where(self.heart.place())}")
         if isinstance(error, PeerLost | dist.DistError) or "onnection closed by peer" in str(error):
             self._await_peers_own_report()
             witness = str(error) if isinstance(error, PeerLost) else self._own_story(error, module)
@@ -153,7 +160,20 @@ class FailureDesk(SignalOwner):
         if isinstance(error, NonFiniteError):
             self._await_where_it_began(error)
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-        self._leave(code, lambda: self._own_story(error, module))
+        refused = isinstance(error, ConfigError) and not isinstance(error, InUseError)
+        self._leave(code, lambda: self._own_story(error, module), refused)
+
+    def _raise(self, error: BaseException, module: str | None) -> NoReturn:
+        if not self._closed.is_set():  # else it is on its way out
+            self._closed.set()
+            told = isinstance(error, KeyboardInterrupt)
+            story = f"stopped by ctrl-C{where(self.heart.place())}" if told else self._own_story(error, module)
+            if story != str(error):
+                error.add_note(MARK + " ".join(story.split()))
+            if isinstance(error, LocalpipeError):
+                error.reported = True
+            self._end_orderly()
+        raise error
 
     def close(self) -> None:
         """Orderly end: from now on this rank's process may go. Restores the signal handlers."""
@@ -164,7 +184,7 @@ class FailureDesk(SignalOwner):
             self._guard.join()
             self._thread = self._guard = None
         if self._store is not None:  # after the sentinel has ended: the store may go from here on
-            self._store.set(f"left/{self.rank}", "1")
+            self._store.set(Key.LEFT(rank=self.rank), "1")
         self._restore_signals()
 
     # -- the sentinel thread ---------------------------------------------------------------------------------
@@ -182,6 +202,7 @@ class FailureDesk(SignalOwner):
         self._guard.start()
 
     def _handle_signals(self) -> None:
+        self._noted_in_start_up += take_noted()
         for number in SIGNALS:
             previous = signal.signal(number, self._on_signal)
             self._restore.append(lambda number=number, previous=previous: signal.signal(number, previous))
@@ -217,23 +238,24 @@ class FailureDesk(SignalOwner):
                 os.close(bell)
                 return
             self._exchange(store)
-            if self._has(store, "failure"):
+            if self._has(store, Key.FAILURE()):
                 self._lock.acquire()  # not while this very process is the one that prints
-                self._exit(1)
+                self._exit(self._code_of_loser(1))
             lost = self._dead_peers(store)
             silent = self.heart.next_is_silent()
-            if silent is not None and self._has(store, f"left/{silent}"):
+            if silent is not None and self._has(store, Key.LEFT(rank=silent)):
                 silent = None
             late = self.heart.overdue()
             if not (number or lost or silent is not None or late or self._orphaned() or self._store_gone):
                 continue
             # Before the election: losers end at once, and are dead too.
-            obituary = self._obituary(self._doing()) if lost or silent is None else self.heart.obituary()
+            witness = doing(self.rank, self.heart.place())
+            obituary = self._obituary(witness) if lost or silent is None else self.heart.obituary()
             self._lock.acquire()
             if number == signal.SIGINT:
-                self._leave(130, lambda: f"stopped by ctrl-C{self._where()}")
+                self._leave(130, lambda: f"stopped by ctrl-C{where(self.heart.place())}")
             if number == signal.SIGTERM and not lost:
-                self._leave(143, lambda: f"rank {self.rank}: stopped by SIGTERM{self._where()}")
+                self._leave(143, lambda: f"rank {self.rank}: stopped by SIGTERM{where(self.heart.place())}")
             self._leave(1, lambda line=obituary if lost or silent is not None else late or obituary: line)
 
     def _watch_store(self) -> None:
@@ -248,7 +270,7 @@ class FailureDesk(SignalOwner):
                     os._exit(1)
                 host = "the launcher" if self._store_host is None else "its host"
                 why = f"the store has not answered for {seconds:.1f} s ({host} stopped? machine gone?)"
-                obituary = self._obituary(f"{self._doing()}; {why}")
+                obituary = self._obituary(f"{doing(self.rank, self.heart.place())}; {why}")
                 self._leave(1, lambda line=obituary: line)
 
     def _exchange(self, store: dist.Store) -> None:
@@ -258,9 +280,9 @@ class FailureDesk(SignalOwner):
         try:
             self.heart.tick(store)
             if self.rank > 0 and self._stop is not None:
-                store.set("stop", self._stop)
-            if self.rank == 0 and self._stop is None and store.check(["stop"]):
-                self._stop = store.get("stop").decode()
+                store.set(Key.STOP(), self._stop)
+            if self.rank == 0 and self._stop is None and store.check([Key.STOP()]):
+                self._stop = store.get(Key.STOP()).decode()
         except RuntimeError:
             self._store_gone = True
 
@@ -273,16 +295,16 @@ class FailureDesk(SignalOwner):
         for rank in range(self._world_size):
             if rank == self.rank:
                 continue
-            if rank not in self._peers and self._has(store, f"process/{rank}"):
+            if rank not in self._peers and self._has(store, Key.PROCESS(rank=rank)):
                 self._peers[rank] = self._read(store, rank)
             peer = self._peers.get(rank)
             ended = peer is not None and peer.host == self._me.host and peer.gone()
-            if ended and not self._has(store, f"left/{rank}"):
+            if ended and not self._has(store, Key.LEFT(rank=rank)):
                 dead.append(rank)
         return dead
 
     def _read(self, store: dist.Store, rank: int) -> Process:
-        return Process(**json.loads(store.get(f"process/{rank}")))
+        return Process(**json.loads(store.get(Key.PROCESS(rank=rank))))
 
     # -- the way out -----------------------------------------------------------------------------------------
 
@@ -290,7 +312,7 @@ class FailureDesk(SignalOwner):
         """A closed connection does not tell the cause: wait until a report or a dead process explains it."""
         end = time.monotonic() + GRACE_S
         while self._store is not None and time.monotonic() < end:
-            if self._has(self._store, "failure") or self._store_gone or self._dead_peers(self._store):
+            if self._has(self._store, Key.FAILURE()) or self._store_gone or self._dead_peers(self._store):
                 return
             time.sleep(0.05)
 
@@ -298,27 +320,29 @@ class FailureDesk(SignalOwner):
         """NaN spreads faster than it is noticed: let the rank speak where it appeared first."""
         if self._store is None or self._store_gone:
             return
-        self._store.set(f"nonfinite/{self.rank}", json.dumps(error.precedence))
+        self._store.set(Key.NONFINITE(rank=self.rank), json.dumps(error.precedence))
         self._await_peers_own_report()
-        keys = {rank: f"nonfinite/{rank}" for rank in range(self._world_size)}
+        keys = {rank: Key.NONFINITE(rank=rank) for rank in range(self._world_size)}
         told = {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._has(self._store, key)}
         if told and min(told, key=told.__getitem__) != self.rank:
             self._await_peers_own_report()
 
-    def _leave(self, code: int, story: Callable[[], str]) -> NoReturn:
-        if self._elected():
-            line = " ".join(story().split())
-            os.write(2, f"localpipe: {line[:1000]}\n".encode())  # one write: lines of ranks do not mix
+    def _leave(self, code: int, story: Callable[[], str], refused: bool = False) -> NoReturn:
+        if self._elected(refused):
+            line = MARK + " ".join(story().split())[:1000]
+            os.write(2, f"{line}\n".encode())  # one write: lines of ranks do not mix
+            launcher.tell(line, refused)
             self._reap()
-        self._exit(code)
+            self._exit(code)
+        self._exit(self._code_of_loser(code))
 
-    def _elected(self) -> bool:
+    def _elected(self, refused: bool) -> bool:
         if self._store is None:
-            return True
-        ballot = f"rank {self.rank}"
-        if not self._has(self._store, "failure") and not self._store_gone:
+            return launcher.elected()
+        ballot = json.dumps({"rank": self.rank, "host": self._me.host, "launcher": self._launcher, "refused": refused})
+        if not self._has(self._store, Key.FAILURE()) and not self._store_gone:
             with contextlib.suppress(RuntimeError):
-                return self._store.compare_set("failure", "", ballot) == ballot.encode()
+                return self._store.compare_set(Key.FAILURE(), "", ballot) == ballot.encode()
             self._store_gone = True
         # No vote is possible without a store. Its host lingers after a report (see _exit), so we would have
         # seen the failure key: the host died without a message. The lowest other rank of every machine tells.
@@ -326,19 +350,26 @@ class FailureDesk(SignalOwner):
         here = [rank for rank in range(self._world_size) if rank not in (self._store_host, *elsewhere)]
         return self._store_gone and self.rank == min(here)
 
+    def _code_of_loser(self, code: int) -> int:
+        """0 where the launcher of this rank sees the one that has told why fail: it would list this one in seven more
+        lines. Else the launcher learns from this one, too, that a refusal is final."""
+        if self._store is None or not launcher.watches() or not self._has(self._store, Key.FAILURE()):
+            return code
+        verdict = json.loads(self._store.get(Key.FAILURE()))
+        if (verdict["host"], verdict["launcher"]) == (self._me.host, self._launcher):
+            return 0
+        if verdict["refused"]:
+            launcher.tell(f"{MARK}rank {self.rank} has ended with the others", refused=True)
+        return code
+
     def _reap(self) -> None:
         """A peer that is stopped, or hangs in C code with the interpreter lock held, cannot end itself."""
-        if self._store is None:
-            return
-        self._dead_peers(self._store)  # reads the processes not known yet
-        mine = [peer for peer in self._peers.values() if peer.host == self._me.host]
-        end = time.monotonic() + REAP_S
-        while time.monotonic() < end and not all(peer.gone() for peer in mine):
-            time.sleep(0.05)
-        for peer in mine:
-            if not peer.gone():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(peer.pid, signal.SIGKILL)
+        known = launcher.siblings()  # also those that have not come to the store
+        if self._store is not None:
+            self._dead_peers(self._store)  # reads the processes not known yet
+            known |= self._peers
+        mine = [peer for peer in known.values() if peer.host == self._me.host]
+        reap(mine)
 
     def _ignore_workers(self) -> None:
         """A worker of a loader that ends from now on raises nothing here: torch's handler would cut a report short."""
@@ -346,7 +377,8 @@ class FailureDesk(SignalOwner):
             previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             self._restore.append(lambda: signal.signal(signal.SIGCHLD, previous))
 
-    def _exit(self, code: int) -> NoReturn:
+    def _end_orderly(self) -> None:
+        """What an exit would leave undone: a terminal to restore, text in buffers, handlers."""
         if self.before_exit is not None:
             with contextlib.suppress(Exception):
                 self.before_exit()
@@ -355,7 +387,9 @@ class FailureDesk(SignalOwner):
                 stream.flush()
         if self._world_size == 1:
             self._restore_signals()
-            raise SystemExit(code)
+
+    def _exit(self, code: int) -> NoReturn:
+        self._end_orderly()
         with contextlib.suppress(Exception):  # of a process that has forked itself, they may be its parent's
             for worker in multiprocessing.active_children():
                 if worker.is_alive():
@@ -366,13 +400,8 @@ class FailureDesk(SignalOwner):
 
     # -- the words -------------------------------------------------------------------------------------------
 
-    def _where(self) -> str:
-        epoch, step, _ = self.heart.place()
-        return f" at epoch {epoch} step {step}" if step >= 0 else " before the first step"
-
-    def _doing(self) -> str:
-        epoch, step, activity = self.heart.place()
-        return f"rank {self.rank} was {activity}" + (f" (epoch {epoch} step {step})" if step >= 0 else "")
+    def _own_story(self, error: BaseException, module: str | None) -> str:
+        return own_story(error, self.rank, module, self.heart.place(), self.run_dir)
 
     def _obituary(self, witness: str, peer: int = -1) -> str:
         """The line for ranks that left no message; ``witness``: what this rank saw; ``peer``: whom it lost, if it knows
@@ -402,30 +431,6 @@ class FailureDesk(SignalOwner):
         return False
 
     def _modules(self, rank: int) -> str:
-        if self._has(self._store, f"process/{rank}"):  # read again: described since
+        if self._has(self._store, Key.PROCESS(rank=rank)):  # read again: described since
             self._peers[rank] = self._read(self._store, rank)
         return self._peers[rank].modules if rank in self._peers else "unknown modules"
-
-    def _own_story(self, error: BaseException, module: str | None) -> str:
-        text = str(error)
-        if isinstance(error, ConfigError):
-            return text
-        if not isinstance(error, LocalpipeError):
-            text = f"{type(error).__name__}: {text}"
-        spot = traceback.extract_tb(error.__traceback__)[-1:]
-        at = f" ({Path(spot[0].filename).name}:{spot[0].lineno})" if spot else ""
-        if self.run_dir is not None:
-            path = self.run_dir / f"failure-rank{self.rank}.txt"
-            with contextlib.suppress(OSError):  # a full disk must not hide the cause
-                self.run_dir.mkdir(parents=True, exist_ok=True)
-                path.write_text("".join(traceback.format_exception(error)))
-                at = f" (traceback: {path})"
-        if text.startswith("rank "):
-            return text[:800] + at
-        epoch, step, _ = self.heart.place()
-        place = [
-            f"rank {self.rank}",
-            module,
-            f"epoch {epoch} step {step}" if step >= 0 else "before the first step",
-        ]
-        return ", ".join(filter(None, place)) + f": {text[:800]}{at}"

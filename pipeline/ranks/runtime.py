@@ -25,9 +25,11 @@ import torch
 import torch.distributed as dist
 
 from pipeline.base.errors import ConfigError
+from pipeline.ranks import launcher
 from pipeline.ranks.attempt import Job, launcher_serves
 from pipeline.ranks.failure import FailureDesk
 from pipeline.ranks.keys import Key
+from pipeline.ranks.resources import usable_cores
 from pipeline.ranks.team import Team
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
@@ -74,7 +76,7 @@ def set_threads(threads: int, local_world_size: int) -> int:
     One inter-op thread: a stage is sequential, and idle pools cost start-up time. Call before any tensor
     work.
     """
-    count = threads or max(1, len(os.sched_getaffinity(0)) // local_world_size)
+    count = threads or max(1, usable_cores() // local_world_size)
     torch.set_num_threads(count)
     if torch.get_num_interop_threads() != 1:
         with contextlib.suppress(
@@ -142,6 +144,9 @@ class Runtime:
         """Raises nothing: what fails here is reported by the desk, once for the whole job."""
         self.threads = set_threads(self._threads_request, self.local_world_size)
         self.desk = FailureDesk(None, self.rank, self.world_size, run_dir=self.run_dir)
+        if self.world_size > 1 and launcher.refused_before():
+            os._exit(1)  # what cannot change has been said by the attempt before
+        launcher.register()
         try:
             store, memory = _job(self.rank, self.world_size).next_run(self.deadline_s)
             if self.world_size > 1:

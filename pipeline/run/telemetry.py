@@ -15,7 +15,7 @@ import torch
 
 from pipeline.plan.assembly import Plan
 from pipeline.ranks.keys import Key
-from pipeline.ranks.process import peak_memory_bytes
+from pipeline.ranks.resources import peak_memory_bytes
 from pipeline.ranks.team import Team
 from pipeline.stage.stage import Counters, Stage
 from pipeline.store.records import EpochRecord, LiveModule, ModuleRecord, StageRecord

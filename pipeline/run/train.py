@@ -33,7 +33,7 @@ from pipeline.plan.memory import explain_out_of_memory
 from pipeline.ranks.agreement import agree_on_config
 from pipeline.ranks.keys import Key
 from pipeline.ranks.runtime import Runtime
-from pipeline.report.view import open_view
+from pipeline.report.view import View, open_view
 from pipeline.run import tracing
 from pipeline.run.conductor import Conductor
 from pipeline.run.loop import Loop, Run, total_steps
@@ -93,14 +93,23 @@ def train(
         The contents of summary.json, on every rank. For a run that a signal has stopped: ``stopped`` (why), ``step``,
         ``checkpoint`` (None before the first step), ``run_directory``.
 
-    A failure on any rank ends all processes with one line (see :class:`pipeline.ranks.failure.FailureDesk`). The first
-    SIGTERM or SIGINT on any rank stops all ranks after the same step, with a checkpoint; a second SIGINT at once.
+    Raises:
+        Exception: in one process, whatever it was, with a note that says where, and with its traceback in the run
+            directory: ConfigError for what is refused before the first step, NonFiniteError, MemoryExhausted,
+            DataError, SaveFailed, KeyboardInterrupt. On several ranks nothing: a failure on any rank ends all processes
+            with one line (see :class:`pipeline.ranks.failure.FailureDesk`).
+
+    The first SIGTERM or SIGINT on any rank stops all ranks after the same step, with a checkpoint; a second SIGINT at
+    once.
     """
     settings = config.runtime
     limits = (settings.deadline_s, settings.setup_deadline_s)
     with Runtime(settings.device, settings.threads, *limits, graceful=True) as runtime:
         trainer = _Trainer(config, runtime, network, data, quiet, before_action, trace, draw)
-        return trainer.run(Path(run_dir) if run_dir is not None else None, resume)
+        try:
+            return trainer.run(Path(run_dir) if run_dir is not None else None, resume)
+        finally:
+            trainer.release()
 
 
 class _Trainer:
@@ -129,6 +138,7 @@ class _Trainer:
         self._lock: RunLock | None = None
         self.modules: list[LocalModule] = []
         self.stage: Stage | None = None
+        self.view: View | None = None
 
     def run(self, run_dir: Path | None, resume_from: str) -> dict[str, Any]:
         """Everything, in order; the cheap refusals first."""
@@ -137,6 +147,9 @@ class _Trainer:
         self.numerics = refuse_early(config, self.network, runtime)
         self._agree()
         start = self._begin(run_dir, resume_from)
+        asked = self._asked_to_stop()
+        if asked is not None and start.checkpoint is None:  # before what may take minutes
+            return self._stopped(asked, 0, None)
         runtime.desk.progress(-1, -1, "opening the data")
         source, data_spec = open_source(config, self.data, self.numerics, runtime)
         runtime.desk.progress(-1, -1, "placing the local modules")
@@ -165,18 +178,20 @@ class _Trainer:
         except Exception as error:
             explained = explain_out_of_memory(error, self.plan, runtime.team.rank, self.numerics, self.modules)
             runtime.desk.report(explained or error, self._module_at_work())
-        finally:
-            if self.view is not None:
-                self.view.close()
-            if self._lock is not None:
-                self._lock.close()
+
+    def release(self) -> None:
+        """Leave the screen and the run directory to others."""
+        if self.view is not None:
+            self.view.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def _train(self, start: Start, data_spec: DataSpec) -> dict[str, Any]:
         runtime = self.runtime
         asked = self._asked_to_stop()
         if asked is not None:
             self.stage.edges.close()
-            return self._stopped(asked, start.checkpoint)
+            return self._stopped(asked, self.loop.step, start.checkpoint)
         outcome = self.loop.run()
         problem = self.loop.finish()
         self.stage.edges.close()
@@ -184,7 +199,7 @@ class _Trainer:
             if problem is not None:
                 raise SaveFailed(f"stopped at step {self.loop.step}, but {_unsaved(problem)}")
             folder = checkpoint.step_folder(self.directory.path / checkpoint.FOLDER, self.loop.step)
-            return self._stopped(runtime.team.broadcast(self.conductor.reason), folder)
+            return self._stopped(runtime.team.broadcast(self.conductor.reason), self.loop.step, folder)
         summary = self._finish()
         if self.recorder is not None:
             steps = min(data_spec.train_batches, self.loop.total)
@@ -313,14 +328,15 @@ class _Trainer:
         requests = self.runtime.team.gather(self.runtime.desk.stop_request())
         return self.runtime.team.broadcast(next((request for request in requests or () if request), None))
 
-    def _stopped(self, reason: str, folder: Path | None) -> dict[str, Any]:
+    def _stopped(self, reason: str, step: int, folder: Path | None) -> dict[str, Any]:
         """Say that a signal has ended the run early, in order."""
-        step = self.loop.step
         if self.view is not None:
             self.view.close()
+        if self.leader:
+            when = f"after step {step}" if step else "before step 0"
             what = "nothing was trained" if folder is None else f"saved in {folder}"
             print(
-                f"localpipe: stopped by {reason} after step {step}; {what}; goes on with --resume auto --run-dir "
+                f"localpipe: stopped by {reason} {when}; {what}; goes on with --resume auto --run-dir "
                 f"{self.directory.path}",
                 flush=True,
             )

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from pipeline.base.errors import ConfigError, LocalpipeError
+from pipeline.base.errors import InUseError, LocalpipeError
 
 LOCK = ".lock"
 LOCK_S = 10.0
@@ -37,7 +37,7 @@ class RunLock:
         while not _locked(self._file):
             if time.monotonic() > end:
                 self._file.close()
-                raise ConfigError(
+                raise InUseError(
                     f"run directory '{folder}' is in use by another job; wait for its end or choose another with "
                     "--run-dir"
                 )

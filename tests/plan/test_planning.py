@@ -229,3 +229,13 @@ def test_the_command_line_refuses_in_one_line(
     assert command_line(monkeypatch, "--ranks", 2, "--profile", tmp_path / "p.json") == 2
     captured = capsys.readouterr()
     assert "step time" in captured.out and "localpipe: rank 0 needs" in captured.err
+
+
+@pytest.mark.parametrize("option", ["--save-profile", "--chart", "--json"])
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(explain_module, "profile_modules", lambda *_: pytest.fail("measured"))
+    assert command_line(monkeypatch, option, tmp_path / "nowhere" / "x") == 2
+    error = capsys.readouterr().err
+    assert "there is no directory" in error and error.count("\n") == 1

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from helpers_spawn import RankResult, run_ranks
 from helpers_torchrun import run_agents
 
-from pipeline.base.errors import ConfigError
+from pipeline.base.errors import ConfigError, line_of
 from pipeline.edges.connect import EdgeSpecs, connect
 from pipeline.edges.wire import FieldSpec, Header, MessageKind, MessageSpec
 from pipeline.ranks import runtime as runtime_module
@@ -387,7 +387,7 @@ def no_gpus(rank: int) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() >= 2, reason="this machine has the GPUs asked for")
-def test_too_few_gpus_is_one_line() -> None:
+def test_too_few_gpus_is_line_of() -> None:
     ranks = run_ranks(no_gpus, 2)
     lines = our_lines(ranks)
     assert len(lines) == 1
@@ -412,25 +412,24 @@ def test_one_process_needs_no_group(alone: None) -> None:
         assert not dist.is_initialized()
 
 
-def test_one_process_fails_with_one_line(alone: None, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as leaving, Runtime("cpu", threads=1):
-        raise KeyError("labels")
-    line = capfd.readouterr().err
-    assert leaving.value.code == 1
-    assert re.fullmatch(
-        r"localpipe: rank 0, before the first step: KeyError: 'labels' \(test_runtime.py:\d+\)\n", line
-    )
+def test_one_process_raises_what_happened_with_the_line_as_a_note(alone: None, tmp_path: Path) -> None:
+    error = KeyError("labels")
+    with pytest.raises(KeyError) as caught, Runtime("cpu", threads=1, run_dir=tmp_path):
+        raise error
+    assert caught.value is error
+    path = tmp_path / "failure-rank0.txt"
+    assert line_of(error) == f"localpipe: rank 0, before the first step: KeyError: 'labels' (traceback: {path})"
+    assert "raise error" in path.read_text()
 
 
-def test_ctrl_c_is_one_line(alone: None, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as leaving, Runtime("cpu", threads=1) as runtime:
+def test_ctrl_c_is_raised_and_says_where(alone: None) -> None:
+    with pytest.raises(KeyboardInterrupt) as caught, Runtime("cpu", threads=1) as runtime:
         runtime.desk.progress(3, 4, "computing")
         raise KeyboardInterrupt
-    assert leaving.value.code == 130
-    assert capfd.readouterr().err == "localpipe: stopped by ctrl-C at epoch 3 step 4\n"
+    assert line_of(caught.value) == "localpipe: stopped by ctrl-C at epoch 3 step 4"
 
 
-def test_one_process_stops_when_asked(alone: None, capfd: pytest.CaptureFixture[str]) -> None:
+def test_one_process_stops_when_asked(alone: None) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with Runtime("cpu", threads=1) as runtime:
         runtime.desk.stop_gracefully()
@@ -438,12 +437,11 @@ def test_one_process_stops_when_asked(alone: None, capfd: pytest.CaptureFixture[
         os.kill(os.getpid(), signal.SIGINT)
         assert runtime.desk.stop_request() == "SIGTERM on rank 0"
     assert [signal.getsignal(number) for number in SIGNALS] == before
-    with pytest.raises(SystemExit) as leaving, Runtime("cpu", threads=1) as runtime:
+    with pytest.raises(KeyboardInterrupt) as caught, Runtime("cpu", threads=1) as runtime:
         runtime.desk.stop_gracefully()
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
-    assert leaving.value.code == 130
-    assert capfd.readouterr().err == "localpipe: stopped by ctrl-C before the first step\n"
+    assert line_of(caught.value) == "localpipe: stopped by ctrl-C before the first step"
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
@@ -460,11 +458,13 @@ def test_one_process_outside_of_the_main_thread_leaves_signals_alone(alone: None
     assert found == [signal.getsignal(signal.SIGTERM)]
 
 
-def test_desk_without_a_store(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_one_process_raises_a_refusal_as_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     desk = FailureDesk(None, 0, 1, run_dir=tmp_path)
-    with pytest.raises(SystemExit):
-        desk.report(ConfigError("data.root = '/nowhere': no such folder"))
-    assert capfd.readouterr().err == "localpipe: data.root = '/nowhere': no such folder\n"
+    refusal = ConfigError("data.root = '/nowhere': no such folder")
+    with pytest.raises(ConfigError) as caught:
+        desk.report(refusal)
+    assert caught.value is refusal and line_of(refusal) == "localpipe: data.root = '/nowhere': no such folder"
+    assert capfd.readouterr().err == ""
     assert not list(tmp_path.iterdir())
 
 

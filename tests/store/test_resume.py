@@ -129,7 +129,7 @@ def test_a_run_that_max_steps_has_ended_goes_on_within_its_epoch(tmp_path: Path)
         assert summary["steps"] == steps
         assert [line["epoch"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
     shorter = tiny_config("dgl", "hpff", 2, 4, schedule=late, train={"epochs": 2, "max_steps": 6})
-    with pytest.raises(SystemExit):
+    with pytest.raises(ConfigError):
         train(shorter, network=network(), data=data, run_dir=tmp_path, quiet=True)
 
 
