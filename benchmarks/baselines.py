@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from bursts import Burst, System
+from bursts import System
 from networks import sgd
 from ranks import Rank
 from torch import Tensor, nn
@@ -28,17 +28,11 @@ Step = Callable[[Tensor, Tensor], float | None]
 
 @dataclass(frozen=True)
 class TorchSchedule:
-    """A schedule of torch.distributed.pipelining.
+    """A schedule of torch.distributed.pipelining."""
 
-    Attributes:
-        parts_per_rank: parts of the network that every rank owns.
-        vee: parts are placed 0 1 2 2 1 0 and not 0 1 2 0 1 2.
-    """
-
-    name: str
     make: Callable[..., Any]
-    parts_per_rank: int = 1
-    vee: bool = False
+    parts_per_rank: int = 1  # of the network
+    vee: bool = False  # parts are placed 0 1 2 2 1 0 and not 0 1 2 0 1 2
 
     def owner(self, part: int, ranks: int) -> int:
         """The rank of a part."""
@@ -61,23 +55,22 @@ class TorchSchedule:
         return self.parts_per_rank == 1 or self.vee or micro_batches % rounds == 0
 
 
-GPIPE = TorchSchedule("GPipe", pipelining.ScheduleGPipe)
-ONE_F_ONE_B = TorchSchedule("1F1B", pipelining.Schedule1F1B)
-INTERLEAVED = TorchSchedule("Interleaved1F1B", pipelining.ScheduleInterleaved1F1B, 2)
-ZERO_BUBBLE = TorchSchedule("InterleavedZeroBubble", pipelining.ScheduleInterleavedZeroBubble, 2)
-ZBV = TorchSchedule("ZBVZeroBubble", pipelining.ScheduleZBVZeroBubble, 2, vee=True)
-TORCH_SCHEDULES = {schedule.name: schedule for schedule in (GPIPE, ONE_F_ONE_B, INTERLEAVED, ZERO_BUBBLE, ZBV)}
+TORCH_SCHEDULES = {
+    "GPipe": TorchSchedule(pipelining.ScheduleGPipe),
+    "1F1B": TorchSchedule(pipelining.Schedule1F1B),
+    "Interleaved1F1B": TorchSchedule(pipelining.ScheduleInterleaved1F1B, 2),
+    "InterleavedZeroBubble": TorchSchedule(pipelining.ScheduleInterleavedZeroBubble, 2),
+    "ZBVZeroBubble": TorchSchedule(pipelining.ScheduleZBVZeroBubble, 2, vee=True),
+}
 
 
-def torch_systems(
-    names: Sequence[str], ranks: int, counts: Sequence[int], burst: Callable[[Any, System], Burst | None]
-) -> list[System]:
+def torch_systems(names: Sequence[str], ranks: int, counts: Sequence[int], burst: Any) -> list[System]:
     """For every named schedule those numbers of micro-batches that it accepts."""
     return [
-        System(f"torch {name}", "bp", name, ranks, ranks * TORCH_SCHEDULES[name].parts_per_rank, micro_batches, burst)
+        System(f"torch {name}", "bp", name, ranks, ranks * TORCH_SCHEDULES[name].parts_per_rank, count, burst=burst)
         for name in names
-        for micro_batches in counts
-        if TORCH_SCHEDULES[name].fits(micro_batches, ranks)
+        for count in counts
+        if TORCH_SCHEDULES[name].fits(count, ranks)
     ]
 
 
@@ -124,40 +117,23 @@ class Part(nn.Module):
 
 @contextmanager
 def torch_pipeline(
-    rank: Rank,
-    schedule: TorchSchedule,
-    parts: Sequence[Sequence[nn.Module]],
-    micro_batches: int,
-    inputs: Tensor,
-    backend: str,
-) -> Iterator[tuple[Step, int]]:
-    """A pipeline over all ranks.
-
-    Args:
-        parts: blocks of every part, with equal weights on all ranks.
-        inputs: a whole batch, for the shapes.
-
-    Yields:
-        The step, which uses the inputs on rank 0 and the labels on the rank of the last part, and the bytes that
-        this rank sends in one.
-    """
-    with rank.group(backend):
+    rank: Rank, system: System, parts: Sequence[Sequence[nn.Module]], inputs: Tensor
+) -> Iterator[tuple[Step, float]]:
+    """A pipeline over all ranks, of the blocks of every part, with equal weights on all ranks; ``inputs`` are a whole
+    batch, for the shapes. Yields the step, which uses the inputs on rank 0 and the labels on the rank of the last part,
+    and the bytes that this rank sends in one."""
+    schedule, micro_batches = TORCH_SCHEDULES[system.schedule], system.micro_batches
+    with rank.group(inputs.device):
         modules = [Part(blocks).to(inputs.device) for blocks in parts]
         if inputs.dim() == 4:
             modules = [module.to(memory_format=torch.channels_last) for module in modules]
         shapes = _boundaries(modules, wire(inputs[: len(inputs) // micro_batches]))
         mine = [part for part in range(len(parts)) if schedule.owner(part, rank.count) == rank.index]
-        stages = [
-            pipelining.PipelineStage(
-                modules[part],
-                part,
-                len(parts),
-                inputs.device,
-                input_args=shapes[part].requires_grad_(part > 0),
-                output_args=shapes[part + 1].clone().requires_grad_(),
-            )
-            for part in mine
-        ]
+        stages = []
+        for part in mine:
+            ends = shapes[part].requires_grad_(part > 0), shapes[part + 1].clone().requires_grad_()
+            place = (modules[part], part, len(parts), inputs.device)
+            stages.append(pipelining.PipelineStage(*place, input_args=ends[0], output_args=ends[1]))
         single = schedule.parts_per_rank == 1
         pipeline = schedule.make(stages[0] if single else stages, micro_batches, loss_fn=cross_entropy)
         trained = sgd([parameter for part in mine for parameter in modules[part].parameters()])
@@ -168,33 +144,30 @@ def torch_pipeline(
             arguments = (wire(batch),) if first else ()
             pipeline.step(*arguments, target=labels if last else None, losses=losses)
             trained.step()
-            trained.zero_grad(set_to_none=True)
+            trained.zero_grad()
             return float(torch.stack(losses).mean()) if losses else None
 
         sent = 0
         for part in mine:
             for neighbour, boundary in ((part - 1, shapes[part]), (part + 1, shapes[part + 1])):
                 if 0 <= neighbour < len(parts) and neighbour not in mine:
-                    sent += boundary.numel() * boundary.element_size() * micro_batches
+                    sent += boundary.nbytes * micro_batches
         yield step, sent
 
 
 def _boundaries(modules: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
     """A micro-batch before every part and behind the last one."""
-    tensors = [x]
+    tensors = [x.clone()]
     with torch.no_grad():
         for module in modules:
-            tensors.append(module.eval()(tensors[-1]))
+            tensors.append(module.eval()(tensors[-1]).clone())
             module.train()
-    return [tensor.detach().clone() for tensor in tensors]
+    return tensors
 
 
 def one_device(network: nn.Sequential, micro_batches: int = 1, checkpointing: bool = False) -> Step:
-    """Backpropagation in one process; gradients of micro-batches are accumulated.
-
-    Args:
-        checkpointing: keep only the inputs of blocks, and run their forward passes again in the backward pass.
-    """
+    """Backpropagation in one process; gradients of micro-batches are accumulated. ``checkpointing`` keeps only the
+    inputs of blocks, and runs their forward passes again in the backward pass."""
     trained = sgd(list(network.parameters()))
 
     def forward(x: Tensor) -> Tensor:
@@ -209,30 +182,27 @@ def one_device(network: nn.Sequential, micro_batches: int = 1, checkpointing: bo
             loss.backward()
             total += float(loss.detach())
         trained.step()
-        trained.zero_grad(set_to_none=True)
+        trained.zero_grad()
         return total
 
     return step
 
 
 @contextmanager
-def data_parallel(rank: Rank, network: nn.Sequential, backend: str) -> Iterator[tuple[Step, float]]:
-    """DistributedDataParallel.
-
-    Yields:
-        The step, on this rank's rows of the batch, and the bytes that this rank sends in one: a ring all-reduce.
-    """
-    with rank.group(backend):
+def data_parallel(rank: Rank, network: nn.Sequential) -> Iterator[tuple[Step, float]]:
+    """DistributedDataParallel. Yields the step, on this rank's rows of the batch, and the bytes that this rank sends in
+    one: a ring all-reduce."""
+    parameters = list(network.parameters())
+    with rank.group(parameters[0].device):
         copy = DistributedDataParallel(network)
-        parameters = list(network.parameters())
         trained = sgd(parameters)
 
         def step(batch: Tensor, labels: Tensor) -> float:
             loss = cross_entropy(copy(batch), labels)
             loss.backward()
             trained.step()
-            trained.zero_grad(set_to_none=True)
+            trained.zero_grad()
             return float(loss.detach())
 
-        gradients = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        gradients = sum(parameter.nbytes for parameter in parameters)
         yield step, 2 * (rank.count - 1) / rank.count * gradients

@@ -19,24 +19,20 @@ from tables import Column, Table
 from pipeline import plot_curve, read_metrics
 
 EPOCHS = (
-    Column("epoch", "epoch"),
-    Column("steps", "step"),
-    Column("learning rate", "learning_rate", ".4g"),
-    Column("train loss", "train_loss", ".3f"),
-    Column("test error %", "test_error_pct", ".2f"),
-)
+    Column("epoch", "epoch"), Column("steps", "step"), Column("learning rate", "learning_rate", ".4g"),
+    Column("train loss", "train_loss", ".3f"), Column("test error %", "test_error_pct", ".2f"),
+)  # fmt: skip
 MODULES = (
-    Column("module", "index"),
-    Column("blocks", "blocks"),
-    Column(
-        "error of its heads on the test set, %",
-        lambda row: ", ".join(f"{level} {e:.2f}" for level, e in row["head_error_pct"].items() if e is not None),
-    ),
-)
+    Column("module", "index"), Column("blocks", "blocks"), Column("error of its heads on the test set, %", "errors"),
+)  # fmt: skip
 
 
 def page(command: str, summary: dict[str, Any], epochs: list[dict[str, Any]], picture: str) -> str:
     """The run as Markdown."""
+    modules = []
+    for module in epochs[-1]["modules"]:
+        errors = [f"{level} {error:.2f}" for level, error in module["head_error_pct"].items() if error is not None]
+        modules.append({**module, "errors": ", ".join(errors)})
     parts = [
         f"# {summary['name']} on {summary['data']}: {summary['method']}, K = {summary['modules']}",
         f"    {command}",
@@ -47,7 +43,7 @@ def page(command: str, summary: dict[str, Any], epochs: list[dict[str, Any]], pi
         f"**{summary['test_error_pct']:.2f} %** (last epoch, one seed), {summary['images_per_s']:.0f} images/s, "
         f"{summary['train_wall_s']:.0f} s of training.",
         Table(EPOCHS, epochs).markdown,
-        Table(MODULES, epochs[-1]["modules"]).markdown,
+        Table(MODULES, modules).markdown,
         f"![learning curve]({picture})",
     ]
     return "\n\n".join(parts) + "\n"

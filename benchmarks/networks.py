@@ -6,7 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,8 @@ from pipeline import build_blocks
 CLASSES = 10
 IMAGE = (3, 32, 32)
 SGD = {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
-
-
-def sgd(parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimiser of every baseline; ours takes the same numbers from its configuration."""
-    return torch.optim.SGD(parameters, **SGD)
+sgd = partial(torch.optim.SGD, **SGD)
+"""The optimiser of every baseline; ours takes the same numbers from its configuration."""
 
 
 def network(model: str) -> nn.Sequential:
@@ -60,34 +57,26 @@ def block_seconds(blocks: nn.Sequential, x: Tensor, passes: int = 5) -> list[flo
 
 
 def split(seconds: Sequence[float], parts: int, lighter: float = 1.0) -> tuple[int, ...]:
-    """Blocks of each of ``parts`` consecutive parts, so that the slowest part is as fast as can be.
-
-    The blocks of the last part count ``lighter`` times: below 1 it gets more of them.
-    """
+    """Blocks of each of ``parts`` consecutive parts, so that the slowest part is as fast as can be. The blocks of the
+    last part count ``lighter`` times: below 1 it gets more of them."""
     total = [0.0, *itertools.accumulate(seconds)]
 
     @cache
-    def best(blocks: int, parts: int) -> tuple[float, tuple[int, ...]]:
+    def best(blocks: int, parts: int, weight: float = 1.0) -> tuple[float, tuple[int, ...]]:
         if parts == 1:
             return total[blocks], (blocks,)
         options = []
         for before in range(parts - 1, blocks):
             slowest, counts = best(before, parts - 1)
-            options.append((max(slowest, total[blocks] - total[before]), (*counts, blocks - before)))
+            options.append((max(slowest, weight * (total[blocks] - total[before])), (*counts, blocks - before)))
         return min(options)
 
-    if parts == 1 or lighter == 1.0:
-        return best(len(seconds), parts)[1]
-    ends = range(parts - 1, len(seconds))
-    first = min(ends, key=lambda end: max(best(end, parts - 1)[0], lighter * (total[-1] - total[end])))
-    return (*best(first, parts - 1)[1], len(seconds) - first)
+    return best(len(seconds), parts, lighter)[1]
 
 
 def split_twice(seconds: Sequence[float], modules: int, ranks: int, lighter: float) -> tuple[tuple[int, ...], ...]:
-    """Blocks of every local module, by rank: ranks of equal time, and in each its modules of equal time.
-
-    Where ``modules`` is no multiple of ``ranks``, the last ranks own one more. Empty if a rank has too few blocks.
-    """
+    """Blocks of every local module, by rank: ranks of equal time, and in each its modules of equal time. Where they
+    are no multiple of ``ranks``, the last ranks own one more. Empty if a rank has too few blocks."""
     found, start = [], 0
     for rank, blocks in enumerate(split(seconds, ranks, lighter)):
         own = modules // ranks + (rank >= ranks - modules % ranks)

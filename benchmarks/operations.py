@@ -1,7 +1,6 @@
 """Where the time of a training step goes, operation by operation, on one CPU thread.
 
-    python benchmarks/operations.py [--method NAME ...] [--batch N] [--steps N] [--top N] [--quick] [--json FILE]
-                                    [--output FILE.md]
+    python benchmarks/operations.py [--method NAME ...] [--quick] [--json FILE] [--output FILE.md] ...      see --help
 
 The methods are those of step_cost.py. A profiler makes every step slower, the more steps it has kept: the shares count
 here, and for times and ratios that tool.
@@ -19,17 +18,13 @@ from torch.profiler import ProfilerActivity, profile
 
 SHOWN = ("BP", "HPFF as released, 2c2f", "InfoPro + HPFF, 2c2f", "DGL + HPFF")
 COLUMNS = (
-    Column("operation", lambda row: row["name"].removeprefix("aten::")),
-    Column("calls", "calls"),
-    Column("ms", "ms", ".1f"),
-    Column("share %", "share", ".1f"),
-)
+    Column("operation", lambda row: row["name"].removeprefix("aten::")), Column("calls", "calls"),
+    Column("ms", "ms", ".1f"), Column("share %", "share", ".1f"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one run of this tool."""
-
     method: tuple[str, ...] = option(SHOWN, "what to run", "NAME", choices=list(METHODS))
     batch: int = option(128, "images of a step", "N", above=1)
     steps: int = option(1, "profiled steps", "N")
@@ -41,28 +36,16 @@ def operations(case: Case, steps: int) -> list[Row]:
     """All calls of every operation in a step, the longest first: means over ``steps`` steps after two to warm up.
     Milliseconds are without the operations that it calls itself."""
     profiler = profile(activities=[ProfilerActivity.CPU])
-    begun: set[int] = set()
+    at_step = {2: profiler.start, 2 + steps: profiler.stop}
 
     def started(step: int, _: Any) -> None:
-        if step in begun:
-            return
-        begun.add(step)
-        if step == 2:
-            profiler.start()
-        elif step == 2 + steps:
-            profiler.stop()
+        at_step.pop(step, lambda: None)()
 
     run_steps(case, steps + 3, started)
-    found = [
-        {
-            "method": case.name,
-            "name": event.key,
-            "calls": event.count // steps,
-            "ms": event.self_cpu_time_total / 1e3 / steps,
-        }
-        for event in profiler.key_averages()
-        if event.self_cpu_time_total > 0
-    ]
+    found = []
+    for event in profiler.key_averages():
+        if (ms := event.self_cpu_time_total / 1e3 / steps) > 0:
+            found.append({"method": case.name, "name": event.key, "calls": event.count // steps, "ms": ms})
     return sorted(found, key=lambda row: -row["ms"])
 
 

@@ -1,6 +1,6 @@
 """Precision and memory layout on this machine: images/s of one process in fp32 and bf16, NCHW and NHWC.
 
-    python benchmarks/precision.py [--rounds N] [--steps N] [--quick] [--json FILE] [--output FILE.md]
+    python benchmarks/precision.py [--quick] [--json FILE] [--output FILE.md] ...      see --help
 
 Every configuration trains the default recipe for a few steps, in interleaved rounds; the table holds medians and the
 ratio to fp32 NCHW, and to backpropagation in the same setting, within each round.
@@ -9,8 +9,8 @@ ratio to fp32 NCHW, and to backpropagation in the same setting, within each roun
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import truediv
 
 from networks import IMAGE
 from runner import Report, main, option
@@ -27,19 +27,13 @@ SETTINGS = {
     "bf16 NHWC": ["precision.compute=bf16", "precision.channels_last=on"],
 }
 COLUMNS = (
-    Column("method", "method"),
-    K,
-    Column("setting", "setting"),
-    *SPEED,
-    Column("to fp32 NCHW", "ratio_to_plain", ".2f"),
-    Column("to BP", "ratio_to_bp", ".2f"),
-)
+    Column("method", "method"), K, Column("setting", "setting"), *SPEED,
+    Column("to fp32 NCHW", "ratio_to_plain", ".2f"), Column("to BP", "ratio_to_bp", ".2f"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one run of this tool."""
-
     rounds: int = option(5, "interleaved rounds", "N")
     steps: int = option(4, "training steps of one measurement", "N")
     batch: int = 32
@@ -58,21 +52,14 @@ def measure(settings: Settings) -> Report:
         for key, case in cases.items():
             steps_s[key].append(seconds(case, settings.steps)[1])
 
-    def ratio(own: Sequence[float], base: Sequence[float]) -> float:
-        return statistics.median(other / value for value, other in zip(own, base, strict=True))
-
     rows = [
         make_row(
-            method,
-            cases[method, setting].config.model.modules,
-            settings.batch,
-            own,
-            ratio_to_bp=ratio(own, steps_s["bp", setting]),
-            setting=setting,
-            ratio_to_plain=ratio(own, steps_s[method, "fp32 NCHW"]),
+            settings.batch, own, method=method, modules=cases[method, setting].config.model.modules, setting=setting,
+            ratio_to_bp=statistics.median(map(truediv, steps_s["bp", setting], own)),
+            ratio_to_plain=statistics.median(map(truediv, steps_s[method, "fp32 NCHW"], own)),
         )
         for (method, setting), own in steps_s.items()
-    ]
+    ]  # fmt: skip
     about = (
         f"One process, one thread, ResNet-32 at 32x32, batch {settings.batch}, {settings.steps} steps a run after one "
         f"to warm up, {settings.rounds} interleaved rounds. "

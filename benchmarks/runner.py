@@ -17,7 +17,8 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,19 +28,17 @@ from tables import Row, Table
 
 from pipeline import ConfigError, LocalpipeError, __version__
 
+INK = "#33373d"
+DASHED = (0, (4, 2))
+PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+
 
 @dataclass(frozen=True)
 class Target:
-    """What must come out, written down before it is measured.
+    """What must come out, written down before it is measured."""
 
-    Attributes:
-        text: what is looked at.
-        measured: what came out, by where.
-        least, most: met if all values are within.
-    """
-
-    text: str
-    measured: Mapping[str, float]
+    text: str  # what is looked at
+    measured: Mapping[str, float]  # what came out, by where
     least: float = -math.inf
     most: float = math.inf
 
@@ -58,29 +57,17 @@ class Target:
 
 @dataclass(frozen=True)
 class Report:
-    """What a benchmark hands back.
-
-    Attributes:
-        title: of the page.
-        tables: shown one after another.
-        about: paragraphs on what was measured and how.
-        targets: what must come out; those without a value were not measured.
-        findings: what the rows say, in words.
-        legend: below the first table, what its columns mean.
-        notes: kept in the JSON file beside the settings.
-        rows: of the JSON file; default: those of the first table.
-        draw: writes the chart.
-    """
+    """What a benchmark hands back."""
 
     title: str
     tables: Sequence[Table]
-    about: Sequence[str] = ()
-    targets: Sequence[Target] = ()
-    findings: Sequence[str] = ()
-    legend: str = ""
-    notes: Mapping[str, Any] = field(default_factory=dict)
-    rows: Sequence[Row] | None = None
-    draw: Callable[[Path], None] | None = None
+    about: Sequence[str] = ()  # paragraphs on what was measured and how
+    targets: Sequence[Target] = ()  # those without a value were not measured
+    findings: Sequence[str] = ()  # what the rows say besides
+    legend: str = ""  # below the first table: what its columns mean
+    notes: Mapping[str, Any] = field(default_factory=dict)  # kept in the JSON file beside the settings
+    rows: Sequence[Row] | None = None  # of the JSON file; default: those of the first table
+    draw: Callable[[Path], None] | None = None  # writes the chart
 
     @property
     def points(self) -> str:
@@ -119,64 +106,62 @@ def hardware(device: str = "cpu") -> str:
     return text if device == "cpu" else f"{text}, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
 
 
-def option(default: Any, help: str, metavar: str | None = None, *, above: float = 0, **facts: Any) -> Any:
-    """A field of the settings that is an option of the command line, of the type of ``default``.
+@contextmanager
+def picture(path: Path, title: str, height: float, legend: str, columns: int = 1) -> Iterator[Any]:
+    """Axes of a chart, 8 by ``height`` inches; written to ``path`` at the end, with a legend at that place."""
+    import matplotlib
 
-    Args:
-        default: a tuple takes several values; False makes a switch.
-        above: numbers must be larger.
-        facts: for ``ArgumentParser.add_argument``.
-    """
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8.0, height), dpi=150, layout="constrained")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(colors=INK, length=0, labelsize=8)
+    axes.set_axisbelow(True)
+    axes.grid(color="#d9dce1", linewidth=0.7)
+    axes.set_title(title, loc="left", fontsize=10, color=INK)
+    yield axes
+    figure.legend(loc=legend, ncols=columns, fontsize=8, frameon=False)
+    figure.savefig(path)
+
+
+def option(default: Any, help: str, metavar: str | None = None, *, above: float = 0, **facts: Any) -> Any:
+    """A field of the settings that is an option of the command line, of the type of ``default``: a tuple takes several
+    values, False makes a switch, numbers must be larger than ``above``; ``facts`` are for ``add_argument``."""
     return field(default=default, metadata={"help": help, "metavar": metavar, "above": above, **facts})
 
 
 def _add_option(parser: argparse.ArgumentParser, entry: dataclasses.Field[Any]) -> None:
     flag, default = "--" + entry.name.replace("_", "-"), entry.default
-    facts = dict(entry.metadata)
-    above = facts.pop("above")
+    facts = {name: value for name, value in entry.metadata.items() if name != "above"}
     if isinstance(default, bool):
         parser.add_argument(flag, action="store_true", help=facts["help"])
         return
     several = isinstance(default, tuple)
-    kind: Any = type(default[0] if several else default)
-    convert = kind if kind is str else _number(kind, above)
-    parser.add_argument(flag, default=default, type=convert, nargs="+" if several else None, **facts)
-
-
-def _number(kind: type[int] | type[float], above: float) -> Callable[[str], float]:
-    def convert(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"'{text}' is no {'integer' if kind is int else 'number'}") from None
-        if not above < value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not above {above:g}")
-        return value
-
-    return convert
+    kind = type(default[0] if several else default)
+    parser.add_argument(flag, default=default, type=kind, nargs="+" if several else None, **facts)
 
 
 def main(
     about: str | None, settings: type, measure: Callable[[Any], Report], quick: Mapping[str, Any], chart: str = ""
 ) -> None:
-    """Run a benchmark from the command line; what cannot work ends with one line.
-
-    Args:
-        about: the docstring of the benchmark, for --help.
-        settings: class of its settings, a dataclass of options.
-        quick: settings that --quick replaces, so that all is run in less than a minute.
-        chart: what --chart draws; "" where there is no chart.
-    """
+    """Run a benchmark from the command line, with the options that are fields of ``settings``; what cannot work ends
+    with one line. ``about`` is its docstring, ``quick`` replaces settings, ``chart`` says what its picture shows."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for entry in dataclasses.fields(settings):
-        if entry.metadata:
-            _add_option(parser, entry)
+    options = [entry for entry in dataclasses.fields(settings) if entry.metadata]
+    for entry in options:
+        _add_option(parser, entry)
     parser.add_argument("--quick", action="store_true", help="a small run of everything: less than a minute")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON")
     parser.add_argument("--output", metavar="FILE.md", type=Path, help="write the result as a Markdown page")
     if chart:
         parser.add_argument("--chart", metavar="FILE.png", type=Path, help=f"draw {chart}")
     given = vars(parser.parse_args())
+    for entry in options:
+        value, above = given[entry.name], entry.metadata["above"]
+        for number in value if isinstance(value, list) else [value]:
+            if not isinstance(number, bool | str | tuple) and not above < number < math.inf:
+                parser.error(f"argument --{entry.name.replace('_', '-')}: {number} is not above {above}")
     files = {name: given.pop(name, None) for name in ("json", "output", "chart")}
     given |= quick if given.pop("quick") else {}
     chosen = settings(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
@@ -201,11 +186,7 @@ def main(
 
 
 def check_files(chart: Path | None = None, **files: Path | None) -> None:
-    """Refuse, before anything is measured, what could not be written afterwards.
-
-    Raises:
-        ConfigError: the folder of a file does not exist; a chart without matplotlib.
-    """
+    """Refuse (ConfigError), before anything is measured, what could not be written afterwards."""
     for name, path in {**files, "chart": chart}.items():
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"--{name} {path}: there is no folder '{path.parent}'; make it first")

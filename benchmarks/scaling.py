@@ -1,7 +1,6 @@
 """How the local pipeline scales: P = 2 ... 32 ranks on virtual devices, and P up to 4096 in simulation.
 
-    python benchmarks/scaling.py [--ranks P ...] [--unit-ms MS] [--head UNITS] [--profile FILE] [--rounds N]
-                                 [--simulate-to P] [--quick] [--json FILE] [--output FILE.md] [--chart FILE.png]
+    python benchmarks/scaling.py [--quick] [--json FILE] [--output FILE.md] [--chart FILE.png] ...      see --help
 
 Every rank is a process with one local module, and trains: real autograd, optimisers, messages and schedules. Only the
 arithmetic is a wait (see virtual.py). The network grows with P, so images/s would not fall in a perfect pipeline. The
@@ -22,46 +21,26 @@ from pathlib import Path
 from typing import Any
 
 from baselines import TORCH_SCHEDULES, torch_pipeline, torch_systems
-from bursts import Burst, System, Turn, compete, time_steps
-from charts import lines
-from ours import LocalPipeline, local_systems, sections
+from bursts import Burst, LocalPipeline, System, Turn, compete, local_systems, sections, time_steps
 from ranks import Rank, available_cores
-from runner import Report, Target, main, option
+from runner import DASHED, INK, Report, Target, main, option, picture
 from tables import BUSY, SPEED, Column, M, P, Row, Table, label, make_row, medians, system_name
 from torch import nn
-from virtual import (
-    CLASSES,
-    METHOD,
-    Clock,
-    Costs,
-    equal_costs,
-    features,
-    profiled_costs,
-    register_virtual_heads,
-    virtual_blocks,
-)
+from virtual import CLASSES, METHOD, Clock, Costs, equal_costs, features, profiled_costs, register_virtual_heads
+from virtual import virtual_network as network_of
 
 from pipeline import ConfigError, Profile, explain, from_dict, register_backbone
 
-METHODS = (("dgl", 1), ("dgl", 2))
-"""What the virtual heads stand for, and cascade spans."""
-FILLED = ("GPipe", "1F1B")
-"""Schedules of torch whose time is known in a closed form. M = P is run of the second one too."""
+METHODS = (("dgl", 1), ("dgl", 2))  # what the virtual heads stand for, and cascade spans
+FILLED = ("GPipe", "1F1B")  # schedules of torch whose time is known in a closed form
 SIMULATED = (2, 4, 8, 16, 32, 64, 256, 1024, 4096)
-WIDTH = 8
-"""Features per row: messages are small, as in a pipeline that computes much more than it sends."""
+WIDTH = 8  # features per row: messages are small, as in a pipeline that computes much more than it sends
 COLUMNS = (
-    Column("system", system_name),
-    P,
-    M,
-    *SPEED,
-    Column("x one device", "ratio_to_bp", ".2f"),
-    Column("optimum", "optimum", ".1f"),
-    Column("of optimum", "of_optimum", ".3f"),
-    Column("of bound", "efficiency", ".3f"),
-    BUSY,
+    Column("system", system_name), P, M, *SPEED, Column("x one device", "ratio_to_bp", ".2f"),
+    Column("optimum", "optimum", ".1f"), Column("of optimum", "of_optimum", ".3f"),
+    Column("of bound", "efficiency", ".3f"), BUSY,
     Column("DGL / this", lambda row: f"{row['local_ratio']:.2f}" + " *" * ((row["host_load"] or 0) > 0.5)),
-)
+)  # fmt: skip
 LEGEND = (
     "x one device: speed to backpropagation of the whole network on one device, 1 / (sum of its costs). Optimum: the "
     "same schedule and costs with free messages, simulated (ours) or by the closed form (GPipe, 1F1B with equal "
@@ -69,12 +48,7 @@ LEGEND = (
     "highest. DGL / this: speed of plain DGL, exact, M = 1 to this in the same round. *: the processes used more than "
     "half of this machine's cores, so the machine and not the schedule may limit the row."
 )
-SIMULATED_COLUMNS = (
-    Column("schedule", "schedule"),
-    P,
-    Column("images/s", "images_per_s", ".1f"),
-    Column("of bound", "efficiency", ".3f"),
-)
+SIMULATED_COLUMNS = (Column("schedule", "schedule"), P, SPEED[0], Column("of bound", "efficiency", ".3f"))
 CURVES = {
     "dgl, exact": ("#1f6fb2", "o"),
     "dgl + hpff, async": ("#1b9e77", "s"),
@@ -82,30 +56,22 @@ CURVES = {
     "torch ZBVZeroBubble, M = 8": ("#8c6bb1", "v"),
     "torch GPipe, M = 8": ("#e08214", "^"),
     "torch GPipe, M = 4": ("#d9534f", "<"),
-    "torch GPipe": ("#7f7f7f", "x"),
+    "torch GPipe, M = 1": ("#7f7f7f", "x"),
 }
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one run of this tool.
-
-    Attributes:
-        batch: rows of a batch.
-        warmup, steps: of a burst of the local pipeline, which fills only once.
-        torch_steps: timed steps of a burst of torch's pipelines, which fill and drain in every step.
-    """
-
     ranks: tuple[int, ...] = option((2, 4, 8, 16, 32), "numbers of ranks to run", "P", above=1)
     unit_ms: float = option(50.0, "forward, input gradient and weight gradient of a module take one unit each", "MS")
     head: float = option(0.3, "units of one level of heads, forward and backward", "UNITS")
     profile: str = option("", "costs of every module instead, from launch/plan.py", "FILE")
     rounds: int = option(3, "interleaved rounds of every number of ranks", "N")
     simulate_to: int = option(4096, "largest number of ranks that is simulated", "P", above=1)
-    batch: int = 64
+    batch: int = 64  # rows
     warmup: int = 4
-    steps: int = 8
-    torch_steps: int = 2
+    steps: int = 8  # timed, of a burst of the local pipeline, which fills only once
+    torch_steps: int = 2  # of torch's pipelines, which fill and drain in every step
     quick: bool = False
     deadline_s: float = 900.0
 
@@ -139,9 +105,9 @@ class Bench:
     """The virtual device of one rank, and what runs on it."""
 
     def __init__(self, settings: Settings, rank: Rank) -> None:
-        self.settings, self.rank, self.clock = settings, rank, Clock()
+        self.settings, self.rank, self.clock = settings, rank, Clock(settings.batch)
         self.costs = settings.costs(rank.count)
-        register_virtual_heads(self.costs[rank.index], self.clock, settings.batch)
+        register_virtual_heads(self.costs[rank.index], self.clock)
         self.local = LocalPipeline(rank, settings.warmup, settings.steps)
         self.batch = features(settings.batch, WIDTH)
 
@@ -152,34 +118,27 @@ class Bench:
 
     def ours(self, system: System) -> Burst | None:
         """A burst of the local pipeline."""
-        network = nn.Sequential(*virtual_blocks(self.costs, self.clock, WIDTH, self.settings.batch))
-        return self.local.burst(configuration(self.settings, system), self.local.data(*self.batch), network)
+        config = sections(replace(system, method=METHOD), self.settings.batch)
+        return self.local.burst(config, self.local.data(*self.batch), network_of(self.costs, self.clock, WIDTH))
 
     def torch(self, system: System) -> Burst:
         """A burst of torch.distributed.pipelining."""
-        schedule = TORCH_SCHEDULES[system.schedule]
-        shares = schedule.parts_per_rank
+        shares = TORCH_SCHEDULES[system.schedule].parts_per_rank
         parts = [cost.scaled(1 / shares) for cost in self.costs for _ in range(shares)]
-        blocks = [[block] for block in virtual_blocks(parts, self.clock, WIDTH, self.settings.batch)]
-        job = (self.rank, schedule, blocks, system.micro_batches, self.batch[0])
-        with torch_pipeline(*job, "gloo") as (step, sent):
+        blocks = [[block] for block in network_of(parts, self.clock, WIDTH)]
+        with torch_pipeline(self.rank, system, blocks, self.batch[0]) as (step, sent):
             burst = time_steps(self.rank, lambda: step(*self.batch), 1, self.settings.torch_steps)
         return replace(burst, sent=sent)
 
 
-def configuration(settings: Settings, system: System) -> dict[str, dict[str, Any]]:
-    """Of one of our systems."""
-    return sections(system.ranks, METHOD, system.schedule, settings.batch, system.span, system.micro_batches)
-
-
 def predict(settings: Settings, system: System) -> Any:
     """The plan of one of our systems with free messages. Registers what it needs under names of its own."""
-    costs, config = settings.costs(system.ranks), configuration(settings, system)
+    costs, config = settings.costs(system.ranks), sections(replace(system, method=METHOD), settings.batch)
     config["model"]["name"] = f"virtual{system.ranks}"
     with contextlib.suppress(ConfigError):  # registered by an earlier call
         register_backbone(config["model"]["name"], lambda _channels, _classes: _shapes_only(system.ranks))
     with contextlib.suppress(ConfigError):
-        register_virtual_heads(costs[0], Clock(), settings.batch)
+        register_virtual_heads(costs[0], Clock(settings.batch))
     modules = [cost.as_entry() for cost in costs]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "profile.json"
@@ -197,15 +156,9 @@ def _shapes_only(ranks: int) -> OrderedDict[str, nn.Module]:
 
 
 def row_of(settings: Settings, system: System, turns: Sequence[Turn]) -> Row:
-    """One system, with four keys of its own:
-
-    optimum      images/s of this schedule with these costs and free messages: simulated for ours, the closed form for
-                 GPipe and 1F1B with equal modules, else None
-    of_optimum   images_per_s / optimum
-    local_ratio  median over rounds of the speed of plain DGL (exact, M = 1) to this in the same round
-    host_load    share of the cores of this machine that the processes really used; above a half, they and not the
-                 schedule may limit a row. None for ours, whose processes start and end within a burst
-    """
+    """One system, with four keys of its own: ``optimum`` (images/s of this schedule with these costs and free
+    messages), ``of_optimum``, ``local_ratio`` (median speed of plain DGL, exact, M = 1 to this in the same round) and
+    ``host_load`` (share of this machine's cores that was used; None for ours, which start and end in a burst)."""
     ranks, costs = system.ranks, settings.costs(system.ranks)
     images = settings.batch * settings.stretch
     step_s = statistics.median(turn.step_s for turn in turns)
@@ -218,39 +171,32 @@ def row_of(settings: Settings, system: System, turns: Sequence[Turn]) -> Row:
     else:
         plan = predict(settings, system)
         stage_s, optimum_s = [rank.work_s for rank in plan.ranks], plan.step_s
-        work_s = list(medians([turn.work_s for turn in turns]))
+        work_s = medians([turn.work_s for turn in turns])
     return make_row(
-        **system.row,
-        images=images,
-        steps_s=[turn.step_s for turn in turns],
-        ratio_to_bp=sum(cost.module for cost in costs) / step_s,
-        work_s=work_s,
-        stage_s=stage_s,
-        bytes_per_step=turns[0].sent,
-        optimum=None if optimum_s is None else images / optimum_s,
-        of_optimum=None if optimum_s is None else optimum_s / step_s,
-        local_ratio=1 / statistics.median(turn.ratio for turn in turns),
-        host_load=host_load,
-    )
+        images, [turn.step_s for turn in turns], work_s, stage_s, **system.row,
+        ratio_to_bp=sum(cost.module for cost in costs) / step_s, bytes_per_step=turns[0].sent,
+        optimum=optimum_s and images / optimum_s, of_optimum=optimum_s and optimum_s / step_s,
+        local_ratio=1 / statistics.median(turn.ratio for turn in turns), host_load=host_load,
+    )  # fmt: skip
 
 
 def simulated(settings: Settings) -> list[Row]:
     """Our schedules from the simulator and GPipe by the closed form, up to ``simulate_to`` ranks."""
-    found: dict[str, list[tuple[int, float, float]]] = {curve: [] for curve in CURVES}
+    entries = []
+    module_s = 3 * settings.unit_ms / 1e3
     for ranks in [ranks for ranks in SIMULATED if ranks <= settings.simulate_to]:
-        for system in local_systems(METHODS, ranks, ranks, True, Bench.ours):
-            if (curve := label(make_row(**system.row, images=1, steps_s=[1.0]))) in CURVES:
+        ours = local_systems(METHODS, ranks, ranks, True, Bench.ours)
+        for system in [*ours, *torch_systems(["GPipe"], ranks, (1, 4, 8), Bench.torch)]:
+            curve, count = label(system.row), system.micro_batches
+            if curve not in CURVES:
+                continue
+            step_s, bound_s = module_s * (count + ranks - 1) / count, module_s
+            if system.method != "bp":
                 plan = predict(settings, system)
-                found[curve].append((ranks, plan.step_s, plan.bound_s))
-        for count in (1, 4, 8):
-            curve = "torch GPipe" if count == 1 else f"torch GPipe, M = {count}"
-            module_s = 3 * settings.unit_ms / 1e3
-            found[curve].append((ranks, module_s * (count + ranks - 1) / count, module_s))
-    return [
-        {"schedule": curve, "ranks": ranks, "images_per_s": settings.batch / step_s, "efficiency": bound_s / step_s}
-        for curve, entries in found.items()
-        for ranks, step_s, bound_s in entries
-    ]
+                step_s, bound_s = plan.step_s, plan.bound_s
+            rates = {"images_per_s": settings.batch / step_s, "efficiency": bound_s / step_s}
+            entries.append({"schedule": curve, "ranks": ranks, **rates})
+    return sorted(entries, key=lambda entry: list(CURVES).index(entry["schedule"]))
 
 
 def targets(settings: Settings, rows: Sequence[Row]) -> list[Target]:
@@ -285,11 +231,8 @@ def findings(settings: Settings, rows: Sequence[Row]) -> list[str]:
     found = [f"With HPFF's cascade, exact, M = 1, the share of the simulated optimum is {reached}."]
     sizes = sorted({row["ranks"] for row in rows})
     for ranks in sizes:
-        faster = [
-            f"{label(row)} ({1 / row['local_ratio']:.2f} times as fast)"
-            for row in rows
-            if row["ranks"] == ranks and row["method"] == "bp" and row["local_ratio"] < 1
-        ]
+        ahead = [row for row in rows if row["ranks"] == ranks and row["method"] == "bp" and row["local_ratio"] < 1]
+        faster = [f"{label(row)} ({1 / row['local_ratio']:.2f} times as fast)" for row in ahead]
         found.append(f"P = {ranks}, faster than plain DGL: {', '.join(faster) or 'none'}.")
     if not settings.profile:
         many = ", ".join(f"{3 * (ranks - 1) / settings.head:.0f} for P = {ranks}" for ranks in sizes)
@@ -322,16 +265,10 @@ def about(settings: Settings, overshoot: float) -> list[str]:
 
 
 def profile_shape(path: str) -> dict[str, Any]:
-    """The number of ranks and the batch that a profile is for.
-
-    Raises:
-        ConfigError: a profile of one module, or without times of forward passes.
-    """
+    """The number of ranks and the batch that a profile is for; ConfigError for one that cannot be used."""
     profile = Profile.read(Path(path))
     if len(profile.modules) < 2 or not any(module.forward_s for module in profile.modules):
-        raise ConfigError(
-            f"--profile {path}: {len(profile.modules)} modules; give two or more, with their forward_s"
-        )
+        raise ConfigError(f"--profile {path}: {len(profile.modules)} modules; give two or more, with their forward_s")
     return {"ranks": (len(profile.modules),), "batch": profile.batch_size}
 
 
@@ -349,28 +286,29 @@ def measure(settings: Settings) -> Report:
     tables, entries = [Table(COLUMNS, rows)], [] if settings.profile else simulated(settings)
     if entries:
         tables.append(Table(SIMULATED_COLUMNS, entries, "Simulated (ours) and by the closed form (GPipe)"))
-    return Report(
-        "Scaling on virtual devices",
-        tables,
-        about(settings, overshoot),
-        targets(settings, rows),
-        findings(settings, rows),
-        LEGEND,
-        {**shape, "simulated": entries, "overshoot": overshoot},
-        draw=partial(chart, rows=rows, entries=entries),
-    )
+    said = about(settings, overshoot), targets(settings, rows), findings(settings, rows), LEGEND
+    notes = {**shape, "simulated": entries, "overshoot": overshoot}
+    draw = partial(chart, rows=rows, entries=entries)
+    return Report("Scaling on virtual devices", tables, *said, notes, draw=draw)
 
 
 def chart(path: Path, rows: Sequence[Row], entries: Sequence[Row]) -> None:
-    """images/s against P, measured and predicted."""
-    measured: dict[str, list[tuple[int, float]]] = {curve: [] for curve in CURVES}
-    predicted: dict[str, list[tuple[int, float]]] = {curve: [] for curve in CURVES}
-    for row in rows:
-        measured.setdefault(label(row), []).append((row["ranks"], row["images_per_s"]))
-    for entry in entries:
-        predicted[entry["schedule"]].append((entry["ranks"], entry["images_per_s"]))
+    """images/s against P: points and solid lines are measured, dashed lines predicted."""
     title = "Virtual devices: one local module per rank; dashed: simulated or closed form"
-    lines(path, title, measured, predicted, CURVES, "images/s through every rank")
+    with picture(path, title, 4.8, "outside right upper") as axes:
+        for curve, (colour, marker) in CURVES.items():
+            measured = [(row["ranks"], row["images_per_s"]) for row in rows if label(row) == curve]
+            predicted = [(entry["ranks"], entry["images_per_s"]) for entry in entries if entry["schedule"] == curve]
+            if measured:
+                axes.plot(*zip(*measured, strict=True), color=colour, marker=marker, markersize=5, label=curve)
+            if predicted:
+                name = None if measured else curve
+                axes.plot(*zip(*predicted, strict=True), color=colour, linewidth=1.2, linestyle=DASHED, label=name)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0f}")
+        axes.set_ylim(bottom=0)
+        axes.set_xlabel("ranks P; the network has P times the layers", fontsize=9, color=INK)
+        axes.set_ylabel("images/s through every rank", fontsize=9, color=INK)
 
 
 QUICK = {"ranks": (2,), "unit_ms": 20.0, "batch": 8, "rounds": 1, "warmup": 2, "steps": 4, "torch_steps": 1}

@@ -1,8 +1,6 @@
 """What one training step of local learning costs, in units of one backpropagation step of the same network.
 
-    python benchmarks/step_cost.py [--rounds N] [--steps N] [--batch N] [--precision fp32|bf16] [--quick]
-                                   [--json FILE] [--output FILE.md]
-    python benchmarks/step_cost.py --recipes [the same options]
+    python benchmarks/step_cost.py [--recipes] [--quick] [--json FILE] [--output FILE.md] ...      see --help
 
 One process with one thread; ResNet-32 at 32x32, or with ``--recipes`` every recipe that ships with the package. In
 every round each step of a method has a step of backpropagation before it, so a ratio compares neighbours in time.
@@ -25,12 +23,11 @@ from typing import Any
 import torch
 from networks import CLASSES, IMAGE, network, random_images
 from runner import Report, main, option
-from tables import Column, K, Row, Table, make_row, spread
+from tables import Column, K, Row, Table, make_row, method_name, spread
 from torchvision.io import write_png
 
 from pipeline import Config, LoaderData, StepCost, load_config, recipe_names, step_cost, train
 
-MODEL = "resnet32"
 LOCAL = ["model.modules=16", "model.cuts=even"]
 HPFF = ["model.modules=15", "model.cuts=even", "hierarchy.cascade_span=2", "patches.grid=2"]  # the cut of HPFF's K = 16
 METHODS = {
@@ -50,8 +47,6 @@ RUN = ["runtime.device=cpu", "runtime.threads=1", "optim.warmup_epochs=0", "opti
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one run of this tool."""
-
     rounds: int = option(5, "interleaved rounds", "N")
     steps: int = option(1, "measured steps of one round", "N")
     batch: int = option(128, "images of a step", "N", above=1)
@@ -90,7 +85,7 @@ class Case:
 
 def method_case(name: str, batch: int, precision: str = "fp32") -> Case:
     """One of METHODS on ResNet-32."""
-    run = [f"model.name={MODEL}", f"data.batch_size={batch}", f"precision.compute={precision}", *RUN]
+    run = ["model.name=resnet32", f"data.batch_size={batch}", f"precision.compute={precision}", *RUN]
     return Case(name, load_config("cifar10-resnet32-bp", assignments=[*run, *METHODS[name]]), IMAGE)
 
 
@@ -143,76 +138,51 @@ def seconds(case: Case, steps: int) -> tuple[float, float]:
 
 
 COLUMNS = (
-    K,
-    Column("batch", "batch"),
-    Column("CPU s/step", "cpu_s_per_step", ".2f"),
-    Column("BP units", "bp_units_measured", ".2f"),
-    Column("low", "bp_units_low", ".2f"),
-    Column("high", "bp_units_high", ".2f"),
-    Column("wall units", "bp_units_wall", ".2f"),
-    Column("FLOP units", "bp_units_flops", ".2f"),
-    Column("measured / FLOPs", "measured_over_flops", ".2f"),
-    Column("trunk", "trunk", ".2f"),
-    Column("heads", "heads", ".2f"),
-    Column("largest module", "largest_module", ".2f"),
-    Column("plain order", "bp_units_flops_plain", ".2f"),
+    K, Column("batch", "batch"), Column("CPU s/step", "cpu_s_per_step", ".2f"),
+    Column("BP units", "bp_units_measured", ".2f"), Column("low", "bp_units_low", ".2f"),
+    Column("high", "bp_units_high", ".2f"), Column("wall units", "bp_units_wall", ".2f"),
+    Column("FLOP units", "bp_units_flops", ".2f"), Column("measured / FLOPs", "measured_over_flops", ".2f"),
+    Column("trunk", "trunk", ".2f"), Column("heads", "heads", ".2f"),
+    Column("largest module", "largest_module", ".2f"), Column("plain order", "bp_units_flops_plain", ".2f"),
     Column("BP GFLOP/image", "bp_gflops_per_image", ".2f"),
-)
+)  # fmt: skip
 LEGEND = (
-    "BP units: CPU seconds of a step to those of a step of backpropagation, median, lowest and highest of all rounds; "
-    "wall units: of wall seconds. FLOP units: counted matrix products and convolutions, from trunk on its parts; plain "
-    "order: with upsampling before the convolution, as published."
+    "BP units: CPU seconds of a step to those of backpropagation (wall units: wall seconds). FLOP units: counted "
+    "operations and their parts; plain order: with upsampling before the convolution, as published."
 )
 
 
-def row_of(
-    case: Case, found: Sequence[tuple[tuple[float, float], tuple[float, float]]], cost: StepCost, plain: StepCost
-) -> Row:
+def row_of(case: Case, found: Sequence[Any], cost: StepCost, plain: StepCost) -> Row:
     """One row from the (CPU, wall) seconds of the case and of BP in every round, and the counted operations."""
     units, low, high = spread([own[0] / base[0] for own, base in found])
     wall = statistics.median(own[1] / base[1] for own, base in found)
+    config = case.config
+    method = method_name(config.method.name, config.hierarchy.cascade_span) if config.model.modules > 1 else "bp"
     return make_row(
-        case.config.method.name if case.config.model.modules > 1 else "bp",
-        len(cost.modules),
-        case.batch,
-        [own[1] for own, _ in found],
-        span=case.config.hierarchy.cascade_span,
-        ratio_to_bp=1.0 / wall,
-        name=case.name,
-        batch=case.batch,
-        cpu_s_per_step=statistics.median(own[0] for own, _ in found),
-        bp_units_measured=units,
-        bp_units_low=low,
-        bp_units_high=high,
-        bp_units_wall=wall,
-        bp_gflops_per_image=cost.bp_flops / 1e9,
-        bp_units_flops=cost.bp_units,
-        bp_units_flops_plain=plain.bp_units,
-        trunk=cost.trunk,
-        heads=cost.heads,
-        largest_module=max(module.total for module in cost.modules),
+        case.batch, [own[1] for own, _ in found], method=method, modules=len(cost.modules), ratio_to_bp=1.0 / wall,
+        name=case.name, batch=case.batch, cpu_s_per_step=statistics.median(own[0] for own, _ in found),
+        bp_units_measured=units, bp_units_low=low, bp_units_high=high, bp_units_wall=wall,
+        bp_gflops_per_image=cost.bp_flops / 1e9, bp_units_flops=cost.bp_units, bp_units_flops_plain=plain.bp_units,
+        trunk=cost.trunk, heads=cost.heads, largest_module=max(module.total for module in cost.modules),
         measured_over_flops=units / cost.bp_units,
-    )
+    )  # fmt: skip
 
 
 def measure(settings: Settings) -> Report:
     """All cases, interleaved; one row each. Cases that differ in name only are measured once."""
     with tempfile.TemporaryDirectory() as pictures:
-        if settings.recipes:
-            cases = recipe_cases(settings, Path(pictures))
-        else:
-            names = list(METHODS)[:: 4 if settings.quick else 1]
-            cases = [method_case(name, settings.batch, settings.precision) for name in names]
+        names = list(METHODS)[:: 4 if settings.quick else 1]
+        cases = [method_case(name, settings.batch, settings.precision) for name in names]
+        cases = recipe_cases(settings, Path(pictures)) if settings.recipes else cases
         different = {case.work: case for case in cases}
         samples: dict[Any, list[Any]] = {work: [] for work in different}
         for _ in range(settings.rounds):
             for work, case in different.items():
                 base = seconds(case.bp, settings.steps)
                 samples[work].append((base if case.name == "BP" else seconds(case, settings.steps), base))
-    counted = {
-        work: [step_cost(case.config, case.image, CLASSES, plain) for plain in (False, True)]
-        for work, case in different.items()
-    }
+    counted = {}
+    for work, case in different.items():
+        counted[work] = [step_cost(case.config, case.image, CLASSES, plain) for plain in (False, True)]
     rows = [row_of(case, samples[case.work], *counted[case.work]) for case in cases]
     columns = [Column("recipe" if settings.recipes else "method", "name"), *COLUMNS]
     return Report("One training step in units of one BP step", [Table(columns, rows)], legend=LEGEND)

@@ -14,23 +14,10 @@ Row = dict[str, Any]
 
 
 def make_row(
-    method: str,
-    modules: int,
-    images: float,
-    steps_s: Sequence[float],
-    *,
-    system: str = "localpipe",
-    span: int = 1,
-    schedule: str = "exact",
-    ranks: int = 1,
-    micro_batches: int = 1,
-    ratio_to_bp: float | None = None,
-    work_s: Sequence[float] = (),
-    stage_s: Sequence[float] = (),
-    bytes_per_step: float = 0.0,
-    **more: Any,
+    images: float, steps_s: Sequence[float], work_s: Sequence[float] = (), stage_s: Sequence[float] = (), **known: Any
 ) -> Row:
-    """One measured configuration of a benchmark of speed, with these keys and those of ``more``:
+    """One measured configuration of a benchmark of speed: a step of ``images`` took ``steps_s`` seconds in the rounds,
+    of which ranks work ``work_s`` (empty: not known) and should ``stage_s`` (empty: the same). Keys, and ``known``:
 
         system, method     who runs it; what a local module learns from, "bp" for backpropagation
         schedule           order of work
@@ -40,32 +27,19 @@ def make_row(
         bound, efficiency  images/s if the busiest rank never waited; images_per_s / bound; None where not known
         busy               by rank, share of the time in which it works
         bytes_per_step     sent by all ranks together
-
-    Args:
-        images: of one step. steps_s: seconds of one step, in every round.
-        span: cascade span.
-        work_s: seconds of work in a step, by rank, where they are known.
-        stage_s: the same as it should be, where that is another than what was measured.
     """
     rate, low, high = spread([images / step_s for step_s in steps_s])
     bound = images / max(stage_s or work_s) if stage_s or work_s else None
-    return {
-        "system": system,
-        "method": method if span == 1 else f"{method} + hpff",
-        "schedule": schedule,
-        "ranks": ranks,
-        "modules": modules,
-        "micro_batches": micro_batches,
-        "images_per_s": rate,
-        "low": low,
-        "high": high,
-        "ratio_to_bp": ratio_to_bp,
-        "bound": bound,
-        "efficiency": None if bound is None else rate / bound,
-        "busy": [min(1.0, seconds * rate / images) for seconds in work_s],
-        "bytes_per_step": bytes_per_step,
-        **more,
-    }
+    busy = [min(1.0, seconds * rate / images) for seconds in work_s]
+    row: Row = {"system": "localpipe", "method": "bp", "schedule": "exact", "ranks": 1, "modules": 1}
+    row |= {"micro_batches": 1, "images_per_s": rate, "low": low, "high": high, "ratio_to_bp": None}
+    row |= {"bound": bound, "efficiency": bound and rate / bound, "busy": busy, "bytes_per_step": 0.0}
+    return row | known
+
+
+def method_name(method: str, span: int) -> str:
+    """For people and rows: with HPFF where there is a cascade."""
+    return method if span == 1 else f"{method} + hpff"
 
 
 def system_name(row: Row) -> str:
@@ -74,8 +48,9 @@ def system_name(row: Row) -> str:
 
 
 def label(row: Row) -> str:
-    """For people: ``dgl, async``, ``torch 1F1B, M = 4``."""
-    return system_name(row) if row["micro_batches"] == 1 else f"{system_name(row)}, M = {row['micro_batches']}"
+    """For people: ``dgl, async``, ``torch 1F1B, M = 4``. That of a torch pipeline always has its M."""
+    plain = row["micro_batches"] == 1 and not row["system"].startswith("torch")
+    return system_name(row) if plain else f"{system_name(row)}, M = {row['micro_batches']}"
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
@@ -83,24 +58,18 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(values), min(values), max(values)
 
 
-def medians(records: Sequence[Sequence[float]]) -> tuple[float, ...]:
+def medians(records: Sequence[Sequence[float]]) -> list[float]:
     """The median at every place over all records, such as by rank over all rounds."""
-    return tuple(map(statistics.median, zip(*records, strict=True)))
+    return list(map(statistics.median, zip(*records, strict=True)))
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table.
-
-    Attributes:
-        title: above it.
-        value: key of the row, or a function of the row.
-        form: of a number, as in ``format``.
-    """
+    """One column of a table."""
 
     title: str
-    value: str | Callable[[Row], Any]
-    form: str = ""
+    value: str | Callable[[Row], Any]  # key of the row, or a function of the row
+    form: str = ""  # of a number, as in ``format``
 
     def cell(self, row: Row) -> str:
         """The text for a row; empty where there is no value. Of the numbers of many ranks the lowest and highest."""

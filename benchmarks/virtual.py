@@ -11,7 +11,7 @@ else is real: autograd, optimisers, messages, schedules, processes. A micro-batc
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
@@ -29,17 +29,12 @@ _PR_SET_TIMERSLACK = 29
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of one local module for a whole batch, alone on a device.
+    """Seconds of one local module for a whole batch, alone on a device. A full backward pass takes I + W."""
 
-    Attributes:
-        forward: F. input_gradient: I. weight_gradient: W; a full backward pass takes I + W.
-        head: of one level of heads, a third of it forward.
-    """
-
-    forward: float
-    input_gradient: float
-    weight_gradient: float
-    head: float
+    forward: float  # F
+    input_gradient: float  # I
+    weight_gradient: float  # W
+    head: float  # one level of heads, a third of it forward
 
     @property
     def module(self) -> float:
@@ -52,13 +47,8 @@ class Costs:
 
     def as_entry(self) -> dict[str, float]:
         """The same, for a module in a profile file. Messages and updates take no time there."""
-        return {
-            "forward_s": self.forward,
-            "relay_s": self.input_gradient,
-            "backward_s": self.input_gradient + self.weight_gradient,
-            "cascade_s": self.head,
-            "independent_s": self.head,
-        }
+        backward = {"relay_s": self.input_gradient, "backward_s": self.input_gradient + self.weight_gradient}
+        return {"forward_s": self.forward, **backward, "cascade_s": self.head, "independent_s": self.head}
 
 
 def equal_costs(modules: int, unit_s: float, head: float) -> tuple[Costs, ...]:
@@ -67,10 +57,8 @@ def equal_costs(modules: int, unit_s: float, head: float) -> tuple[Costs, ...]:
 
 
 def profiled_costs(profile: Profile) -> tuple[Costs, ...]:
-    """Of the modules of a profile; where it holds no input gradient alone, that is half of a backward pass.
-
-    Both levels of heads cost what the independent one costs, or the cascade where there is no other.
-    """
+    """Of the modules of a profile; where it holds no input gradient alone, that is half of a backward pass. Both levels
+    of heads cost what the independent one costs, or the cascade where there is no other."""
     costs = []
     for module in profile.modules:
         inputs = module.relay_s or module.backward_s / 2
@@ -80,20 +68,16 @@ def profiled_costs(profile: Profile) -> tuple[Costs, ...]:
 
 
 class Clock:
-    """Waits on one rank, and keeps account of how long they really were.
+    """Waits on one rank, and keeps account of how long they really were (``asked`` and ``waited``, in seconds): a wait
+    ends late by what the kernel needs to wake a process, and the next one is shorter by that, so that the sum is right.
+    Times are given for ``batch_rows`` rows."""
 
-    A wait ends late by what the kernel needs to wake a process. The next wait is shorter by that, so that the sum is
-    right. ``asked`` and ``waited`` are seconds since the start.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, batch_rows: int) -> None:
+        self.batch_rows = batch_rows
         self.asked = 0.0
         self.waited = 0.0
-        library = ctypes.util.find_library("c")
-        if library is not None:  # Linux: wake up to 1 ns late instead of 50 us
-            prctl = getattr(ctypes.CDLL(library), "prctl", None)
-            if prctl is not None:
-                prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+        if sys.platform == "linux":  # wake up to 1 ns late instead of 50 us
+            ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
 
     def wait(self, seconds: float) -> None:
         """Let ``seconds`` pass without using the core."""
@@ -106,10 +90,11 @@ class Clock:
 
 
 class _Timed(torch.autograd.Function):
-    """The identity, after a wait; its backward pass waits too. Seconds of a whole batch are scaled by ``share``."""
+    """The identity, after a wait; its backward pass waits too. Seconds of a batch, ``rows`` of it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, clock: Clock, forward_s: float, backward_s: float, share: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, clock: Clock, rows: int, forward_s: float, backward_s: float) -> Tensor:
+        share = rows / clock.batch_rows
         ctx.clock, ctx.backward_s = clock, backward_s * share
         if forward_s:
             clock.wait(forward_s * share)
@@ -122,54 +107,48 @@ class _Timed(torch.autograd.Function):
 
 
 class VirtualBlock(nn.Module):
-    """A block of a network that takes ``costs`` on a batch of ``batch_rows``: (b, width) -> (b, width).
+    """A block of a network that takes ``costs``: (b, width) -> (b, width). Without training it takes no time, so that
+    tests of shapes and the evaluation after a run are free."""
 
-    Without training it takes no time, so that tests of shapes and the evaluation after a run are free.
-    """
-
-    def __init__(self, costs: Costs, clock: Clock, width: int, batch_rows: int) -> None:
+    def __init__(self, costs: Costs, clock: Clock, width: int) -> None:
         super().__init__()
         self.first = nn.Parameter(torch.zeros(()))
         self.weight = nn.Parameter(torch.zeros(width))
-        self._costs = costs
-        self._clock = clock
-        self._batch_rows = batch_rows
+        self._costs, self._clock = costs, clock
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x + self.first + self.weight
-        costs, share = self._costs, len(x) / self._batch_rows
-        through = _Timed.apply(x + self.first, self._clock, costs.forward, costs.input_gradient, share)
-        return through + _Timed.apply(self.weight, self._clock, 0.0, costs.weight_gradient, share)
+        costs, rows = self._costs, len(x)
+        through = _Timed.apply(x + self.first, self._clock, rows, costs.forward, costs.input_gradient)
+        return through + _Timed.apply(self.weight, self._clock, rows, 0.0, costs.weight_gradient)
 
 
 class VirtualHead(AuxiliaryHead):
     """A head whose loss is the mean square of the feature, after a wait of ``seconds`` in all."""
 
-    def __init__(self, seconds: float, clock: Clock, batch_rows: int) -> None:
+    def __init__(self, seconds: float, clock: Clock) -> None:
         super().__init__()
-        self._seconds = seconds
-        self._clock = clock
-        self._batch_rows = batch_rows
+        self._seconds, self._clock = seconds, clock
 
     def loss(self, feature: Tensor, labels: Tensor, image: Tensor | None) -> Tensor:
-        share = len(labels) / self._batch_rows
-        return _Timed.apply(feature, self._clock, self._seconds / 3, 2 * self._seconds / 3, share).square().mean()
+        third = self._seconds / 3
+        return _Timed.apply(feature, self._clock, len(labels), third, 2 * third).square().mean()
 
 
-def virtual_blocks(costs: Sequence[Costs], clock: Clock, width: int, batch_rows: int) -> list[nn.Sequential]:
+def virtual_network(costs: Sequence[Costs], clock: Clock, width: int) -> nn.Sequential:
     """One block per entry of ``costs``; the last one ends in a small linear layer that gives logits."""
     torch.manual_seed(0)
-    blocks = [nn.Sequential(VirtualBlock(cost, clock, width, batch_rows)) for cost in costs]
+    blocks = [nn.Sequential(VirtualBlock(cost, clock, width)) for cost in costs]
     blocks[-1].append(nn.Linear(width, CLASSES))
-    return blocks
+    return nn.Sequential(*blocks)
 
 
-def register_virtual_heads(costs: Costs, clock: Clock, batch_rows: int, name: str = METHOD) -> None:
+def register_virtual_heads(costs: Costs, clock: Clock, name: str = METHOD) -> None:
     """Make ``method.name = name`` known in this process: one virtual head per level, of equal costs everywhere."""
 
     def terms(_config: object, _task: Task, _position: float) -> list[Term]:
-        return [Term("task", 1.0, lambda _shape: VirtualHead(costs.head, clock, batch_rows))]
+        return [Term("task", 1.0, lambda _shape: VirtualHead(costs.head, clock))]
 
     register_method(name, terms)
 

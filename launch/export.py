@@ -14,6 +14,10 @@ import pipeline
 
 
 def main() -> int:
+    return pipeline.command(_export)
+
+
+def _export() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="CHECKPOINT_OR_RUN", type=Path, help="a step directory, or a run directory")
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="a new .pt, .pth or .safetensors")
@@ -25,4 +29,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(pipeline.command(main))
+    sys.exit(main())

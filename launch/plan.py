@@ -17,6 +17,10 @@ import pipeline
 
 
 def main() -> int:
+    return pipeline.command(_plan)
+
+
+def _plan() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", metavar="NAME", help="a recipe that ships with localpipe")
     parser.add_argument("--config", metavar="FILE.toml", type=Path, help="your own recipe; on top of --recipe if both")
@@ -60,4 +64,4 @@ def _refuse_files(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(pipeline.command(main))
+    sys.exit(main())

@@ -16,6 +16,10 @@ import pipeline
 
 
 def main() -> int:
+    return pipeline.command(_train, trains=True)
+
+
+def _train() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", metavar="NAME", help="a recipe that ships with localpipe (see --list-recipes)")
     parser.add_argument("--config", metavar="FILE.toml", type=Path, help="your own recipe; on top of --recipe if both")
@@ -47,4 +51,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(pipeline.command(main, trains=True))
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""Ranks in real processes: those of ``benchmarks/processes.py``, under the names that the tests use."""
+"""Ranks in real processes: those of ``benchmarks/ranks.py``, under the names that the tests use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 
-from processes import RankResult, free_port, run_processes
+from ranks import RankResult, free_port, run_processes
 
 __all__ = ["RankResult", "free_port", "run_ranks"]
 

@@ -22,11 +22,11 @@ Quick = dict[str, tuple[dict[str, Any], str]]
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-bursts, networks, processes, ranks, runner, tables, throughput, virtual = map(
+bursts, networks, ranks, runner, tables, throughput, virtual = map(
     importlib.import_module,
-    ("bursts", "networks", "processes", "ranks", "runner", "tables", "throughput", "virtual"),
+    ("bursts", "networks", "ranks", "runner", "tables", "throughput", "virtual"),
 )
-ROW_KEYS = set(tables.make_row("bp", 1, 1.0, [1.0]))
+ROW_KEYS = set(tables.make_row(1.0, [1.0], method="bp"))
 
 
 def quick(name: str, folder: Path, *more: str) -> tuple[dict[str, Any], str]:
@@ -144,8 +144,8 @@ def test_files_are_refused_before_anything_is_measured(tmp_path: Path) -> None:
 
 def test_a_virtual_block_waits_for_what_it_stands_for() -> None:
     """Full backward I + W, also without an input gradient; the input gradient alone I; no time in evaluation."""
-    clock = virtual.Clock()
-    (block,) = virtual.virtual_blocks([virtual.Costs(0.01, 0.02, 0.04, 0.0)], clock, 4, 8)
+    clock = virtual.Clock(batch_rows=8)
+    (block,) = virtual.virtual_network([virtual.Costs(0.01, 0.02, 0.04, 0.0)], clock, 4)
     x = torch.zeros(4, 4)  # half a batch
 
     def waited(call: Any) -> float:
@@ -165,7 +165,7 @@ def test_a_virtual_block_waits_for_what_it_stands_for() -> None:
 
 @pytest.mark.alone
 def test_waits_are_right_in_sum() -> None:
-    clock = virtual.Clock()
+    clock = virtual.Clock(batch_rows=8)
     started = time.perf_counter()
     for _ in range(50):
         clock.wait(0.002)
@@ -199,11 +199,11 @@ def test_a_target_is_met_where_all_values_are_within() -> None:
 
 
 def test_columns_make_the_table() -> None:
-    row = tables.make_row("dgl", 4, 10.0, [0.5, 0.25, 0.2], span=2, ranks=2, work_s=[0.25, 0.1])
+    row = tables.make_row(10.0, [0.5, 0.25, 0.2], method="dgl + hpff", ranks=2, work_s=[0.25, 0.1])
     table = tables.Table([tables.Column("system", tables.label), *tables.SPEED, tables.BUSY], [row])
     assert table.cells == [["dgl + hpff, exact", "40.0", "20.0", "50.0", "1.00 / 0.40"]]
     assert row["bound"] == pytest.approx(40.0) and row["efficiency"] == pytest.approx(1.0)
-    many = tables.make_row("dgl", 8, 1.0, [1.0], ranks=8, work_s=[0.1 * rank for rank in range(1, 9)])
+    many = tables.make_row(1.0, [1.0], method="dgl", ranks=8, work_s=[0.1 * rank for rank in range(1, 9)])
     assert tables.BUSY.cell(many) == "0.10 ... 0.80" and tables.Column("x", "ratio_to_bp", ".2f").cell(many) == ""
 
 
@@ -255,14 +255,14 @@ def end_in_some_way(rank: int, ways: list[str]) -> str:
 
 
 def test_processes_end_each_by_itself() -> None:
-    results = processes.run_processes(end_in_some_way, 3, ["return", "raise", "exit"], timeout_s=60)
+    results = ranks.run_processes(end_in_some_way, 3, ["return", "raise", "exit"], timeout_s=60)
     assert [(result.value, result.exit_code) for result in results] == [("0 of 3", 0), (None, 1), (None, 3)]
     assert "ValueError: no such thing" in results[1].stderr and not results[0].stderr
 
 
 def test_processes_that_hang_are_killed_with_what_they_wrote() -> None:
     with pytest.raises(TimeoutError, match="no such thing"):
-        processes.run_processes(end_in_some_way, 2, ["hang", "raise"], timeout_s=3)
+        ranks.run_processes(end_in_some_way, 2, ["hang", "raise"], timeout_s=3)
 
 
 def test_ranks_that_hang_are_ended_at_the_deadline() -> None:

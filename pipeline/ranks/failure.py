@@ -49,6 +49,7 @@ from pipeline.base.errors import MARK, ConfigError, InUseError, LocalpipeError, 
 from pipeline.ranks import launcher
 from pipeline.ranks.forks import SIGNALS, SignalOwner, follow_forks
 from pipeline.ranks.heartbeat import Heartbeat
+from pipeline.ranks.keys import Key
 from pipeline.ranks.process import REAP_S, Process, reap
 from pipeline.ranks.start_up import take_noted
 from pipeline.ranks.words import doing, own_story, where
@@ -113,7 +114,7 @@ class FailureDesk(SignalOwner):
         self._me = Process.current(modules)
         self.heart.describe(modules)
         if self._store is not None:
-            self._store.set(f"process/{self.rank}", json.dumps(asdict(self._me)))
+            self._store.set(Key.PROCESS(rank=self.rank), json.dumps(asdict(self._me)))
 
     def progress(self, epoch: int, step: int, activity: str) -> None:
         """Note where this rank is, e.g. ``(0, 7, "F2.0")``. Costs one assignment and a look at the clock."""
@@ -183,7 +184,7 @@ class FailureDesk(SignalOwner):
             self._guard.join()
             self._thread = self._guard = None
         if self._store is not None:  # after the sentinel has ended: the store may go from here on
-            self._store.set(f"left/{self.rank}", "1")
+            self._store.set(Key.LEFT(rank=self.rank), "1")
         self._restore_signals()
 
     # -- the sentinel thread ---------------------------------------------------------------------------------
@@ -237,12 +238,12 @@ class FailureDesk(SignalOwner):
                 os.close(bell)
                 return
             self._exchange(store)
-            if self._has(store, "failure"):
+            if self._has(store, Key.FAILURE()):
                 self._lock.acquire()  # not while this very process is the one that prints
                 self._exit(self._code_of_loser(1))
             lost = self._dead_peers(store)
             silent = self.heart.next_is_silent()
-            if silent is not None and self._has(store, f"left/{silent}"):
+            if silent is not None and self._has(store, Key.LEFT(rank=silent)):
                 silent = None
             late = self.heart.overdue()
             if not (number or lost or silent is not None or late or self._orphaned() or self._store_gone):
@@ -279,9 +280,9 @@ class FailureDesk(SignalOwner):
         try:
             self.heart.tick(store)
             if self.rank > 0 and self._stop is not None:
-                store.set("stop", self._stop)
-            if self.rank == 0 and self._stop is None and store.check(["stop"]):
-                self._stop = store.get("stop").decode()
+                store.set(Key.STOP(), self._stop)
+            if self.rank == 0 and self._stop is None and store.check([Key.STOP()]):
+                self._stop = store.get(Key.STOP()).decode()
         except RuntimeError:
             self._store_gone = True
 
@@ -294,16 +295,16 @@ class FailureDesk(SignalOwner):
         for rank in range(self._world_size):
             if rank == self.rank:
                 continue
-            if rank not in self._peers and self._has(store, f"process/{rank}"):
+            if rank not in self._peers and self._has(store, Key.PROCESS(rank=rank)):
                 self._peers[rank] = self._read(store, rank)
             peer = self._peers.get(rank)
             ended = peer is not None and peer.host == self._me.host and peer.gone()
-            if ended and not self._has(store, f"left/{rank}"):
+            if ended and not self._has(store, Key.LEFT(rank=rank)):
                 dead.append(rank)
         return dead
 
     def _read(self, store: dist.Store, rank: int) -> Process:
-        return Process(**json.loads(store.get(f"process/{rank}")))
+        return Process(**json.loads(store.get(Key.PROCESS(rank=rank))))
 
     # -- the way out -----------------------------------------------------------------------------------------
 
@@ -311,7 +312,7 @@ class FailureDesk(SignalOwner):
         """A closed connection does not tell the cause: wait until a report or a dead process explains it."""
         end = time.monotonic() + GRACE_S
         while self._store is not None and time.monotonic() < end:
-            if self._has(self._store, "failure") or self._store_gone or self._dead_peers(self._store):
+            if self._has(self._store, Key.FAILURE()) or self._store_gone or self._dead_peers(self._store):
                 return
             time.sleep(0.05)
 
@@ -319,9 +320,9 @@ class FailureDesk(SignalOwner):
         """NaN spreads faster than it is noticed: let the rank speak where it appeared first."""
         if self._store is None or self._store_gone:
             return
-        self._store.set(f"nonfinite/{self.rank}", json.dumps(error.precedence))
+        self._store.set(Key.NONFINITE(rank=self.rank), json.dumps(error.precedence))
         self._await_peers_own_report()
-        keys = {rank: f"nonfinite/{rank}" for rank in range(self._world_size)}
+        keys = {rank: Key.NONFINITE(rank=rank) for rank in range(self._world_size)}
         told = {rank: json.loads(self._store.get(key)) for rank, key in keys.items() if self._has(self._store, key)}
         if told and min(told, key=told.__getitem__) != self.rank:
             self._await_peers_own_report()
@@ -339,9 +340,9 @@ class FailureDesk(SignalOwner):
         if self._store is None:
             return launcher.elected()
         ballot = json.dumps({"rank": self.rank, "host": self._me.host, "launcher": self._launcher, "refused": refused})
-        if not self._has(self._store, "failure") and not self._store_gone:
+        if not self._has(self._store, Key.FAILURE()) and not self._store_gone:
             with contextlib.suppress(RuntimeError):
-                return self._store.compare_set("failure", "", ballot) == ballot.encode()
+                return self._store.compare_set(Key.FAILURE(), "", ballot) == ballot.encode()
             self._store_gone = True
         # No vote is possible without a store. Its host lingers after a report (see _exit), so we would have
         # seen the failure key: the host died without a message. The lowest other rank of every machine tells.
@@ -352,9 +353,9 @@ class FailureDesk(SignalOwner):
     def _code_of_loser(self, code: int) -> int:
         """0 where the launcher of this rank sees the one that has told why fail: it would list this one in seven more
         lines. Else the launcher learns from this one, too, that a refusal is final."""
-        if self._store is None or not launcher.watches() or not self._has(self._store, "failure"):
+        if self._store is None or not launcher.watches() or not self._has(self._store, Key.FAILURE()):
             return code
-        verdict = json.loads(self._store.get("failure"))
+        verdict = json.loads(self._store.get(Key.FAILURE()))
         if (verdict["host"], verdict["launcher"]) == (self._me.host, self._launcher):
             return 0
         if verdict["refused"]:
@@ -430,6 +431,6 @@ class FailureDesk(SignalOwner):
         return False
 
     def _modules(self, rank: int) -> str:
-        if self._has(self._store, f"process/{rank}"):  # read again: described since
+        if self._has(self._store, Key.PROCESS(rank=rank)):  # read again: described since
             self._peers[rank] = self._read(self._store, rank)
         return self._peers[rank].modules if rank in self._peers else "unknown modules"

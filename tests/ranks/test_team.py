@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from pipeline.base.errors import ConfigError, DeadlineExceeded
+from pipeline.ranks import keys
 from pipeline.ranks.keys import Key
 from pipeline.ranks.team import Team
 
@@ -79,12 +82,12 @@ def test_a_later_attempt_recalls_what_an_earlier_one_has_left_and_nothing_else()
 
 def test_what_is_taken_is_gone() -> None:
     team = Team(size=2)
-    keys = team.each(Key.EPOCH, epoch=3)
-    assert keys == {0: "epoch/3/0", 1: "epoch/3/1"}
-    for rank, key in keys.items():
+    reports = team.each(Key.EPOCH, epoch=3)
+    assert reports == {0: "epoch/3/0", 1: "epoch/3/1"}
+    for rank, key in reports.items():
         team.set(key, f"report {rank}")
-    assert team.take(keys.values()) == ["report 0", "report 1"]
-    assert not any(team.has(key) for key in keys.values())
+    assert team.take(reports.values()) == ["report 0", "report 1"]
+    assert not any(team.has(key) for key in reports.values())
 
 
 def test_no_two_uses_of_a_store_share_a_key() -> None:
@@ -92,6 +95,13 @@ def test_no_two_uses_of_a_store_share_a_key() -> None:
     assert [part for part, uses in first_parts.items() if uses > 1] == []
     with pytest.raises(KeyError, match="rank"):
         Key.EPOCH(epoch=3)
+
+
+def test_keys_are_written_out_in_one_file_only() -> None:
+    """Whoever calls a store names the key by the table."""
+    pattern = re.compile(r"""store\.(set|get|check|add|multi_get|delete_key|compare_set|wait)\(\[?f?["']""")
+    found = [path.name for path in Path(keys.__file__).parents[1].rglob("*.py") if pattern.search(path.read_text())]
+    assert found == []
 
 
 class Judge:
