@@ -83,8 +83,8 @@ class Exits:
         generator = torch.Generator().manual_seed(index)
         self.scores = {level: torch.randn(400, 4, generator=generator) * (1 + index) for level in levels}
 
-    def evaluate(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return x, {level: scores[x] for level, scores in self.scores.items()}
+    def evaluate(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return inputs, {level: scores[inputs["x"]] for level, scores in self.scores.items()}
 
 
 def test_ensembles_are_weighted_means_of_class_probabilities() -> None:
