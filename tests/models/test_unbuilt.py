@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_shapes import boundary_shapes
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -17,7 +18,7 @@ from pipeline.base.recipes import load_config
 from pipeline.local.methods import Task
 from pipeline.local.weights import module_weights, weights_sha256
 from pipeline.models import backbones
-from pipeline.models.backbones import Blocks, boundary_shapes, build_blocks, initialise, register_backbone
+from pipeline.models.backbones import Blocks, build_blocks, initialise, register_backbone
 from pipeline.models.unbuilt import drawn_blocks, is_planned, planned_blocks
 from pipeline.plan.assembly import build_modules, make_plan
 
