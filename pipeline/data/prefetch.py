@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from pipeline.base.flow import named
 from pipeline.stage.inlet import Batch
 
 Item = TypeVar("Item")
@@ -85,7 +86,7 @@ def on_device(
         for batch, made in batches:
             computing = torch.cuda.current_stream(device)
             computing.wait_event(made)
-            for tensor in (batch.x, batch.labels, batch.image):
+            for tensor in (*named(batch.x).values(), batch.labels, batch.image):
                 if tensor is not None:
                     tensor.record_stream(computing)  # its memory is the side stream's, but not before it is used
             yield batch

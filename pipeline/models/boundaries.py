@@ -77,7 +77,7 @@ def _show(specs: Specs) -> str:
 def _dry_run(blocks: Blocks, inputs: Specs, entrances: Collection[str] = ()) -> dict[str, Specs]:
     """One pass; the first block that cannot do it on the meta device, and all behind it, do it for real."""
     dtype = next((p.dtype for block in blocks.values() for p in block.parameters()), torch.float32)
-    flow = bare({name: _blank(spec, dtype) for name, spec in inputs.items()})
+    flow = bare({name: blank(spec, ROWS, dtype, META) for name, spec in inputs.items()})
     found = {}
     on_meta = True
     for name, block in blocks.items():
@@ -103,9 +103,10 @@ def _dry_run(blocks: Blocks, inputs: Specs, entrances: Collection[str] = ()) -> 
     return found
 
 
-def _blank(spec: TensorSpec, floating: torch.dtype) -> Tensor:
+def blank(spec: TensorSpec, rows: int, floating: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros (rows, *shape), an id that every table has; a mask that hides nothing."""
     dtype = floating if spec.dtype.is_floating_point else spec.dtype
-    return torch.zeros(ROWS, *spec.shape, dtype=dtype, device=META)
+    return torch.full((rows, *spec.shape), spec.dtype == torch.bool, dtype=dtype, device=device)
 
 
 def _without_weights(block: nn.Module) -> nn.Module:
@@ -119,15 +120,14 @@ def _without_weights(block: nn.Module) -> nn.Module:
 
 
 def _real(flow: Flow, block: nn.Module) -> Flow:
-    """The same shapes, zeros on the device of the block; of masks, ones."""
+    """The same shapes on the device of the block."""
     device = next((tensor.device for tensor in (*block.parameters(), *block.buffers())), torch.device("cpu"))
     device = torch.device("cpu") if device == META else device
-    return bare(
-        {
-            name: torch.full(x.shape, x.dtype == torch.bool, dtype=x.dtype, device=device) if x.is_meta else x
-            for name, x in named(flow).items()
-        }
-    )
+    tensors = {}
+    for name, x in named(flow).items():
+        spec = TensorSpec(tuple(x.shape[1:]), x.dtype)
+        tensors[name] = blank(spec, ROWS, x.dtype, device) if x.is_meta else x
+    return bare(tensors)
 
 
 def _run(block: nn.Module, flow: Flow, name: str) -> Any:

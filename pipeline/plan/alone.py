@@ -17,6 +17,7 @@ from pipeline.base.numerics import Numerics
 from pipeline.edges.connect import Edges
 from pipeline.edges.wire import Header, MessageKind
 from pipeline.local.local_module import LocalModule
+from pipeline.models.boundaries import blank
 from pipeline.plan.assembly import Plan
 from pipeline.stage.gradients import GRADIENT
 from pipeline.stage.inlet import Batch, BatchInlet, payload
@@ -54,7 +55,7 @@ def random_batch(plan: Plan, module: LocalModule, numerics: Numerics) -> Batch:
     index, rows, task = module.plan.index, plan.micro_batch_rows, plan.task
     generator = torch.Generator().manual_seed(index)
     x = _random(plan.given(index), rows, generator, numerics)
-    labels = torch.randint(task.classes, (rows, *plan.target.shape), generator=generator).to(numerics.device)
+    labels = torch.randint(task.classes, (rows, *task.target.shape), generator=generator).to(numerics.device)
     image = None
     if module.needs_image:
         image = torch.randint(256, (rows, *task.image_shape), generator=generator, dtype=torch.uint8)
@@ -74,11 +75,9 @@ def _random(specs: Specs, rows: int, generator: torch.Generator, numerics: Numer
     """Of the greatest length: random numbers; ids of 0, which every table has; masks that hide nothing."""
     tensors = {}
     for name, spec in specs.items():
-        shape = (rows, *spec.shape)
-        if spec.dtype.is_floating_point:
-            x = torch.randn(shape, generator=generator)
-        else:
-            x = torch.full(shape, spec.dtype == torch.bool, dtype=spec.dtype)
+        x = blank(spec, rows, torch.float32, torch.device("cpu"))
+        if x.is_floating_point():
+            x.normal_(generator=generator)
         tensors[name] = numerics.boundary(x.to(numerics.device))
     return tensors
 

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
-from pipeline.base.flow import LABEL, MAIN, Specs, TensorSpec
+from pipeline.base.flow import MAIN, Specs, TensorSpec
 from pipeline.base.numerics import Numerics, stable_hash
 from pipeline.edges.wire import FieldSpec, MessageSpec
 from pipeline.local.local_module import LocalModule
@@ -46,7 +46,6 @@ class Plan:
         stages: consecutive local modules of every rank.
         schedules: actions of every rank for one step.
         inputs: what the first local module gets.
-        target: what its output is held against.
         boundaries: what every local module gives.
         reconstructing: local modules with a head that needs the image.
     """
@@ -58,7 +57,6 @@ class Plan:
     stages: tuple[range, ...]
     schedules: tuple[tuple[Action, ...], ...]
     inputs: Specs
-    target: TensorSpec
     boundaries: tuple[Specs, ...]
     reconstructing: frozenset[int]
 
@@ -122,7 +120,8 @@ class Plan:
         """What travels from rank to rank + 1 for each micro-batch."""
         outputs = self.boundaries[self.stages[rank][-1]]
         fields = [_field(name, spec, dtype, channels_last) for name, spec in payload(outputs, ACTIVATION).items()]
-        fields.append(FieldSpec(LABELS, torch.int64, self.target.shape, varies=self.target.varies))
+        target = self.task.target
+        fields.append(FieldSpec(LABELS, target.dtype, target.shape, varies=target.varies))
         if self.image_crosses(rank):
             fields.append(FieldSpec(IMAGE, torch.uint8, self.task.image_shape))
         return MessageSpec(tuple(fields), self.micro_batch_rows)
@@ -139,26 +138,18 @@ def _field(name: str, spec: TensorSpec, dtype: torch.dtype, channels_last: bool)
     return FieldSpec(name, dtype, spec.shape, channels_last and len(spec.shape) == 3, spec.varies)
 
 
-def make_plan(
-    config: Config,
-    blocks: Blocks,
-    task: Task,
-    ranks: int,
-    inputs: Specs | None = None,
-    target: TensorSpec = LABEL,
-) -> Plan:
+def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int, inputs: Specs | None = None) -> Plan:
     """Cut, plan and place by count; every check that needs no process group happens here. It needs no weights:
     ``blocks`` may be planned ones (see :mod:`pipeline.models.unbuilt`), heads are only planned.
 
     Args:
-        inputs: of the network; None: the images of the task.
-        target: of the task.
+        inputs: of the network, as the data give them; None: as the task says.
 
     Raises:
         ConfigError: K > blocks, P > K, a head or patch grid that does not fit, a network that does not end in classes,
             a block that gives something else than named tensors, a local module that ends in integers.
     """
-    inputs = {MAIN: TensorSpec(task.image_shape)} if inputs is None else inputs
+    inputs = task.inputs if inputs is None else inputs
     cut = make_cut(list(blocks), config.model)
     count = len(cut)
     modules = plan_hierarchy(count, config.hierarchy)
@@ -183,9 +174,7 @@ def make_plan(
         if any(level.needs_image for level in levels):
             reconstructing.add(plan.index)
     schedules = stage_schedules(modules, stages, config.schedule.micro_batches, _delay(config))
-    return Plan(
-        config, task, cut, modules, stages, schedules, inputs, target, boundaries, frozenset(reconstructing)
-    )
+    return Plan(config, task, cut, modules, stages, schedules, inputs, boundaries, frozenset(reconstructing))
 
 
 def _delay(config: Config) -> int:
