@@ -75,6 +75,14 @@ def test_files_stay_readable() -> None:
             assert len(path.read_text().splitlines()) <= 450, path
 
 
+def test_the_training_step_of_a_rank_fits_on_one_screen() -> None:
+    tree = ast.parse((ROOT / "pipeline" / "stage" / "stage.py").read_text())
+    (step,) = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "train_step"]
+    assert step.end_lineno is not None and step.end_lineno - step.lineno < 40
+    called = {node.func.attr for node in ast.walk(step) if isinstance(node, ast.Call) and hasattr(node.func, "attr")}
+    assert {"forward", "cascade", "relay", "independent", "final", "backward"} <= called
+
+
 def test_ruff_is_clean() -> None:
     pytest.importorskip("ruff")
     command = [sys.executable, "-m", "ruff", "check", "--config", ".ci/ruff.toml", "--no-cache", "."]
