@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -105,3 +106,36 @@ def test_only_declared_packages_are_imported() -> None:
         for path in (ROOT / folder).rglob("*.py"):
             foreign = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - declared
             assert not foreign, (path, foreign)
+
+
+def test_what_is_cited_is_in_this_repository() -> None:
+    """Files by their path, modules by their name; no section of a document that nobody else has ("NOTES 4.3").
+
+    A name in capitals (``results/NAME.md``) is one that the user chooses.
+    """
+    folders = [ROOT / name for name in ("pipeline", "launch", "benchmarks", "tests")]
+    listed = [path for folder in folders for pattern in ("*.py", "*.toml") for path in folder.rglob(pattern)]
+    listed += [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*.c*f*")]
+    for file in listed:
+        text = file.read_text(encoding="utf-8")
+        for path in re.findall(r"(?<![\w/.<-])(?:pipeline|launch|benchmarks|tests|docs)/[\w./-]*\w(?!\w|\\)", text):
+            assert (ROOT / path).exists() or Path(path).stem.isupper(), f"{file}: {path}"
+        for name in re.findall(r"\b[A-Z]{3,}\.md\b", text):
+            assert (ROOT / name).is_file() or name in ("FILE.md", "NAME.md"), f"{file}: {name}"
+        for inside, module in re.findall(r"\bpipeline\.(\w+)\.(\w+)", text):
+            if inside in ROOMS:
+                place = ROOT / "pipeline" / inside
+                known = (place / f"{module}.py").is_file() or module in (place / "__init__.py").read_text()
+                assert known, f"{file}: pipeline.{inside}.{module}"
+        section = re.search(r"\b[A-Z]{5,}(\.md)? \d+(\.\d+)?\b", text)
+        assert section is None or file == Path(__file__), f"{file}: {section}"
+
+
+def test_the_root_holds_what_belongs_there() -> None:
+    files = {"setup.cfg", "pyproject.toml", "README.md", "LICENSE", "CONTRIBUTING.md", "CITATION.cff", "CHANGELOG.md"}
+    folders = {"pipeline", "launch", "benchmarks", "tests", "docs", "docker"}
+    command = ["git", "ls-tree", "--name-only", "HEAD"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if listed.returncode:
+        pytest.skip("not a checkout of git")
+    assert {name for name in listed.stdout.split() if not name.startswith(".")} <= files | folders

@@ -3,7 +3,7 @@
 A backbone is one function ``(in_channels, classes) -> OrderedDict[name, block]``; register it with
 :func:`register_backbone`. A block is the smallest unit a network can be cut at; the last block ends in logits.
 
-    stem -> layer1.0 -> ... -> layer3.n -> classifier           (CIFAR ResNets, ALGORITHMS: He et al. 2016, sec. 4.2)
+    stem -> layer1.0 -> ... -> layer3.n -> classifier           (CIFAR ResNets, He et al. 2016, sec. 4.2)
     |________________________________|     |
         widths 16 / 32 / 64                global average pool + linear
 """

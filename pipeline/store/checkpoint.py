@@ -211,7 +211,7 @@ class Checkpoint:
         return records
 
     def module_state(self, index: int) -> dict[str, Tensor]:
-        """The state of local module ``index`` as :func:`pipeline.module_state.module_state` made it, on the CPU.
+        """The state of local module ``index`` as :func:`pipeline.local.module_state.module_state` made it, on the CPU.
 
         It unpickles torch's ``.metadata``. Raises OSError.
         """
