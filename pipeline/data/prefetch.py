@@ -82,8 +82,8 @@ def on_device(
             stream.wait_event(ready)
             return make(item), stream.record_event()
 
-    with closing(prefetched(make_beside, taken(), ahead)) as batches:
-        for batch, made in batches:
+    with closing(prefetched(make_beside, taken(), ahead)) as pairs:
+        for batch, made in pairs:
             computing = torch.cuda.current_stream(device)
             computing.wait_event(made)
             for tensor in (*named(batch.x).values(), batch.labels, batch.image):

@@ -71,7 +71,8 @@ class BasicBlock(nn.Module):
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         shortcut = x if self.downsample is None else self.downsample(x)
-        return self.relu(out + shortcut)
+        total: Tensor = self.relu(out + shortcut)
+        return total
 
 
 def cifar_resnet(depth: int) -> BackboneFunction:
