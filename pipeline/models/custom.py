@@ -123,14 +123,18 @@ def _kept_mode(network: nn.Module) -> Iterator[None]:
 def _containers(network: nn.Module, path: str = "") -> Iterator[str]:
     """Paths of the modules that only hold a row of others: plain ``nn.Sequential``, and what holds such a row, such as
     an encoder. What stands in a row (a residual block) stays whole."""
-    row = isinstance(network, nn.Sequential | nn.ModuleList)
+    row = _is_row(network)
     for name, child in network.named_children():
         below = f"{path}.{name}" if path else name
         if isinstance(child, nn.ModuleList):
             yield from _containers(child, below)
-        elif _is_chain(child) or (not row and any(isinstance(m, nn.Sequential | nn.ModuleList) for m in child.modules())):
+        elif _is_chain(child) or (not row and any(map(_is_row, child.modules()))):
             yield below
             yield from _containers(child, below)
+
+
+def _is_row(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential | nn.ModuleList)
 
 
 def _is_chain(module: nn.Module) -> bool:
@@ -146,11 +150,15 @@ def _chain(
     """The children of a network, those of plain ``nn.Sequential`` among them in their place, as blocks."""
     blocks: Blocks = OrderedDict(_row(network, ""))
     beginnings = {".".join(name.split(".")[:depth]) for name in blocks for depth in range(1, name.count(".") + 2)}
-    if not set(names) <= beginnings or not (image_shape is None or _agree(network, blocks, image_shape)):
+    complete = {f"{name}.{key}" for name, block in blocks.items() for key in block.state_dict()} == set(
+        network.state_dict()
+    )
+    agree = complete and (image_shape is None or _agree(network, blocks, image_shape))
+    if not blocks or not agree or not set(names) <= beginnings:
         where = f"'{why.module}' of {type(network).__name__}" if why.module else type(network).__name__
         raise ConfigError(
-            f"the forward of {where} cannot be traced ({why.cause}) and is no chain of its children; move what branches "
-            "into a module of its own, which stays whole, or pass an nn.Sequential"
+            f"the forward of {where} cannot be traced ({why.cause}) and is no chain of its children; move what "
+            "branches into a module of its own, which stays whole, or pass an nn.Sequential"
         )
     return blocks
 
@@ -165,13 +173,11 @@ def _row(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _agree(network: nn.Module, blocks: Blocks, image_shape: tuple[int, ...]) -> bool:
-    """Whether network and chain hold the same weights and compute the same of two random images, bit for bit."""
+    """Whether network and chain compute the same of two random images, bit for bit."""
     chain = UncutModel(blocks)
-    if not blocks or chain.state_dict().keys() != network.state_dict().keys():
-        return False
-    like = next(({"dtype": p.dtype, "device": p.device} for p in network.parameters()), {})
+    like = next(network.parameters(), torch.zeros(()))
     with _kept_mode(network), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        x = torch.randn(2, *image_shape, **like)
+        x = torch.randn(2, *image_shape).to(like)
         expected = network.eval()(x.clone())
         try:
             result = chain.eval()(x)

@@ -73,7 +73,7 @@ class ForwardGraph:
         if node.op != "call_function":
             return False
         if node.target is operator.getitem:
-            return self._is_shape(node.args[0]) and node.args[1] == 0
+            return self._is_shape(node.args[0]) and node.args[1:] == (0,)
         return self._is_shape(node) and all(map(self.is_batch_size, node.users))
 
     def _is_shape(self, value: object) -> bool:
@@ -81,7 +81,7 @@ class ForwardGraph:
 
 
 def forward_graph(network: nn.Module, opened: Collection[str]) -> ForwardGraph:
-    """Trace the forward of ``network`` with its image as the only argument, in the mode (training or not) that it is in.
+    """Trace the forward of ``network``, in its mode (training or not), with its image as the only argument.
 
     Args:
         opened: paths of the modules whose own steps are wanted; "" is the network.
@@ -116,7 +116,8 @@ class _Whole(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.network(x)
+        scores: Tensor = self.network(x)
+        return scores
 
 
 class _Tracer(fx.Tracer):
@@ -125,7 +126,7 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, opened: Collection[str]) -> None:
-        super().__init__(param_shapes_constant=True)
+        super().__init__()
         self.failed = ""
         self.enters: dict[fx.Node, tuple[str, ...]] = {}
         self.inside: dict[fx.Node, str] = {}
@@ -152,6 +153,10 @@ class _Tracer(fx.Tracer):
             self._entered.remove(path)
         self._stack.pop()
         return result
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        self.param_shapes_constant = isinstance(attr_val, nn.Parameter)  # torch.fx knows shapes of parameters only
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, target, *args, **kwargs)

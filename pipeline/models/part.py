@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from pipeline.models.forward_graph import ForwardGraph
@@ -71,7 +72,9 @@ class Program:
         for node in steps:
             if whole.is_batch_size(node):
                 continue  # copied where it is used
-            self._copies[node] = self.graph.node_copy(node, self._copy)
+            copy = self._copies[node] = self.graph.node_copy(node, self._copy)
+            if copy.target == "view" and not isinstance(copy.args[1], torch.dtype):
+                copy.target = "reshape"  # the same, for channels last too
             if node.op == "call_module":
                 self.modules.append(str(node.target))
         self.graph.output(self._copies[result])
