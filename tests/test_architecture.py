@@ -1,4 +1,4 @@
-"""The shape of the code: imports point one way, ruff is clean, files stay readable, no private paths are committed."""
+"""The shape of the code: imports point one way, ruff and mypy are clean, files stay readable."""
 
 from __future__ import annotations
 
@@ -89,6 +89,14 @@ def test_ruff_is_clean() -> None:
     command = [sys.executable, "-m", "ruff", "check", "--config", ".ci/ruff.toml", "--no-cache", "."]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.slow
+def test_mypy_is_clean(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    command = [sys.executable, "-m", "mypy", "--config-file", "setup.cfg", "--cache-dir", str(tmp_path), "pipeline"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_only_declared_packages_are_imported() -> None:

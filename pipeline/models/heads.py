@@ -65,6 +65,7 @@ class ClassifierHead(AuxiliaryHead):
             sides = height // first.side, width // first.side
             even = (height, width) == (sides[0] * first.side, sides[1] * first.side)
         elif isinstance(first, nn.AvgPool2d):
+            assert isinstance(first.kernel_size, tuple)
             sides = first.kernel_size
             even = height % sides[0] == 0 and width % sides[1] == 0
         else:
@@ -79,7 +80,8 @@ class ClassifierHead(AuxiliaryHead):
         return losses.cross_entropy(means, labels)
 
     def logits(self, feature: Tensor) -> Tensor:
-        return self.head(feature)
+        logits: Tensor = self.head(feature)
+        return logits
 
 
 class ContrastHead(AuxiliaryHead):
