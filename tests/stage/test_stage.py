@@ -11,7 +11,7 @@ from tiny import evaluate_on, gradients, tiny_batch, tiny_config, tiny_stage, tr
 from pipeline.base.config import CheckpointConfig
 from pipeline.base.errors import DataError
 from pipeline.local.weights import module_weights
-from pipeline.run.conductor import Conductor
+from pipeline.run.orders import SaveOrStop
 from pipeline.stage.inlet import Batch, DataInlet
 
 
@@ -82,7 +82,7 @@ def test_data_that_ends_early_is_named() -> None:
         def test(self) -> Iterator[Batch]:
             return iter(())
 
-    inlet = DataInlet(Short(), 1, Conductor(CheckpointConfig(), lambda: None))
+    inlet = DataInlet(Short(), 1, SaveOrStop(CheckpointConfig(), lambda: None))
     steps = inlet.steps(3, 10, 10, 12)
     assert next(steps) == 10
     with pytest.raises(DataError, match="ended in the middle of epoch 3"):
