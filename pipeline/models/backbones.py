@@ -3,7 +3,7 @@
 A backbone is one function ``(in_channels, classes) -> OrderedDict[name, block]``; register it with
 :func:`register_backbone`. A block is the smallest unit a network can be cut at; the last block ends in logits.
 
-    stem -> layer1.0 -> ... -> layer3.n -> classifier           (CIFAR ResNets, ALGORITHMS: He et al. 2016, sec. 4.2)
+    stem -> layer1.0 -> ... -> layer3.n -> classifier           (CIFAR ResNets, He et al. 2016, sec. 4.2)
     |________________________________|     |
         widths 16 / 32 / 64                global average pool + linear
 """
@@ -71,7 +71,8 @@ class BasicBlock(nn.Module):
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         shortcut = x if self.downsample is None else self.downsample(x)
-        return self.relu(out + shortcut)
+        total: Tensor = self.relu(out + shortcut)
+        return total
 
 
 def cifar_resnet(depth: int) -> BackboneFunction:
@@ -160,8 +161,8 @@ def boundary_shapes(
             modules, changes its input in place, which others still need. The message names the block.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    like = next(({"dtype": p.dtype, "device": p.device} for block in blocks.values() for p in block.parameters()), {})
-    x = torch.zeros(2, *image_shape, **like)
+    like = next((p for block in blocks.values() for p in block.parameters()), None)
+    x = torch.zeros(2, *image_shape) if like is None else like.detach().new_zeros(2, *image_shape)
     training = {name: block.training for name, block in blocks.items()}
     with torch.no_grad():
         for name, block in blocks.items():

@@ -44,6 +44,7 @@ def placed_plan(config: Config, blocks: Blocks, task: Task, numerics: Numerics, 
         for _ in by_count.modules:
             after_module()
     profile = runtime.team.broadcast(profile)
+    assert profile is not None  # rank 0 has measured it
     work = [cost.step_s(role) for cost, role in zip(profile.modules, by_count.modules, strict=True)]
     stages = choose_stages(config.partition, len(work), runtime.team.size, work)
     plan = by_count.placed(stages)

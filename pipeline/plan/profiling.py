@@ -114,8 +114,8 @@ def _profile_one(
     for step in range(1, first + steps):
         watch = stage.watch = Stopwatch(numerics.device)
         stage.train_step(0, step)
-        for kind, seconds in watch.seconds().items() if step >= first else ():
-            times[kind].append(seconds)
+        for kind, lap_s in watch.seconds().items() if step >= first else ():
+            times[kind].append(lap_s)
     parts = alone.config.schedule.micro_batches
     median = {kind: statistics.median(values) for kind, values in times.items()}
     seconds = {f"{kind.name.lower()}_s": value * parts for kind, value in median.items()}

@@ -42,10 +42,15 @@ class Exit:
         self.before: Callable[[], None] | None = None
         self._peers = peers
 
-    def leave(self, code: int, line: Callable[[], str], refused: bool = False) -> NoReturn:
-        """Stand for election, tell the line if elected, and end. Hold the lock."""
+    def leave(self, code: int, line: str | Callable[[], str], refused: bool = False) -> NoReturn:
+        """Stand for election, tell the line if elected, and end. Hold the lock.
+
+        Args:
+            line: called only by who is elected, where it does more than tell.
+            refused: a restart would end in the same way.
+        """
         if elected(self._peers, refused):
-            text = MARK + " ".join(line().split())[:LONGEST]
+            text = MARK + " ".join((line if isinstance(line, str) else line()).split())[:LONGEST]
             os.write(2, f"{text}\n".encode())  # one write: lines of ranks do not mix
             launcher.tell(text, refused)
             self._reap()

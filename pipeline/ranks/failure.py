@@ -115,14 +115,14 @@ class FailureReporter:
         if self.heart.unanswered_s():
             self._peers.store_gone = True  # its host is stopped: a question would never return
         if isinstance(error, KeyboardInterrupt):
-            self._exit.leave(130, lambda: stopped_by_ctrl_c(self.heart.place()))
+            self._exit.leave(130, stopped_by_ctrl_c(self.heart.place()))
         if isinstance(error, PeerLost | dist.DistError) or "onnection closed by peer" in str(error):
             self._await_peers_own_report()
-            witness, peer = (
-                (str(error), error.peer) if isinstance(error, PeerLost) else (self._own_story(error, module), -1)
-            )
-            line = line_for_the_dead(self._peers, self.heart, witness, peer)
-            self._exit.leave(1, lambda: line)
+            if isinstance(error, PeerLost):
+                witness, peer = str(error), error.peer
+            else:
+                witness, peer = self._own_story(error, module), -1
+            self._exit.leave(1, line_for_the_dead(self._peers, self.heart, witness, peer))
         if isinstance(error, NonFiniteError):
             self._await_where_it_began(error)
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1

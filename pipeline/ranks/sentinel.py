@@ -75,10 +75,10 @@ class Sentinel:
                 line = late
             self._exit.lock.acquire()
             if number == signal.SIGINT:
-                self._exit.leave(130, lambda: stopped_by_ctrl_c(heart.place()))
+                self._exit.leave(130, stopped_by_ctrl_c(heart.place()))
             if number == signal.SIGTERM and not lost:
-                self._exit.leave(143, lambda: f"rank {peers.rank}: stopped by SIGTERM{where(heart.place())}")
-            self._exit.leave(1, lambda line=line: line)
+                self._exit.leave(143, f"rank {peers.rank}: stopped by SIGTERM{where(heart.place())}")
+            self._exit.leave(1, line)
 
     def _exchange(self) -> None:
         """Beats, and what signals ask for: from any rank to rank 0."""
@@ -108,4 +108,4 @@ class Sentinel:
                 host = "the launcher" if peers.store_host is None else "its host"
                 why = f"the store has not answered for {seconds:.1f} s ({host} stopped? machine gone?)"
                 line = line_for_the_dead(peers, heart, f"{doing(peers.rank, heart.place())}; {why}")
-                self._exit.leave(1, lambda line=line: line)
+                self._exit.leave(1, line)

@@ -22,6 +22,7 @@ import select
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from pipeline.ranks.forks import SIGNALS, SignalOwner, follow_forks
 from pipeline.ranks.start_up import take_noted
@@ -57,7 +58,7 @@ class Signals(SignalOwner):
         self._early += take_noted()
         for number in SIGNALS:
             previous = signal.signal(number, self._on_signal)
-            self._restore.append(lambda number=number, previous=previous: signal.signal(number, previous))
+            self._restore.append(partial(signal.signal, number, previous))
         follow_forks()
 
     def handle_by_pipe(self) -> None:
@@ -65,9 +66,9 @@ class Signals(SignalOwner):
         self._bell, self._wake = os.pipe()
         os.set_blocking(self._wake, False)
         previous_fd = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
-        self._restore.append(lambda: signal.set_wakeup_fd(previous_fd))
+        self._restore.append(partial(signal.set_wakeup_fd, previous_fd))
         self.handle()
-        self._restore.append(lambda: os.close(self._wake))
+        self._restore.append(partial(os.close, self._wake))
 
     def wait(self, seconds: float) -> int | None:
         """The number of a signal that means the end now, END, or None if neither comes in so many seconds."""
@@ -97,7 +98,7 @@ class Signals(SignalOwner):
         """A worker of a loader that ends from now on raises nothing here: torch's handler would cut a report short."""
         if threading.current_thread() is threading.main_thread():
             previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            self._restore.append(lambda: signal.signal(signal.SIGCHLD, previous))
+            self._restore.append(partial(signal.signal, signal.SIGCHLD, previous))
 
     def restore(self) -> None:
         """Signals mean again what they meant before."""

@@ -65,7 +65,7 @@ class Input:
 
 
 class Feed(Protocol):
-    """Batches of the data, as of :class:`pipeline.data.sources.Source`."""
+    """Batches of the data, as of :class:`pipeline.data.source.Source`."""
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]: ...
 
