@@ -196,7 +196,7 @@ class Sender(_End):
             castable = tensor.dtype == field.dtype or (
                 tensor.is_floating_point() and field.dtype.is_floating_point
             )
-            if tuple(tensor.shape) != (header.rows, *field.shape_per_row) or not castable:
+            if tensor.shape[:1] != (header.rows,) or not field.fits(tuple(tensor.shape[1:])) or not castable:
                 raise WireError(
                     f"rank {self._team.rank}: {field.name} {tensor.dtype} {tuple(tensor.shape)} does not fit "
                     f"{header.rows} rows of {field} on the edge to rank {self._peer}"

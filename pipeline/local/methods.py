@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.base.config import DGL_HEADS, METHODS, Config, MethodConfig
 from pipeline.base.errors import ConfigError, suggest
+from pipeline.base.flow import LABEL, MAIN, Specs, TensorSpec
 from pipeline.local.roles import ModulePlan, lambda_position
 from pipeline.models import heads
 from pipeline.models.backbones import initialise
@@ -34,6 +35,16 @@ class Task:
 
     classes: int
     image_shape: tuple[int, ...]
+
+    @property
+    def inputs(self) -> Specs:
+        """What the network takes, where the data do not say more."""
+        return {MAIN: TensorSpec(self.image_shape)}
+
+    @property
+    def target(self) -> TensorSpec:
+        """What is wanted of each row."""
+        return LABEL
 
 
 @dataclass(frozen=True)
