@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -106,3 +108,8 @@ def test_two_local_modules_train_on_larger_images(method: str) -> None:
         assert same == [], f"module {module.plan.index} did not train {same}"
         assert all(torch.isfinite(total) for total in module.losses.sums.values())
     assert set(modules[1].losses.sums) == {"final"}
+
+
+def test_the_networks_are_there_whatever_is_imported_first() -> None:
+    code = "from pipeline.models.backbones import backbone_names; assert 'resnet18' in backbone_names()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
