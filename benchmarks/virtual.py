@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline import AuxiliaryHead, Profile, Task, Term, register_method
+from pipeline import AuxiliaryHead, Given, Profile, Task, Term, register_method
 
 METHOD = "virtual"
 CLASSES = 10
@@ -131,9 +131,9 @@ class VirtualHead(AuxiliaryHead):
         super().__init__()
         self._seconds, self._clock = seconds, clock
 
-    def loss(self, feature: Tensor, labels: Tensor, image: Tensor | None) -> Tensor:
+    def loss(self, feature: Tensor, given: Given) -> Tensor:
         third = self._seconds / 3
-        return _Timed.apply(feature, self._clock, len(labels), third, 2 * third).square().mean()
+        return _Timed.apply(feature, self._clock, len(given.target), third, 2 * third).square().mean()
 
 
 def virtual_network(costs: Sequence[Costs], clock: Clock, width: int) -> nn.Sequential:

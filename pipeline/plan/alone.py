@@ -16,6 +16,7 @@ from pipeline.base.numerics import Numerics
 from pipeline.edges.connect import Edges
 from pipeline.edges.wire import Header, MessageKind
 from pipeline.local.local_module import LocalModule
+from pipeline.models.heads import IMAGE
 from pipeline.plan.assembly import Plan
 from pipeline.stage.gradients import GRADIENT
 from pipeline.stage.inlet import Batch, BatchInlet
@@ -55,7 +56,7 @@ def random_batch(plan: Plan, module: LocalModule, numerics: Numerics) -> Batch:
     x = torch.randn(rows, *(plan.shapes[index - 1] if index > 0 else task.image_shape), generator=generator)
     labels = torch.randint(task.classes, (rows,), generator=generator).to(numerics.device)
     image = None
-    if module.needs_image:
+    if IMAGE in module.asks:
         image = torch.randint(256, (rows, *task.image_shape), generator=generator, dtype=torch.uint8)
         image = image.to(numerics.device)
     return Batch(numerics.boundary(x.to(numerics.device)), labels, image)

@@ -18,9 +18,11 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, stable_hash
 from pipeline.edges.wire import FieldSpec, MessageSpec
 from pipeline.local.local_module import LocalModule
-from pipeline.local.methods import Level, Task, levels_of
+from pipeline.local.methods import Level, levels_of
 from pipeline.local.roles import ModulePlan, plan_hierarchy
+from pipeline.local.task import Classification, Task
 from pipeline.models.backbones import Blocks, boundary_shapes
+from pipeline.models.heads import IMAGE
 from pipeline.models.unbuilt import drawn_blocks, real_blocks, without_memory
 from pipeline.plan.cut import Cut, make_cut
 from pipeline.plan.placement import place
@@ -36,13 +38,13 @@ class Plan:
 
     Attributes:
         config: resolved configuration.
-        task: classes and image shape.
+        task: what the network is for.
         cut: blocks of every local module.
         modules: role of every local module.
         stages: consecutive local modules of every rank.
         schedules: actions of every rank for one step.
         shapes: output shape (without batch) of every local module.
-        reconstructing: local modules with a head that needs the image.
+        reconstructing: local modules with a head that asks for the image.
     """
 
     config: Config
@@ -103,10 +105,10 @@ class Plan:
         shape = self.shapes[self.stages[rank][-1]]
         fields = [
             FieldSpec("activation", dtype, shape, channels_last and len(shape) == 3),
-            FieldSpec("labels", torch.int64, ()),
+            FieldSpec("labels", self.task.target.dtype, self.task.target.shape),
         ]
         if self.image_crosses(rank):
-            fields.append(FieldSpec("image", torch.uint8, self.task.image_shape))
+            fields.append(FieldSpec("image", self.task.image.dtype, self.task.image.shape))
         return MessageSpec(tuple(fields), self.micro_batch_rows)
 
     def gradient_spec(self, rank: int, dtype: torch.dtype, channels_last: bool) -> MessageSpec:
@@ -130,15 +132,15 @@ def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int) -> Plan:
     stages = place(count, ranks)
     by_block = boundary_shapes(blocks, task.image_shape, [names[0] for names in cut.modules[1:]])
     shapes = tuple(by_block[names[-1]] for names in cut.modules)
-    if shapes[-1] != (task.classes,):
-        raise ConfigError(
-            f"the network ends in {shapes[-1]}, the data has {task.classes} classes; "
-            "the last block must give class scores"
-        )
+    if shapes[-1] != task.output_shape:
+        wanted = f"the data has {task.classes} classes; the last block must give class scores"
+        if not isinstance(task, Classification):
+            wanted = f"{type(task).__name__} needs {task.output_shape}; let the last block give that"
+        raise ConfigError(f"the network ends in {shapes[-1]}, {wanted}")
     reconstructing = set()
     for plan, shape in zip(modules, shapes, strict=True):
         levels = [without_memory(build) for build in levels_of(plan, count, shape, task, config).values()]
-        if any(level.needs_image for level in levels):
+        if any(IMAGE in level.asks for level in levels):
             reconstructing.add(plan.index)
     schedules = stage_schedules(modules, stages, config.schedule.micro_batches, _delay(config))
     return Plan(config, task, cut, modules, stages, schedules, shapes, frozenset(reconstructing))
@@ -171,7 +173,7 @@ def build_modules(
         with torch.random.fork_rng(devices=[]):
             for name, build in builders.items():
                 levels[name] = _seeded(build, seed, "head", index, name)
-        built.append(LocalModule(plan.modules[index], mine, levels, plan.config, numerics, late[index]))
+        built.append(LocalModule(plan.modules[index], mine, levels, plan.task, plan.config, numerics, late[index]))
     return built
 
 

@@ -38,7 +38,7 @@ from pipeline.data.loader_source import LoaderData, LoaderSource
 from pipeline.data.source import DataSpec
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.local_module import LocalModule
-from pipeline.local.methods import Task
+from pipeline.local.task import Classification, Task
 from pipeline.local.weights import below, networks
 from pipeline.models.backbones import Blocks, blocks_of, build_blocks
 from pipeline.plan.assembly import Plan, build_modules, make_plan
@@ -129,7 +129,7 @@ def evaluate(
     threads = torch.get_num_threads()
     try:
         set_threads(config.runtime.threads, 1)
-        task = Task(saved.classes, saved.image_shape)
+        task = Classification(saved.classes, saved.image_shape)
         blocks = blocks_of(network) if network is not None else (
             build_blocks(config.model.name, task.image_shape[0], task.classes)
         )

@@ -17,7 +17,7 @@ from pipeline.data.loader_source import LoaderData, LoaderSource
 from pipeline.data.source import DataSpec, Source
 from pipeline.edges.connect import Edges, EdgeSpecs, connect
 from pipeline.local.compilation import refuse_without_compiler
-from pipeline.local.methods import Task
+from pipeline.local.task import Classification, Task
 from pipeline.models.backbones import Blocks, blocks_of
 from pipeline.models.unbuilt import planned_blocks
 from pipeline.plan.assembly import Plan
@@ -68,9 +68,9 @@ def blocks_and_task(config: Config, network: nn.Sequential | None, data_spec: Da
         if data_spec.classes == 0:
             raise ConfigError("your own loaders need your own network: pass network=nn.Sequential(...)")
         blocks = planned_blocks(config.model.name, data_spec.image_shape[0], data_spec.classes, config.train.seed)
-        return blocks, Task(data_spec.classes, data_spec.image_shape)
+        return blocks, Classification(data_spec.classes, data_spec.image_shape)
     blocks = blocks_of(network)
-    return blocks, Task(data_spec.classes or _classes_of(blocks), data_spec.image_shape)
+    return blocks, Classification(data_spec.classes or _classes_of(blocks), data_spec.image_shape)
 
 
 def connect_stage(config: Config, plan: Plan, numerics: Numerics, runtime: Runtime) -> Edges:

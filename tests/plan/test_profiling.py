@@ -12,7 +12,7 @@ from tiny import tiny_blocks, tiny_config, tiny_plan
 
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics
-from pipeline.local.methods import Task
+from pipeline.local.task import Classification
 from pipeline.models.backbones import Blocks
 from pipeline.plan.assembly import Plan, make_plan
 from pipeline.plan.cost_profile import Profile
@@ -162,6 +162,6 @@ def test_ranks_share_the_memory_of_a_machine() -> None:
 
 def test_a_rank_of_one_machine_is_promised_its_share() -> None:
     config = tiny_config()
-    two = make_plan(config, tiny_blocks(), Task(4, (3, 8, 8)), 2)
+    two = make_plan(config, tiny_blocks(), Classification(4, (3, 8, 8)), 2)
     shared = profile_modules(two, tiny_blocks(), CPU, warmup=1, steps=1, sharing=2)
     assert shared.device_bytes == device_memory(torch.device("cpu"), 2)
