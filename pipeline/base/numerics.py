@@ -54,7 +54,7 @@ class Numerics:
     def place(self, module: nn.Module) -> None:
         """Move a module to the device and layout; parameters stay float32 under bf16 autocast."""
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        module.to(device=self.device, dtype=dtype, memory_format=self.layout)
+        module.to(device=self.device, dtype=dtype).to(memory_format=self.layout)
 
 
 def resolve_numerics(config: PrecisionConfig, device: torch.device, network: Iterable[nn.Module]) -> Numerics:
@@ -89,8 +89,9 @@ def narrow_strided_convolution(network: Iterable[nn.Module]) -> int | None:
     """
     for block in network:
         for layer in block.modules():
-            strided = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and max(layer.stride) > 1
-            if strided and layer.in_channels < 16:
+            if not isinstance(layer, nn.Conv2d) or layer.kernel_size != (1, 1) or max(layer.stride) == 1:
+                continue
+            if layer.in_channels < 16:
                 return layer.in_channels
     return None
 

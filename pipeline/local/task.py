@@ -34,8 +34,8 @@ class Metric:
     Attributes:
         name: key in files, such as "error_pct".
         title: for people, such as "error".
-        count: (output (B, ...), target (B, ...)) -> statistics of any shape, summed over the test set. Outputs are those
-            of the network or of a head.
+        count: (output (B, ...), target (B, ...)) -> statistics of any shape, summed over the test set. Outputs are
+            those of the network or of a head.
         value: (sum of the statistics, number of rows) -> the number.
         unit: behind the number, such as "%".
         digits: behind the point.
