@@ -100,20 +100,27 @@ def asked_to_stop(runtime: Runtime) -> str | None:
 
 
 def open_source(
-    config: Config, data: LoaderData | None, numerics: Numerics, runtime: Runtime
+    config: Config, data: LoaderData | None, numerics: Numerics, runtime: Runtime, task: Task | None = None
 ) -> tuple[Source | None, DataSpec]:
     """The data on rank 0, and what all ranks must know of it. Collective."""
     source: Source | None = None
     if runtime.team.leads:
         if data is not None:
-            source = LoaderSource(data, config, numerics, runtime.desk.progress)
+            expected = (task.inputs, task.target) if task is not None else ()
+            source = LoaderSource(data, config, numerics, runtime.desk.progress, *expected)
         else:
             source = ImageSource(config, numerics)
     return source, runtime.team.broadcast(source.data_spec if source is not None else None)
 
 
-def blocks_and_task(config: Config, network: nn.Sequential | None, data_spec: DataSpec) -> tuple[Blocks, Task]:
+def blocks_and_task(
+    config: Config, network: nn.Sequential | None, data_spec: DataSpec, task: Task | None = None
+) -> tuple[Blocks, Task]:
     """The network in blocks, without weights unless it is the user's own, and what it is for."""
+    if task is not None:
+        if network is None:
+            raise ConfigError("a task of your own needs your own network and loaders: pass network=... and data=...")
+        return blocks_of(network), task
     if network is None:
         if data_spec.classes == 0:
             raise ConfigError("your own loaders need your own network: pass network=nn.Sequential(...)")

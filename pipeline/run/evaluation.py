@@ -212,6 +212,10 @@ def _refuse_what_is_missing(
 ) -> None:
     """Nothing but the caller has a user's own network and loaders."""
     where = f"checkpoint '{saved.path}'"
+    if (task := saved.manifest.get("task")) is not None:
+        raise CheckpointError(
+            f"{where} is of the task {task}; evaluations are of classifications, its metrics are in metrics.jsonl"
+        )
     if saved.custom_network and network is None:
         raise CheckpointError(
             f"{where} is of a network of your own, which no name can rebuild; call pipeline.evaluate(..., network=...) "

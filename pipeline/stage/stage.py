@@ -240,14 +240,15 @@ class Stage:
         for index, module in self.modules.items():
             h, scores = module.evaluate(h)
             for level, logits in scores.items():
-                wrong = (logits.argmax(dim=1) != labels).sum()
-                self.counters.wrong[index, level] = self.counters.wrong.get((index, level), 0) + wrong
+                for metric in module.task.metrics:
+                    key, counted = (index, level, metric.name), metric.count(logits, labels)
+                    known = self.counters.statistics.get(key)
+                    self.counters.statistics[key] = counted if known is None else known + counted
         if self.edges.activation_out is not None:
             header = Header(MessageKind.EVAL, epoch, step, 0, 0, item.rows, item.rows, self.directive)
             self.edges.activation_out.send(header, **payload(h, ACTIVATION), labels=labels)
         else:
-            loss = torch.nn.functional.cross_entropy(h[MAIN].float(), labels, reduction="sum")
-            self.counters.test_loss_sum += float(loss)
+            self.counters.test_loss_sum += self.modules[self._last].task.total_loss(h[MAIN], labels)
         self.counters.tested += item.rows
         item.release()
 
