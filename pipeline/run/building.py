@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from pipeline.base.config import Config
 from pipeline.base.errors import LocalpipeError
 from pipeline.base.numerics import Numerics
 from pipeline.data.source import DataSpec, Source
 from pipeline.edges.connect import Edges, EdgeSpecs, connect
+from pipeline.edges.wire import MessageSpec
 from pipeline.local.local_module import LocalModule
 from pipeline.local.module_state import BUSY, restore_module
 from pipeline.plan.assembly import Plan
@@ -42,7 +42,7 @@ def connect_stage(plan: Plan, numerics: Numerics, runtime: Runtime) -> Edges:
     rank, last = runtime.team.rank, runtime.team.size - 1
     wire = (numerics.dtype, numerics.channels_last)
 
-    def gradients(sender: int) -> Any:
+    def gradients(sender: int) -> MessageSpec | None:
         return plan.gradient_spec(sender, *wire) if plan.gradient_order(sender) else None
 
     specs = EdgeSpecs(
@@ -116,5 +116,5 @@ def explained_failures(
     except Exception as error:
         explained = explain_out_of_memory(error, plan, runtime.team.rank, numerics, modules)
         action = watch.current
-        module = action and f"module {action.module} ({plan.cut.label(action.module)})"
+        module = None if action is None else f"module {action.module} ({plan.cut.label(action.module)})"
         runtime.desk.report(explained or error, module)

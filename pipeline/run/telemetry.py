@@ -101,7 +101,7 @@ class Telemetry:
                 for (of, level, name), value in measured.items()
                 if of == index and name != ERROR.name
             }
-            record = ModuleRecord(
+            module_record = ModuleRecord(
                 index=index,
                 rank=self._team.rank,
                 blocks=self._plan.cut.label(index),
@@ -111,7 +111,7 @@ class Telemetry:
                 busy_s=counters.busy_s.get(index, 0.0),
                 skipped_steps=module.losses.take_skipped(),
             )
-            modules.append(dataclasses.asdict(record))
+            modules.append(dataclasses.asdict(module_record))
         record = StageRecord(
             rank=self._team.rank,
             device=str(self._device),
