@@ -9,7 +9,6 @@ stage goes on at its own pace: the slow one leaves batches out, those behind it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
