@@ -22,7 +22,8 @@ from pipeline.data.loader_source import LoaderData, LoaderSource
 from pipeline.data.source import DataSpec, Source
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.task import Classification, Task
-from pipeline.models.backbones import Blocks, blocks_of
+from pipeline.models.backbones import Blocks
+from pipeline.models.custom import network_blocks
 from pipeline.models.unbuilt import planned_blocks
 from pipeline.plan.cut import make_cut
 from pipeline.plan.placement import given, place
@@ -36,7 +37,7 @@ from pipeline.store.run_directory import CONFIG, RunDirectory
 from pipeline.store.run_lock import RunLock
 
 
-def named_after(config: Config, network: nn.Sequential | None, data: LoaderData | None) -> Config:
+def named_after(config: Config, network: nn.Module | None, data: LoaderData | None) -> Config:
     """The configuration with the names and the batch size of a user's own network and loaders."""
     if network is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name="custom"))
@@ -46,9 +47,11 @@ def named_after(config: Config, network: nn.Sequential | None, data: LoaderData 
     return validate(config)
 
 
-def refuse_early(config: Config, network: nn.Sequential | None, runtime: Runtime) -> Numerics:
+def refuse_early(config: Config, network: nn.Module | None, runtime: Runtime) -> Numerics:
     """Refusals that need no data: more modules than blocks, more ranks than modules, a layout that cannot work."""
-    blocks = blocks_of(network) if network is not None else planned_blocks(config.model.name, 3, 10)
+    blocks = (
+        network_blocks(network, config.model.cuts) if network is not None else planned_blocks(config.model.name, 3, 10)
+    )
     count = len(make_cut(list(blocks), config.model))
     if config.partition.kind == "given":
         given(config.partition.stages, count, runtime.team.size)
@@ -89,14 +92,14 @@ def begin(
     start, path = team.broadcast((start, path))
     assert path is not None  # rank 0 has chosen it
     directory = RunDirectory(Path(path))
-    runtime.desk.run_dir = directory.path
+    runtime.failures.run_dir = directory.path
     refuse_private_directory(team, directory.path)
     return start, directory, lock
 
 
 def asked_to_stop(runtime: Runtime) -> str | None:
     """Which signal has come to any rank so far. Collective."""
-    requests = runtime.team.gather(runtime.desk.stop_request())
+    requests = runtime.team.gather(runtime.failures.stop_request())
     return runtime.team.broadcast(next((request for request in requests or () if request), None))
 
 
@@ -108,7 +111,7 @@ def open_source(
     if runtime.team.leads:
         if data is not None:
             expected = (task.inputs, task.target) if task is not None else ()
-            source = LoaderSource(data, config, numerics, runtime.desk.progress, *expected)
+            source = LoaderSource(data, config, numerics, runtime.failures.progress, *expected)
         else:
             source = ImageSource(config, numerics)
     data_spec = runtime.team.broadcast(source.data_spec if source is not None else None)
@@ -117,19 +120,20 @@ def open_source(
 
 
 def blocks_and_task(
-    config: Config, network: nn.Sequential | None, data_spec: DataSpec, task: Task | None = None
+    config: Config, network: nn.Module | None, data_spec: DataSpec, task: Task | None = None
 ) -> tuple[Blocks, Task]:
     """The network in blocks, without weights unless it is the user's own, and what it is for."""
     if task is not None:
         if network is None:
             raise ConfigError("a task of your own needs your own network and loaders: pass network=... and data=...")
-        return blocks_of(network), task
+        shape = task.image_shape if len(task.image_shape) == 3 else None
+        return network_blocks(network, config.model.cuts, shape), task
     if network is None:
         if data_spec.classes == 0:
-            raise ConfigError("your own loaders need your own network: pass network=nn.Sequential(...)")
+            raise ConfigError("your own loaders need your own network: pass network=..., an nn.Module")
         blocks = planned_blocks(config.model.name, data_spec.image_shape[0], data_spec.classes, config.train.seed)
         return blocks, Classification(data_spec.classes, data_spec.image_shape)
-    blocks = blocks_of(network)
+    blocks = network_blocks(network, config.model.cuts, data_spec.image_shape)
     return blocks, Classification(data_spec.classes or _classes_of(blocks), data_spec.image_shape)
 
 
