@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pipeline.base.config import XCYF
 from pipeline.base.errors import ConfigError
+from pipeline.base.flow import Tensors
 from pipeline.models import losses
 from pipeline.models.layers import PairedConv2d, PointwiseConv2d, PoolTo2d, RowBatchNorm2d
 from pipeline.models.upsampling import UpsampledConv2d
@@ -36,6 +37,11 @@ class AuxiliaryHead(nn.Module):
     def logits(self, feature: Tensor) -> Tensor | None:
         """Class scores (B, classes), or None where the head does not classify."""
         return None
+
+    def receive_weights(self, weights: Tensors, step: int) -> None:
+        """Take the parameters of the next module's first block, by their names in it, as they were after its update of
+        batch ``step``. Copy what is to be kept: their memory is used again. Called between two steps, under no_grad,
+        where the method declares weights upstream (:class:`pipeline.Upstream`); most heads have no use for them."""
 
     def window(self, height: int, width: int) -> tuple[int, int]:
         """Sides of the windows that the head averages, before anything else, on a feature of this size; (1, 1): none.
