@@ -66,6 +66,10 @@ class Plan:
         """Largest number of images in one micro-batch."""
         return self.config.data.batch_size // self.config.schedule.micro_batches
 
+    def labels(self) -> list[str]:
+        """First and last block of every local module."""
+        return [self.cut.label(index) for index in range(len(self.modules))]
+
     def stage_label(self, rank: int) -> str:
         """``modules 2-3 (layer2.2-classifier)``, for messages."""
         stage = self.stages[rank]

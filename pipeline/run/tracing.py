@@ -55,3 +55,10 @@ def write(runtime: Runtime, recorder: Recorder, plan: Plan, folder: Path, steps:
 def can_draw() -> bool:
     """Whether matplotlib, an optional dependency, is there."""
     return importlib.util.find_spec("matplotlib") is not None
+
+
+def cannot_draw() -> str:
+    """What to say at the start where it is not, else nothing."""
+    if can_draw():
+        return ""
+    return "--trace writes trace.json only; trace.png needs matplotlib: pip install localpipe[plot]"

@@ -22,7 +22,7 @@ class Watch:
     Args:
         progress: told the step and the action before each action.
         before_action: called with every action before it runs (fault injection, measuring).
-        recorder: told what ran from when to when.
+        recorder: told what ran from when to when; may also be set before the first step.
 
     Attributes:
         current: the action at work.
@@ -39,7 +39,7 @@ class Watch:
         self.busy_s: dict[int, float] = {}
         self._progress = progress
         self._before_action = before_action
-        self._recorder = recorder
+        self.recorder = recorder
         self._reached: Any = None
 
     def reached(self, action: Action, epoch: int, step: int) -> None:
@@ -60,8 +60,8 @@ class Watch:
         blocked = waited() - before
         elapsed = time.perf_counter() - started - blocked
         self.busy_s[action.module] = self.busy_s.get(action.module, 0.0) + elapsed
-        if self._recorder is not None:
-            self._recorder.action(action, step, self._reached, mark, blocked)
+        if self.recorder is not None:
+            self.recorder.action(action, step, self._reached, mark, blocked)
         self.current = None
 
     def testing(self, epoch: int, step: int) -> None:
@@ -75,4 +75,4 @@ class Watch:
         return taken
 
     def _mark(self) -> Any:
-        return self._recorder.mark() if self._recorder is not None else None
+        return self.recorder.mark() if self.recorder is not None else None

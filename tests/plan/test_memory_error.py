@@ -112,7 +112,7 @@ REAL = """
 import resource, sys
 from pathlib import Path
 import torch
-from tiny import tiny_batch, tiny_blocks, tiny_config, tiny_stage
+from tiny import tiny_batch, tiny_blocks, tiny_config, tiny_stage, train_on
 from pipeline.plan.memory import explain_out_of_memory
 from pipeline.stage.inlet import Batch
 stage, modules, plan = tiny_stage(tiny_config("dgl", "hpff", 2))

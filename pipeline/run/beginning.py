@@ -1,30 +1,39 @@
-"""What a rank does before step 0, piece by piece; the trainer puts it in order."""
+"""How a run begins: what is refused at once, what all ranks agree on, where it goes on, its data and its network."""
 
 from __future__ import annotations
 
 import dataclasses
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, resolve_numerics
+from pipeline.base.paths import path_of, text_of
+from pipeline.base.toml import to_toml
 from pipeline.base.validation import validate
+from pipeline.base.version import code_version
 from pipeline.data.image_source import ImageSource
 from pipeline.data.loader_source import LoaderData, LoaderSource
 from pipeline.data.source import DataSpec, Source
-from pipeline.edges.connect import Edges, EdgeSpecs, connect
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.methods import Task
 from pipeline.models.backbones import Blocks, blocks_of
 from pipeline.models.unbuilt import planned_blocks
-from pipeline.plan.assembly import Plan
 from pipeline.plan.cut import make_cut
 from pipeline.plan.placement import given, place
+from pipeline.ranks.agreement import agree_on_config
+from pipeline.ranks.keys import Key
 from pipeline.ranks.runtime import Runtime
 from pipeline.ranks.team import Team
+from pipeline.report.view import View
+from pipeline.store.resume import Start, choose_start
+from pipeline.store.run_directory import CONFIG, RunDirectory
+from pipeline.store.run_lock import RunLock
 
 
 def named_after(config: Config, network: nn.Sequential | None, data: LoaderData | None) -> Config:
@@ -47,6 +56,47 @@ def refuse_early(config: Config, network: nn.Sequential | None, runtime: Runtime
     if config.precision.compile:
         refuse_without_compiler(runtime.device)
     return resolve_numerics(config.precision, runtime.device, blocks.values())
+
+
+def agree_on_all(team: Team, config: Config) -> None:
+    """Refuse to start unless all ranks run the same code and the same configuration. Collective."""
+    team.agree("the version of the code", code_version())
+    agree_on_config(team, config)
+
+
+def begin(
+    config: Config, run_dir: Path | str | None, resume: str, runtime: Runtime, held: ExitStack
+) -> tuple[Start, RunDirectory, RunLock | None]:
+    """Choose run directory and checkpoint on rank 0 and tell all ranks. Collective.
+
+    The lock of the directory, which only rank 0 has, is kept in ``held``.
+    """
+    team, start, path, lock = runtime.team, Start(None), None, None
+    if team.leads:
+        known = team.recall(Key.RUN_DIRECTORY())
+        if known is not None:  # torchrun has restarted the workers
+            run_dir = path_of(known)
+        name = f"{config.model.name}-{config.data.name}"
+        going_on = known is not None or resume == "auto"
+        directory = RunDirectory.create(Path(run_dir) if run_dir is not None else None, name, going_on)
+        lock = RunLock(directory.path.absolute())
+        held.callback(lock.close)
+        path = str(directory.path.absolute())
+        start = choose_start(resume, directory.path.absolute(), known is not None, config)
+        directory.write_config(to_toml(config))
+        # Not before: what is refused now must not be done by a restart.
+        team.remember(Key.RUN_DIRECTORY(), text_of(path))
+    start, path = team.broadcast((start, path))
+    directory = RunDirectory(Path(path))
+    runtime.desk.run_dir = directory.path
+    refuse_private_directory(team, directory.path)
+    return start, directory, lock
+
+
+def asked_to_stop(runtime: Runtime) -> str | None:
+    """Which signal has come to any rank so far. Collective."""
+    requests = runtime.team.gather(runtime.desk.stop_request())
+    return runtime.team.broadcast(next((request for request in requests or () if request), None))
 
 
 def open_source(
@@ -73,32 +123,13 @@ def blocks_and_task(config: Config, network: nn.Sequential | None, data_spec: Da
     return blocks, Task(data_spec.classes or _classes_of(blocks), data_spec.image_shape)
 
 
-def connect_stage(config: Config, plan: Plan, numerics: Numerics, runtime: Runtime) -> Edges:
-    """The edges of this rank. Collective."""
-    rank, last = runtime.team.rank, runtime.team.size - 1
-    wire = (numerics.dtype, numerics.channels_last)
-
-    def gradients(sender: int) -> Any:
-        return plan.gradient_spec(sender, *wire) if plan.gradient_order(sender) else None
-
-    specs = EdgeSpecs(
-        activation_in=plan.activation_spec(rank - 1, *wire) if rank > 0 else None,
-        activation_out=plan.activation_spec(rank, *wire) if rank < last else None,
-        gradient_in=gradients(rank + 1) if rank < last else None,
-        gradient_out=gradients(rank) if rank > 0 else None,
-    )
-    settings = config.runtime
-    return connect(
-        runtime.team,
-        specs,
-        activation_slots=plan.activation_slots(rank),
-        gradient_slots=plan.gradient_slots(rank),
-        depth=settings.queue_depth,
-        device=runtime.device,
-        backend=runtime.backend,
-        ring=config.schedule.ring if config.schedule.kind == "free" else 0,
-        max_uses=config.schedule.max_uses,
-    )
+def show_beginning(view: View, warnings: Sequence[str], lines: Sequence[str], labels: Sequence[str]) -> None:
+    """What people see first (rank 0): a header and ``lines``, of which empty ones are left out; ``labels``: first and
+    last block of every local module."""
+    for warning in warnings:
+        print(f"localpipe warning: {warning}", file=sys.stderr, flush=True)
+    header, *others = filter(None, lines)
+    view.start(header, others, labels)
 
 
 def refuse_private_directory(team: Team, run_dir: Path) -> None:
@@ -107,7 +138,7 @@ def refuse_private_directory(team: Team, run_dir: Path) -> None:
     Raises:
         ConfigError: a rank does not see what rank 0 has written there.
     """
-    seen = team.gather((run_dir / "config.toml").is_file())
+    seen = team.gather((run_dir / CONFIG).is_file())
     blind = [str(rank) for rank, there in enumerate(seen or ()) if not there]
     blind = team.broadcast(blind)
     if blind:

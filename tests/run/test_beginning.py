@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.base.errors import ConfigError
-from pipeline.run.preparation import refuse_private_directory
+from pipeline.run.beginning import refuse_private_directory
 
 
 def ranks_that_see(seen: list[bool]) -> SimpleNamespace:

@@ -1,0 +1,120 @@
+"""The stage of one rank put together: its edges, its inlet, what a checkpoint holds of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pipeline.base.config import Config
+from pipeline.base.errors import LocalpipeError
+from pipeline.base.numerics import Numerics
+from pipeline.data.source import DataSpec, Source
+from pipeline.edges.connect import Edges, EdgeSpecs, connect
+from pipeline.local.local_module import LocalModule
+from pipeline.local.module_state import BUSY, restore_module
+from pipeline.plan.assembly import Plan
+from pipeline.plan.memory import explain_out_of_memory
+from pipeline.ranks.runtime import Runtime
+from pipeline.run.conductor import Conductor
+from pipeline.run.loop import total_steps
+from pipeline.stage.inlet import DataInlet, Inlet, edge_inlet
+from pipeline.stage.stage import Stage
+from pipeline.stage.watch import Progress, Watch
+from pipeline.store.checkpoint import Checkpoint, open_verified
+from pipeline.store.records import EpochRecord
+from pipeline.store.resume import Position, Start, check_fits, records_of
+
+
+def open_checkpoint(start: Start, plan: Plan, data_spec: DataSpec) -> Checkpoint | None:
+    """The checkpoint to go on from; rank 0 has verified its bytes."""
+    if start.checkpoint is None:
+        return None
+    saved = open_verified(start.checkpoint)
+    names = [list(names) for names in plan.cut.modules]
+    task, total = plan.task, total_steps(plan.config, data_spec)
+    check_fits(saved, names, task.classes, task.image_shape, data_spec.train_batches, total)
+    return saved
+
+
+def connect_stage(plan: Plan, numerics: Numerics, runtime: Runtime) -> Edges:
+    """The edges of this rank. Collective."""
+    rank, last = runtime.team.rank, runtime.team.size - 1
+    wire = (numerics.dtype, numerics.channels_last)
+
+    def gradients(sender: int) -> Any:
+        return plan.gradient_spec(sender, *wire) if plan.gradient_order(sender) else None
+
+    specs = EdgeSpecs(
+        activation_in=plan.activation_spec(rank - 1, *wire) if rank > 0 else None,
+        activation_out=plan.activation_spec(rank, *wire) if rank < last else None,
+        gradient_in=gradients(rank + 1) if rank < last else None,
+        gradient_out=gradients(rank) if rank > 0 else None,
+    )
+    config = plan.config
+    return connect(
+        runtime.team,
+        specs,
+        activation_slots=plan.activation_slots(rank),
+        gradient_slots=plan.gradient_slots(rank),
+        depth=config.runtime.queue_depth,
+        device=runtime.device,
+        backend=runtime.backend,
+        ring=config.schedule.ring if config.schedule.kind == "free" else 0,
+        max_uses=config.schedule.max_uses,
+    )
+
+
+def inlet_of(
+    edges: Edges, source: Source | None, config: Config, conductor: Conductor, progress: Progress
+) -> Inlet:
+    """Where the input of this rank comes from."""
+    if edges.activation_in is not None:
+        return edge_inlet(edges.activation_in)
+    assert source is not None
+    return DataInlet(source, config.schedule.micro_batches, conductor, config.schedule.kind == "free", progress)
+
+
+def stage_of(
+    plan: Plan, rank: int, modules: Sequence[LocalModule], inlet: Inlet, edges: Edges, watch: Watch
+) -> Stage:
+    """The stage of ``rank``."""
+    return Stage(
+        modules,
+        plan.schedules[rank],
+        inlet,
+        edges,
+        plan.gradient_order(rank + 1) if rank + 1 < len(plan.stages) else (),
+        plan.image_crosses(rank),
+        marks_epochs=plan.config.schedule.kind == "free",
+        watch=watch,
+    )
+
+
+def restore(stage: Stage, saved: Checkpoint | None) -> tuple[Position, list[EpochRecord]]:
+    """Put what was saved into the modules of a stage; where the run goes on, and the epochs before."""
+    if saved is None:
+        return Position(), []
+    for index, module in stage.modules.items():
+        state = saved.module_state(index)
+        restore_module(module, state)
+        if BUSY in state:
+            stage.watch.busy_s[index] = float(state[BUSY])
+    stage.restored()
+    return Position.of(saved), records_of(saved)
+
+
+@contextmanager
+def explained_failures(
+    runtime: Runtime, plan: Plan, numerics: Numerics, modules: Sequence[LocalModule], watch: Watch
+) -> Iterator[None]:
+    """Inside, a failure is reported with the module at work, and with what is held where memory has run out."""
+    try:
+        yield
+    except (LocalpipeError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        explained = explain_out_of_memory(error, plan, runtime.team.rank, numerics, modules)
+        action = watch.current
+        module = action and f"module {action.module} ({plan.cut.label(action.module)})"
+        runtime.desk.report(explained or error, module)
