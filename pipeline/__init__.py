@@ -22,6 +22,7 @@ from pipeline.ranks.command import command
 if TYPE_CHECKING:
     from pipeline.data.loader_source import LoaderData
     from pipeline.local.methods import Task, Term, register_method
+    from pipeline.local.upstream import Upstream
     from pipeline.local.weights import load_model, weights_sha256
     from pipeline.models.backbones import UncutModel, backbone_names, build_blocks, register_backbone
     from pipeline.models.heads import AuxiliaryHead
@@ -53,6 +54,7 @@ __all__ = [
     "Task",
     "Term",
     "UncutModel",
+    "Upstream",
     "__version__",
     "backbone_names",
     "build_blocks",
@@ -86,6 +88,7 @@ __all__ = [
 _NEED_TORCH = {
     "pipeline.data.loader_source": ("LoaderData",),
     "pipeline.local.methods": ("Task", "Term", "register_method"),
+    "pipeline.local.upstream": ("Upstream",),
     "pipeline.local.weights": ("load_model", "weights_sha256"),
     "pipeline.models.backbones": ("UncutModel", "backbone_names", "build_blocks", "register_backbone"),
     "pipeline.models.heads": ("AuxiliaryHead",),

@@ -79,9 +79,10 @@ def connect(
     """Agree on all messages, then create one group per directed edge. Collective: every rank calls it, once.
 
     Before any group exists each edge's two descriptions are compared; WireError names both sides. Groups are
-    made and warmed up in one order on all ranks: down 0->1, up 1->0 (gradients, then weights), down 1->2, ... With ``ring`` > 0 activations are
-    received into a replay ring (see :class:`ReplayReceiver`). ``activation_slots``, ``gradient_slots`` and
-    ``weights_slots`` are receives that this rank posts at a time; it tells those who send to it. Raises DeadlineExceeded, PeerLost.
+    made and warmed up in one order on all ranks: down 0->1, up 1->0 (gradients, then weights), down 1->2, ... With
+    ``ring`` > 0 activations are received into a replay ring (see :class:`ReplayReceiver`). ``activation_slots``,
+    ``gradient_slots`` and ``weights_slots`` are receives that this rank posts at a time; it tells those who send to it.
+    Raises DeadlineExceeded, PeerLost.
     """
     rank = team.rank
     slots = {"activation": activation_slots, "gradient": gradient_slots, "weights": weights_slots}

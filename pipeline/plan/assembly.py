@@ -24,6 +24,7 @@ from pipeline.models.backbones import Blocks, boundary_shapes
 from pipeline.models.unbuilt import drawn_blocks, real_blocks, without_memory
 from pipeline.plan.cut import Cut, make_cut
 from pipeline.plan.placement import place
+from pipeline.plan.upstream import UpstreamPlan, plan_upstream
 from pipeline.stage.capacity import activations_held, gradients_held, gradients_sent
 from pipeline.stage.schedule import Action, Message, lags, stage_schedules
 
@@ -43,6 +44,7 @@ class Plan:
         schedules: actions of every rank for one step.
         shapes: output shape (without batch) of every local module.
         reconstructing: local modules with a head that needs the image.
+        upstream: weights that the heads get from the next module, where the method declares them.
     """
 
     config: Config
@@ -53,12 +55,13 @@ class Plan:
     schedules: tuple[tuple[Action, ...], ...]
     shapes: tuple[tuple[int, ...], ...]
     reconstructing: frozenset[int]
+    upstream: UpstreamPlan | None = None
 
     def placed(self, stages: tuple[range, ...]) -> Plan:
         """The same plan with other consecutive local modules on the ranks."""
         if stages == self.stages:
             return self
-        schedules = stage_schedules(self.modules, stages, self.config.schedule.micro_batches, _delay(self.config))
+        schedules = _schedules(self.config, self.modules, stages, self.upstream)
         return dataclasses.replace(self, stages=stages, schedules=schedules)
 
     @property
@@ -144,8 +147,16 @@ def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int) -> Plan:
         levels = [without_memory(build) for build in levels_of(plan, count, shape, task, config).values()]
         if any(level.needs_image for level in levels):
             reconstructing.add(plan.index)
-    schedules = stage_schedules(modules, stages, config.schedule.micro_batches, _delay(config))
-    return Plan(config, task, cut, modules, stages, schedules, shapes, frozenset(reconstructing))
+    upstream = plan_upstream(config, blocks, modules, cut.modules)
+    schedules = _schedules(config, modules, stages, upstream)
+    return Plan(config, task, cut, modules, stages, schedules, shapes, frozenset(reconstructing), upstream)
+
+
+def _schedules(
+    config: Config, modules: tuple[ModulePlan, ...], stages: tuple[range, ...], upstream: UpstreamPlan | None
+) -> tuple[tuple[Action, ...], ...]:
+    declared = upstream.declared if upstream is not None else None
+    return stage_schedules(modules, stages, config.schedule.micro_batches, _delay(config), declared)
 
 
 def _delay(config: Config) -> int:
@@ -175,7 +186,8 @@ def build_modules(
         with torch.random.fork_rng(devices=[]):
             for name, build in builders.items():
                 levels[name] = _seeded(build, seed, "head", index, name)
-        built.append(LocalModule(plan.modules[index], mine, levels, plan.config, numerics, late[index]))
+        mailbox = plan.upstream.mailbox(index, numerics) if plan.upstream is not None else None
+        built.append(LocalModule(plan.modules[index], mine, levels, plan.config, numerics, late[index], mailbox))
     return built
 
 
@@ -213,6 +225,8 @@ def describe(plan: Plan, numerics: Numerics, devices: list[str]) -> list[str]:
         f"schedule {_schedule_name(plan)}, {config.schedule.micro_batches} micro-batch(es) of "
         f"{plan.micro_batch_rows} images, {dtype}{', channels last' if numerics.channels_last else ''}",
     ]
+    if plan.upstream is not None:
+        lines.append(f"heads see the weights of the next module's first block: {plan.upstream.declared}")
     for rank, device in enumerate(devices):
         lines.append(f"rank {rank} ({device}): {plan.stage_label(rank)}")
     return lines

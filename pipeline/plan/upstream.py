@@ -9,10 +9,11 @@ import torch
 
 from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
+from pipeline.base.numerics import Numerics
 from pipeline.edges.wire import FieldSpec, MessageSpec
 from pipeline.local.methods import upstream_of
 from pipeline.local.roles import ModulePlan
-from pipeline.local.upstream import Shapes, Upstream, adopts, shapes_of
+from pipeline.local.upstream import Mailbox, Shapes, Upstream, adopts, shapes_of
 from pipeline.models.backbones import Blocks
 from pipeline.stage.weights_upstream import WEIGHTS
 
@@ -28,16 +29,24 @@ class UpstreamPlan:
     declared: Upstream
     shapes: dict[int, Shapes]
 
-    def slots(self, module: int) -> int:
-        """Receives posted for the weights that ``module`` gets over an edge; 0: it gets none."""
-        return self.declared.copies if module in self.shapes else 0
-
     def spec(self, module: int, dtype: torch.dtype) -> MessageSpec | None:
         """The message that brings ``module`` its weights, of parameters of ``dtype``; None: it gets none."""
         if module not in self.shapes:
             return None
         elements = sum(torch.Size(shape).numel() for shape in self.shapes[module].values())
         return MessageSpec((FieldSpec(WEIGHTS, dtype, (elements,)),), max_rows=1)
+
+    def memory_bytes(self, stage: range, dtype: torch.dtype, depth: int) -> int:
+        """Of the mailboxes of the modules of a stage, and of both its edges, which send from ``depth`` buffers."""
+        sizes = {module: spec.nbytes for module in self.shapes if (spec := self.spec(module, dtype)) is not None}
+        held = sum(sizes.get(module, 0) for module in stage) + sizes.get(stage[-1], 0)
+        return self.declared.copies * held + depth * sizes.get(stage[0] - 1, 0)
+
+    def mailbox(self, module: int, numerics: Numerics) -> Mailbox | None:
+        """Where ``module`` gets its weights; None: it gets none."""
+        if module not in self.shapes:
+            return None
+        return Mailbox(self.declared, self.shapes[module], numerics.weight_dtype, numerics.device)
 
 
 def plan_upstream(

@@ -1,7 +1,7 @@
 """The slow channel of a stage for weights upstream: shares those of its modules, takes those of the next stage.
 
-    stage r      A of module m     <--- mailbox of m <--- edge, one message every n steps ---  S of module m+1    stage r+1
-                 A of module m-1   <--- mailbox of m-1 <--- S of module m       within a stage: no edge, the same mailbox
+    stage r     A of module m   <-- mailbox of m   <-- edge, one message every n steps -- S of module m+1    stage r+1
+                A of module m-1 <-- mailbox of m-1 <-- S of module m      within a stage: no edge, the same mailbox
 
 Which batch's weights are adopted in which step stands in the schedule. The receives of the edge are as many as there
 can be copies under way, so who shares never waits; who adopts waits only for weights that are due and not here.
