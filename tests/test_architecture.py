@@ -1,8 +1,9 @@
-"""The shape of the code: imports point one way, ruff is clean, files stay readable, no private paths are committed."""
+"""The shape of the code: imports point one way, ruff and mypy are clean, files stay readable."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -75,11 +76,27 @@ def test_files_stay_readable() -> None:
             assert len(path.read_text().splitlines()) <= 450, path
 
 
+def test_the_training_step_of_a_rank_fits_on_one_screen() -> None:
+    tree = ast.parse((ROOT / "pipeline" / "stage" / "stage.py").read_text())
+    (step,) = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "train_step"]
+    assert step.end_lineno is not None and step.end_lineno - step.lineno < 40
+    called = {node.func.attr for node in ast.walk(step) if isinstance(node, ast.Call) and hasattr(node.func, "attr")}
+    assert {"forward", "cascade", "relay", "independent", "final", "backward"} <= called
+
+
 def test_ruff_is_clean() -> None:
     pytest.importorskip("ruff")
     command = [sys.executable, "-m", "ruff", "check", "--config", ".ci/ruff.toml", "--no-cache", "."]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.slow
+def test_mypy_is_clean(tmp_path: Path) -> None:
+    pytest.importorskip("mypy")
+    command = [sys.executable, "-m", "mypy", "--config-file", "setup.cfg", "--cache-dir", str(tmp_path), "pipeline"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_only_declared_packages_are_imported() -> None:
@@ -89,3 +106,36 @@ def test_only_declared_packages_are_imported() -> None:
         for path in (ROOT / folder).rglob("*.py"):
             foreign = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - declared
             assert not foreign, (path, foreign)
+
+
+def test_what_is_cited_is_in_this_repository() -> None:
+    """Files by their path, modules by their name; no section of a document that nobody else has ("NOTES 4.3").
+
+    A name in capitals (``results/NAME.md``) is one that the user chooses.
+    """
+    folders = [ROOT / name for name in ("pipeline", "launch", "benchmarks", "tests")]
+    listed = [path for folder in folders for pattern in ("*.py", "*.toml") for path in folder.rglob(pattern)]
+    listed += [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*.c*f*")]
+    for file in listed:
+        text = file.read_text(encoding="utf-8")
+        for path in re.findall(r"(?<![\w/.<-])(?:pipeline|launch|benchmarks|tests|docs)/[\w./-]*\w(?!\w|\\)", text):
+            assert (ROOT / path).exists() or Path(path).stem.isupper(), f"{file}: {path}"
+        for name in re.findall(r"\b[A-Z]{3,}\.md\b", text):
+            assert (ROOT / name).is_file() or name in ("FILE.md", "NAME.md"), f"{file}: {name}"
+        for inside, module in re.findall(r"\bpipeline\.(\w+)\.(\w+)", text):
+            if inside in ROOMS:
+                place = ROOT / "pipeline" / inside
+                known = (place / f"{module}.py").is_file() or module in (place / "__init__.py").read_text()
+                assert known, f"{file}: pipeline.{inside}.{module}"
+        section = re.search(r"\b[A-Z]{5,}(\.md)? \d+(\.\d+)?\b", text)
+        assert section is None or file == Path(__file__), f"{file}: {section}"
+
+
+def test_the_root_holds_what_belongs_there() -> None:
+    files = {"setup.cfg", "pyproject.toml", "README.md", "LICENSE", "CONTRIBUTING.md", "CITATION.cff", "CHANGELOG.md"}
+    folders = {"pipeline", "launch", "benchmarks", "tests", "docs", "docker"}
+    command = ["git", "ls-tree", "--name-only", "HEAD"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    if listed.returncode:
+        pytest.skip("not a checkout of git")
+    assert {name for name in listed.stdout.split() if not name.startswith(".")} <= files | folders

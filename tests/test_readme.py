@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import load_config, recipe_names
+from pipeline import __version__, load_config, recipe_names
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -25,7 +25,7 @@ def code_blocks(language: str) -> list[str]:
 def test_ci_runs_exactly_the_readme_test_command() -> None:
     command = next(block.strip() for block in code_blocks("bash") if "pytest" in block)
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
-    assert command.startswith("python3 -m venv")
+    assert command.startswith("python3 -m venv") and command in (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def test_the_first_command_installs_and_starts_the_default_job() -> None:
@@ -38,23 +38,15 @@ def test_the_first_command_installs_and_starts_the_default_job() -> None:
     )
 
 
-def test_recipes_and_keys_in_the_readme_exist() -> None:
-    for name in re.findall(r"--recipe ([a-z0-9-]+)", README):
-        assert name in recipe_names()
-    for assignment in re.findall(r"--set ([a-z_]+\.[a-z_]+=\S+?)[`\s)]", README):
-        load_config(assignments=[assignment])
+def test_the_version_is_the_same_everywhere() -> None:
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(rf"^## \[{re.escape(__version__)}\] - ", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
 
 
-def test_tests_named_in_the_readme_exist() -> None:
-    named = re.findall(r"`(tests/[\w/]+\.py)`", README)
-    assert named
-    for path in named:
-        assert (ROOT / path).is_file(), path
-
-
-def test_files_named_in_the_readme_exist() -> None:
-    for path in re.findall(r"`(benchmarks/[\w/.-]+|pipeline/[\w/.]+)`", README):
-        assert (ROOT / path).exists(), path
+def test_the_usual_hosts_run_what_ci_runs() -> None:
+    assert "      - run: .ci/run\n" in (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    hooks = re.findall(r"entry: (.*)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert [hook.split()[:3] for hook in hooks] == [["python", "-m", "ruff"], ["python", "-m", "mypy"]]
 
 
 @pytest.mark.slow

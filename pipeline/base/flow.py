@@ -8,10 +8,15 @@ block that returns one to every block after it:
     block({"x": x, "skip": skip})  -> x                          a skip connection may cross an edge
 
 Auxiliary heads stand on "x". Gradients of a cascade flow back through every tensor of floating point.
+
+Batches may vary in length up to a maximum: then some axes of some tensors do, and the plan knows which (TensorSpec).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
 MAIN = "x"
@@ -19,9 +24,43 @@ Tensors = dict[str, Tensor]
 Flow = Tensor | Tensors
 
 
+@dataclass(frozen=True)
+class TensorSpec:
+    """What is known of a tensor before there is one.
+
+    Attributes:
+        shape: without the batch, of the longest there is.
+        dtype: of floating point: any; it travels in the boundary dtype.
+        varies: the axes of ``shape`` that are shorter in shorter batches.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    varies: tuple[int, ...] = ()
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether a tensor (B, ...) has this shape, varying axes no longer than this."""
+        shape = tuple(tensor.shape[1:])
+        return len(shape) == len(self.shape) and all(
+            size == most or (axis in self.varies and 0 < size < most)
+            for axis, (size, most) in enumerate(zip(shape, self.shape, strict=True))
+        )
+
+
+Specs = dict[str, TensorSpec]
+"""Of a named set."""
+LABEL = TensorSpec((), torch.int64)
+"""One class per sample."""
+
+
 def named(flow: Flow) -> Tensors:
     """The named set, of a bare tensor too."""
     return flow if isinstance(flow, dict) else {MAIN: flow}
+
+
+def passed(flow: Flow) -> Flow:
+    """What a block gets of what the one before it gave: a dict of "x" alone is "x" itself, in every cut."""
+    return bare(flow) if isinstance(flow, dict) else flow
 
 
 def bare(tensors: Tensors) -> Flow:

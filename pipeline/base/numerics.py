@@ -53,7 +53,7 @@ class Numerics:
 
     def place(self, module: nn.Module) -> None:
         """Move a module to the device and layout."""
-        module.to(device=self.device, dtype=self.weight_dtype, memory_format=self.layout)
+        module.to(device=self.device, dtype=self.weight_dtype).to(memory_format=self.layout)
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -93,8 +93,9 @@ def narrow_strided_convolution(network: Iterable[nn.Module]) -> int | None:
     """
     for block in network:
         for layer in block.modules():
-            strided = isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and max(layer.stride) > 1
-            if strided and layer.in_channels < 16:
+            if not isinstance(layer, nn.Conv2d) or layer.kernel_size != (1, 1) or max(layer.stride) == 1:
+                continue
+            if layer.in_channels < 16:
                 return layer.in_channels
     return None
 

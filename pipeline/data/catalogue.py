@@ -9,7 +9,7 @@ from pipeline.base.errors import ConfigError, suggest
 from pipeline.data.augmentation import Augmentation
 from pipeline.data.digits import load_digits
 from pipeline.data.folder import load_folder
-from pipeline.data.images import ImageData
+from pipeline.data.images import ImageData, ImageSet
 from pipeline.data.torchvision_sets import load_torchvision
 
 Channels = tuple[float, float, float]
@@ -89,6 +89,8 @@ def open_data(
         raise ConfigError(f"data.augment = '{augment}' is not known; {suggest(augment, AUGMENT)}")
     if image_size < 0:
         raise ConfigError(f"data.image_size = {image_size} is negative; give pixels, or 0 for images as is")
+    train: ImageSet
+    test: ImageSet
     if name == "digits":
         train, test = load_digits()
         classes = tuple("0123456789")

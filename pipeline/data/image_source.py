@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
+from pipeline.base.flow import MAIN, TensorSpec
 from pipeline.base.numerics import Numerics
 from pipeline.data.catalogue import open_data
 from pipeline.data.normaliser import Normaliser
@@ -45,7 +46,7 @@ class ImageSource:
         self._test = ImageStream(data, settings.batch_size // parts, seed, normalise)
         self.data_spec = DataSpec(
             classes=len(data.classes),
-            image_shape=data.image_shape,
+            inputs={MAIN: TensorSpec(data.image_shape)},
             train_batches=self._train.train_batch_count,
             test_batches=self._test.test_batch_count,
             train_images=len(data.train) - (short if drop_last else 0),

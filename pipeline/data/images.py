@@ -21,8 +21,9 @@ MOST_IMAGES_PER_TASK = 64
 class ImageSet(Protocol):
     """Labelled images of one size."""
 
-    labels: Tensor
-    """int64 (N,)"""
+    @property
+    def labels(self) -> Tensor:
+        """int64 (N,)"""
 
     def __len__(self) -> int: ...
 

@@ -12,34 +12,89 @@ import torch
 from torch import Tensor
 
 from pipeline.base.errors import ConfigError, DataError, LocalpipeError
+from pipeline.base.flow import LABEL, MAIN, Flow, Specs, Tensors, TensorSpec, named
 
-ACCEPTED = "give (images, labels): images (B, C, H, W), uint8 or floating point, and labels (B,), integers"
+ACCEPTED = (
+    "give (inputs, labels): images (B, C, H, W), uint8 or floating point, or ids (B, T), or a dict of named tensors "
+    "with 'x' among them; and labels"
+)
 
 
-def checked(batch: Any, which: str, image_shape: tuple[int, ...] | None = None) -> tuple[Tensor, Tensor]:
-    """``batch`` of the ``which`` ("train", "test") loader, if it is a pair that can be trained on.
+def checked(
+    batch: Any, which: str, inputs: Specs | None = None, target: TensorSpec = LABEL
+) -> tuple[Tensors, Tensor]:
+    """``batch`` of the ``which`` ("train", "test") loader, if it is a pair that can be trained on, as named tensors and
+    labels.
 
     Args:
-        image_shape: (C, H, W) of the images before it, if there are any.
+        inputs: what the task says of them, or what the batches before it have shown; None: there is neither.
+        target: of the task.
 
     Raises:
         ConfigError: it is anything else; the message says what it is, and what is accepted.
     """
-    if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(part, Tensor) for part in batch):
-        raise ConfigError(f"the {which} loader gave {_kind(batch)}; {ACCEPTED}")
-    image, labels = batch
-    shapes = f"images {_tensor(image)} and labels {_tensor(labels)}"
-    if image.dim() < 2 or not (image.dtype == torch.uint8 or image.is_floating_point()):
-        raise ConfigError(f"the {which} loader gave {shapes}; {ACCEPTED}")
-    whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
-    if labels.dim() != 1 or not whole or len(labels) != len(image) or len(labels) == 0:
-        raise ConfigError(f"the {which} loader gave {shapes}; {ACCEPTED}")
-    if image_shape is not None and tuple(image.shape[1:]) != image_shape:
+    accepted = f"{ACCEPTED} {_expected(target)}"
+    pair = isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)
+    if not pair or not _is_named_set(batch[0]):
+        raise ConfigError(f"the {which} loader gave {_kind(batch)}; {accepted}")
+    tensors, labels = named(batch[0]), batch[1]
+    main = tensors[MAIN]
+    shapes = f"{_names(batch[0])} and labels {_tensor(labels)}"
+    if main.dim() < 2 or main.is_complex() or (main.dim() == 4 and _is_integer(main) and main.dtype != torch.uint8):
+        raise ConfigError(f"the {which} loader gave {shapes}; {accepted}")
+    same_kind = labels.is_floating_point() if target.dtype.is_floating_point else _is_integer(labels)
+    if not same_kind or labels.dim() == 0 or len(labels) == 0 or not target.fits(labels):
+        raise ConfigError(f"the {which} loader gave {shapes}; {accepted}")
+    if any(x.dim() == 0 or len(x) != len(labels) for x in tensors.values()):
+        raise ConfigError(f"the {which} loader gave {shapes}; {accepted}")
+    if inputs is not None:
+        _compare(tensors, which, inputs)
+    return tensors, labels
+
+
+def _compare(tensors: Tensors, which: str, inputs: Specs) -> None:
+    """Raises ConfigError where a batch does not fit what is known of all."""
+    if tensors.keys() != inputs.keys():
         raise ConfigError(
-            f"the {which} loader gave images of shape {tuple(image.shape[1:])} after images of shape {image_shape}; "
-            "make them equal (resize or crop them)"
+            f"the {which} loader gave {', '.join(tensors)} where it is to give {', '.join(inputs)}; name them alike in "
+            "every batch"
         )
-    return image, labels
+    for name, spec in inputs.items():
+        if spec.fits(tensors[name]):
+            continue
+        what, shape = "images" if inputs.keys() == {MAIN} else f"'{name}'", tuple(tensors[name].shape[1:])
+        if spec.varies:
+            raise ConfigError(
+                f"the {which} loader gave {what} of shape {shape}, the longest may have {spec.shape}; cut them, or "
+                "announce longer ones (max_length)"
+            )
+        raise ConfigError(
+            f"the {which} loader gave {what} of shape {shape} after {what} of shape {spec.shape}; make them equal "
+            "(resize or crop them), or announce that their length varies (max_length)"
+        )
+
+
+def _expected(target: TensorSpec) -> str:
+    axes = ", ".join(["B", *map(str, target.shape)]) + ("" if target.shape else ",")
+    return f"({axes}), {'floating point' if target.dtype.is_floating_point else 'integers'}"
+
+
+def _is_named_set(value: Any) -> bool:
+    if isinstance(value, dict):
+        return MAIN in value and all(
+            isinstance(name, str) and name.isidentifier() and isinstance(x, Tensor) for name, x in value.items()
+        )
+    return isinstance(value, Tensor)
+
+
+def _is_integer(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def _names(value: Flow) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_tensor(x)}" for name, x in value.items())
+    return f"images {_tensor(value)}"
 
 
 def _kind(batch: Any) -> str:

@@ -11,6 +11,7 @@ another. What draws nothing is done ahead in a thread. Workers (``num_workers``)
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Generator, Iterator
 from contextlib import closing
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError, DataError
+from pipeline.base.flow import LABEL, MAIN, Specs, Tensors, TensorSpec, bare
 from pipeline.base.numerics import Numerics, stable_hash
 from pipeline.data.catalogue import CIFAR_MEAN_ROUNDED, CIFAR_STD_ROUNDED
 from pipeline.data.loader_errors import checked, named_deaths, named_errors
@@ -35,28 +37,40 @@ from pipeline.stage.watch import Progress
 
 @dataclass(frozen=True)
 class LoaderData:
-    """A user's own loaders: iterables with a length that yield (images, labels).
+    """A user's own loaders: iterables with a length that yield (inputs, labels).
 
-    ``images`` (B, C, H, W) are uint8 (normalised here by ``mean`` and ``std``) or floating point, already normalised
-    by them. ``labels`` are integers (B,). Each batch has memory of its own: it is drawn before the last one is used up.
+    Inputs are images (B, C, H, W), uint8 (normalised here by ``mean`` and ``std``) or floating point, already
+    normalised by them; ids (B, T), integers; features (B, T, D); or a dict of named tensors, "x" being one of those and
+    the others, such as a mask, given to the network as they are. ``labels`` are integers (B,). Each batch has memory of
+    its own: it is drawn before the last one is used up.
+
+    ``max_length``: batches vary in length up to this. The length is the first axis behind the batch of "x", and of
+    every tensor that is as long there in the first batch. 0: all batches have the shapes of the first one.
     """
 
     train: Any
     test: Any
     mean: tuple[float, ...] = CIFAR_MEAN_ROUNDED
     std: tuple[float, ...] = CIFAR_STD_ROUNDED
+    max_length: int = 0
 
 
 class LoaderSource:
     """Feeds the first stage from :class:`LoaderData`; ``progress`` is told of batches that are only read past.
 
     Raises:
-        ConfigError: a loader without a length, or an empty one, or one whose batches are no (images, labels).
+        ConfigError: a loader without a length, or an empty one, or one whose batches are no (inputs, labels).
         DataError: the loader itself failed.
     """
 
     def __init__(
-        self, data: LoaderData, config: Config, numerics: Numerics, progress: Progress | None = None
+        self,
+        data: LoaderData,
+        config: Config,
+        numerics: Numerics,
+        progress: Progress | None = None,
+        inputs: Specs | None = None,
+        target: TensorSpec = LABEL,
     ) -> None:
         self._data = data
         self._progress = progress
@@ -66,6 +80,7 @@ class LoaderSource:
         self._micro_batch = config.data.batch_size // config.schedule.micro_batches
         self._normalise = Normaliser(data.mean, data.std, numerics)
         self._device = numerics.device
+        self._target = target
         counts = {}
         for name, loader in (("train", data.train), ("test", data.test)):
             try:
@@ -78,12 +93,12 @@ class LoaderSource:
             first = next(iter(data.train), None)
         if first is None:
             raise DataError(f"the train loader gave no batch; its len() had announced {counts['train']}")
-        image, labels = checked(first, "train")
-        self._image_shape = tuple(image.shape[1:])
+        tensors, labels = checked(first, "train", inputs, target)
+        self._inputs = input_specs(tensors, data.max_length) if inputs is None else inputs
         tests = counts["test"]
         if getattr(data.test, "batch_size", None) is None or data.test.batch_size > self._micro_batch:
             tests = sum(-(-len(y) // self._micro_batch) for _, y in self._tests())  # batches that will be cut
-        self.data_spec = DataSpec(0, self._image_shape, counts["train"], tests, counts["train"] * len(labels))
+        self.data_spec = DataSpec(0, self._inputs, counts["train"], tests, counts["train"] * len(labels))
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The training loader, once; a sampler with ``set_epoch`` is told the epoch. What the loader draws from the
@@ -99,9 +114,9 @@ class LoaderSource:
     def test(self) -> Iterator[Batch]:
         """The test loader, cut into micro-batches."""
         parts = (
-            part
-            for image, labels in self._tests()
-            for part in zip(image.split(self._micro_batch), labels.split(self._micro_batch), strict=True)
+            ({name: x[start : start + self._micro_batch] for name, x in tensors.items()}, part)
+            for tensors, labels in self._tests()
+            for start, part in zip(itertools.count(0, self._micro_batch), labels.split(self._micro_batch), strict=False)
         )
         return self._named(on_device(self._ready, parts, self._device, ahead=1), "test")
 
@@ -114,13 +129,13 @@ class LoaderSource:
                     yield first
                     yield from batches
 
-    def _from(self, epoch: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _from(self, epoch: int, start: int) -> Iterator[tuple[Tensors, Tensor]]:
         for number, batch in enumerate(self._drawn(epoch)):
             if number < start:
                 if self._progress is not None:
                     self._progress(epoch, number, "reading past batches that are trained already")
                 continue
-            image, labels = checked(batch, "train", self._image_shape)
+            tensors, labels = checked(batch, "train", self._inputs, self._target)
             if len(labels) > self._limit:
                 raise ConfigError(
                     f"the train loader gave {len(labels)} images, data.batch_size is {self._limit}; make them equal"
@@ -130,7 +145,7 @@ class LoaderSource:
                     f"the train loader gave {len(labels)} images for schedule.micro_batches = {self._parts}, which "
                     "need two each; drop the short batch (drop_last=True)"
                 )
-            yield image, labels
+            yield tensors, labels
 
     def _drawn(self, epoch: int) -> Iterator[Any]:
         """The training loader with random numbers of its own: modules of this process seed torch's in every step."""
@@ -154,17 +169,43 @@ class LoaderSource:
                 return
             yield batch
 
-    def _tests(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _tests(self) -> Iterator[tuple[Tensors, Tensor]]:
         with named_errors("test"):
             for batch in self._data.test:
-                yield checked(batch, "test", self._image_shape)
+                yield checked(batch, "test", self._inputs, self._target)
 
-    def _ready(self, pair: tuple[Tensor, Tensor]) -> Batch:
+    def _ready(self, pair: tuple[Tensors, Tensor]) -> Batch:
         """A pair of the loader on the device, normalised; draws no random numbers."""
-        image, labels = pair
-        labels = moved(labels, self._device).to(torch.int64)
-        image = moved(image, self._device)
-        if image.dtype == torch.uint8:
-            return Batch(self._normalise(image), labels, image)
-        x = self._normalise.numerics.boundary(image)
-        return Batch(x, labels, self._normalise.invert(image) if image.dim() == 4 else None)
+        tensors, labels = pair
+        labels = moved(labels, self._device).to(self._target.dtype)
+        tensors = {name: moved(x, self._device) for name, x in tensors.items()}
+        raw = tensors[MAIN]
+        pixels, boundary = raw.dtype == torch.uint8, self._normalise.numerics.boundary
+        ready = {
+            name: self._normalise(x) if pixels and name == MAIN else boundary(x) for name, x in tensors.items()
+        }
+        if pixels:
+            return Batch(bare(ready), labels, raw)
+        is_image = raw.is_floating_point() and raw.dim() == 4
+        return Batch(bare(ready), labels, self._normalise.invert(raw) if is_image else None)
+
+
+def input_specs(tensors: Tensors, max_length: int = 0) -> Specs:
+    """What one batch shows of all.
+
+    Raises:
+        ConfigError: it is longer than ``max_length``, which is not 0.
+    """
+    length = tensors[MAIN].size(1)
+    if max_length and length > max_length:
+        raise ConfigError(f"max_length = {max_length}, but the train loader gave batches of length {length}; raise it")
+    specs = {}
+    for name, x in tensors.items():
+        shape = tuple(x.shape[1:])
+        pixels = name == MAIN and x.dtype == torch.uint8
+        dtype = torch.float32 if pixels else x.dtype
+        if max_length and shape[:1] == (length,):
+            specs[name] = TensorSpec((max_length, *shape[1:]), dtype, varies=(0,))
+        else:
+            specs[name] = TensorSpec(shape, dtype)
+    return specs

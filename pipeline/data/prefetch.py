@@ -16,6 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from pipeline.base.flow import named
 from pipeline.stage.inlet import Batch
 
 Item = TypeVar("Item")
@@ -81,11 +82,11 @@ def on_device(
             stream.wait_event(ready)
             return make(item), stream.record_event()
 
-    with closing(prefetched(make_beside, taken(), ahead)) as batches:
-        for batch, made in batches:
+    with closing(prefetched(make_beside, taken(), ahead)) as pairs:
+        for batch, made in pairs:
             computing = torch.cuda.current_stream(device)
             computing.wait_event(made)
-            for tensor in (batch.x, batch.labels, batch.image):
+            for tensor in (*named(batch.x).values(), batch.labels, batch.image):
                 if tensor is not None:
                     tensor.record_stream(computing)  # its memory is the side stream's, but not before it is used
             yield batch

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
+from pipeline.base.flow import MAIN, Specs
 from pipeline.stage.inlet import Batch
 
 
@@ -18,16 +19,21 @@ class DataSpec:
 
     Attributes:
         classes: number of classes; 0 if only the network knows.
-        image_shape: (C, H, W).
+        inputs: what the network gets; shapes of the longest batch.
         train_batches, test_batches: batches of one epoch and of one test.
         train_images: images of one epoch.
     """
 
     classes: int
-    image_shape: tuple[int, ...]
+    inputs: Specs
     train_batches: int
     test_batches: int
     train_images: int
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Of "x": (C, H, W) of images, (T,) of ids."""
+        return self.inputs[MAIN].shape
 
 
 class Source(Protocol):

@@ -107,6 +107,7 @@ def connect(
             group = dist.new_group([source, target], timeout=timeout, backend=backend)
             if rank not in (source, target):
                 continue
+            assert isinstance(group, dist.ProcessGroup)
             _warm_up(group, rank, source, target, device if backend != "gloo" else torch.device("cpu"))
             if rank == source:
                 spec = getattr(specs, f"{label}_out")

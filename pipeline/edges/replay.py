@@ -7,7 +7,7 @@ The thread takes every batch as it comes, so the sender never waits for this ran
 new one has come, so this rank never waits for the sender, except for the very first batch, and for new ones where
 ``max_uses`` forbids another use. What is no training batch (tests, the mark at the end of an epoch) stays a queue, in
 order. Source: Belilovsky et al. 2020, asynchronous DGL
-(ALGORITHMS 4.3).
+(docs/methods.md, Asynchronous DGL).
 """
 
 from __future__ import annotations

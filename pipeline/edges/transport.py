@@ -38,6 +38,8 @@ T = TypeVar("T")
 class _End:
     """What both ends of an edge share: who they are, how they wait, how they word a failure."""
 
+    _thread: threading.Thread
+
     def __init__(
         self,
         team: Team,
@@ -194,7 +196,7 @@ class Sender(_End):
             castable = tensor.dtype == field.dtype or (
                 tensor.is_floating_point() and field.dtype.is_floating_point
             )
-            if tuple(tensor.shape) != (header.rows, *field.shape_per_row) or not castable:
+            if tensor.shape[:1] != (header.rows,) or not field.fits(tuple(tensor.shape[1:])) or not castable:
                 raise WireError(
                     f"rank {self._team.rank}: {field.name} {tensor.dtype} {tuple(tensor.shape)} does not fit "
                     f"{header.rows} rows of {field} on the edge to rank {self._peer}"
@@ -210,6 +212,7 @@ class Sender(_End):
             work = dist.isend(slot.wire, self._peer, group=self._group)
         except RuntimeError as exc:
             raise self._lost(f"sending the {self._label} of {header} to rank {self._peer}", exc) from exc
+        assert work is not None  # this rank is in the group
         # The queue keeps the Work alive: a Work that is garbage-collected is never delivered.
         self._in_flight.put((work, slot, time.perf_counter()))
         if header.kind in (MessageKind.TRAIN, MessageKind.GRADIENT, MessageKind.WEIGHTS):
@@ -361,6 +364,7 @@ class Receiver(_End):
             work = dist.irecv(slot.wire, self._peer, group=self._group)
         except RuntimeError as exc:
             raise self._lost(f"waiting for the {self._label} from rank {self._peer}", exc) from exc
+        assert work is not None  # this rank is in the group
         self._posted.put((work, slot))
 
     def _release(self, slot: Slot) -> None:
@@ -400,5 +404,5 @@ class Receiver(_End):
                     f"rank {self._team.rank} expected {name} {value} in the {self._label} from rank {self._peer}, "
                     f"but rank {self._peer} sent {got}"
                 )
-        kind, *rest, directive = words[4:12]
-        return Header(MessageKind(kind), *rest, Directive(directive))
+        kind, epoch, step, micro_batch, key, rows, batch_rows, directive = words[4:12]
+        return Header(MessageKind(kind), epoch, step, micro_batch, key, rows, batch_rows, Directive(directive))

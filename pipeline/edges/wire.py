@@ -3,7 +3,11 @@
 A message is ONE flat uint8 buffer, always sent in full so that both ends agree on the count (short messages
 pass silently, long ones abort the receiver):
 
-    | header: 16 int64 words, 128 B | field 0: max_rows rows | pad to 64 B | field 1 | ...
+    | header: 16 int64 words, 128 B | lengths | field 0: max_rows rows | pad to 64 B | field 1 | ...
+
+Lengths: one int64 word for every axis that varies from message to message, padded to 64 B; nothing where none does. A
+shorter message fills its fields from their start, without gaps: a tensor has the same strides, and so the same bits
+follow from it, whether or not it has crossed an edge.
 
 Where the bytes live: CPU or NCCL - the buffer the fields are views of is the buffer on the wire. CUDA over
 gloo (ranks sharing a GPU) - the wire buffer is pinned host memory and each slot has a twin on the device.
@@ -12,7 +16,7 @@ gloo (ranks sharing a GPU) - the wire buffer is pinned host memory and each slot
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
@@ -74,12 +78,16 @@ class Header:
 
 @dataclass(frozen=True)
 class FieldSpec:
-    """One tensor of a message, (rows, *shape_per_row); ``channels_last`` (4-D only) travels as NHWC bytes."""
+    """One tensor of a message, (rows, *shape_per_row); ``channels_last`` (4-D only) travels as NHWC bytes.
+
+    ``varies``: axes of ``shape_per_row`` that may be shorter in a message.
+    """
 
     name: str
     dtype: torch.dtype
     shape_per_row: tuple[int, ...]
     channels_last: bool = False
+    varies: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.channels_last and len(self.shape_per_row) != 3:
@@ -91,9 +99,38 @@ class FieldSpec:
         """Bytes of ``rows`` rows."""
         return rows * self.dtype.itemsize * torch.Size(self.shape_per_row).numel()
 
+    def fits(self, shape_per_row: tuple[int, ...]) -> bool:
+        """Whether rows of this shape can travel: axes that vary are no longer than the maximum."""
+        return len(shape_per_row) == len(self.shape_per_row) and all(
+            size == most or (axis in self.varies and size < most)
+            for axis, (size, most) in enumerate(zip(shape_per_row, self.shape_per_row, strict=True))
+        )
+
+    def lengths(self, shape_per_row: tuple[int, ...]) -> list[int]:
+        """Of the axes that vary."""
+        return [shape_per_row[axis] for axis in self.varies]
+
+    def at_lengths(self, lengths: Sequence[int]) -> tuple[int, ...]:
+        """The inverse of :meth:`lengths`."""
+        shape = list(self.shape_per_row)
+        for axis, length in zip(self.varies, lengths, strict=True):
+            shape[axis] = length
+        return tuple(shape)
+
+    def view(self, flat: torch.Tensor, rows: int, shape_per_row: tuple[int, ...]) -> torch.Tensor:
+        """The first ``rows`` rows in ``flat``, the field's bytes, laid out for rows of ``shape_per_row``."""
+        size = rows * torch.Size(shape_per_row).numel() * self.dtype.itemsize
+        values = flat[:size].view(self.dtype)
+        if self.channels_last:
+            c, h, w = shape_per_row
+            return values.view(rows, h, w, c).permute(0, 3, 1, 2)
+        return values.view(rows, *shape_per_row)
+
     def __str__(self) -> str:
         layout = " channels_last" if self.channels_last else ""
-        return f"{self.name} {str(self.dtype).removeprefix('torch.')} {self.shape_per_row}{layout}"
+        sizes = [f"up to {size}" if axis in self.varies else str(size) for axis, size in enumerate(self.shape_per_row)]
+        shape = f"({', '.join(sizes)}{',' if len(sizes) == 1 else ''})"
+        return f"{self.name} {str(self.dtype).removeprefix('torch.')} {shape}{layout}"
 
 
 @dataclass(frozen=True)
@@ -104,9 +141,14 @@ class MessageSpec:
     max_rows: int
 
     @property
+    def header_bytes(self) -> int:
+        """Header and lengths."""
+        return HEADER_BYTES + _aligned(8 * sum(len(field.varies) for field in self.fields))
+
+    @property
     def nbytes(self) -> int:
         """Size of every message on the wire, header included."""
-        return HEADER_BYTES + sum(_aligned(field.nbytes(self.max_rows)) for field in self.fields)
+        return self.header_bytes + sum(_aligned(field.nbytes(self.max_rows)) for field in self.fields)
 
     def fingerprint(self) -> int:
         """63-bit number, the same on every machine, that any other name, dtype or shape changes."""
@@ -116,22 +158,34 @@ class MessageSpec:
         """One line, e.g. ``64 rows of activation bfloat16 (16, 32, 32) channels_last + labels int64 ()``."""
         return f"{self.max_rows} rows of " + " + ".join(map(str, self.fields))
 
+    def flat(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The bytes of each field in ``buffer``, uint8 (nbytes,)."""
+        parts = {}
+        offset = self.header_bytes
+        for field in self.fields:
+            parts[field.name] = buffer[offset : offset + field.nbytes(self.max_rows)]
+            offset += _aligned(field.nbytes(self.max_rows))
+        return parts
+
     def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """Views (max_rows, *shape_per_row) of each field into ``buffer``, uint8 (nbytes,).
 
         Channels-last views have the strides of ``torch.empty(shape, memory_format=torch.channels_last)``.
         """
-        views = {}
-        offset = HEADER_BYTES
-        for field in self.fields:
-            flat = buffer[offset : offset + field.nbytes(self.max_rows)].view(field.dtype)
-            if field.channels_last:
-                c, h, w = field.shape_per_row
-                views[field.name] = flat.view(self.max_rows, h, w, c).permute(0, 3, 1, 2)
-            else:
-                views[field.name] = flat.view(self.max_rows, *field.shape_per_row)
-            offset += _aligned(field.nbytes(self.max_rows))
-        return views
+        flat = self.flat(buffer)
+        return {field.name: field.view(flat[field.name], self.max_rows, field.shape_per_row) for field in self.fields}
+
+    def lengths(self, tensors: dict[str, torch.Tensor]) -> list[int]:
+        """Of all axes that vary, in the order of the fields; 0 of a field that is left out."""
+        return [
+            length
+            for field in self.fields
+            for length in (
+                field.lengths(tuple(tensors[field.name].shape[1:]))
+                if field.name in tensors
+                else [0] * len(field.varies)
+            )
+        ]
 
 
 def _aligned(nbytes: int) -> int:
@@ -148,10 +202,12 @@ class Slot:
         wire_device = torch.device("cpu") if gloo else device
         self.wire = torch.zeros(spec.nbytes, dtype=torch.uint8, device=wire_device, pin_memory=self.staged)
         self.local = torch.zeros_like(self.wire, device=device) if self.staged else self.wire
-        self.views = spec.views(self.local)
-        self.words = self.wire[:HEADER_BYTES].view(torch.int64)
+        self._spec = spec
+        self._flat = spec.flat(self.local)
+        self._views = spec.views(self.local)
+        self.words = self.wire[: spec.header_bytes].view(torch.int64)
         self.host_words = (
-            torch.zeros(WORDS, dtype=torch.int64, pin_memory=True) if self.on_device else self.words
+            torch.zeros(len(self.words), dtype=torch.int64, pin_memory=True) if self.on_device else self.words
         )
         self.copied = torch.cuda.Event() if self.staged else None
         self.side = torch.cuda.Stream(device) if self.on_device else None
@@ -159,13 +215,16 @@ class Slot:
     @torch.no_grad()
     def pack(self, words: Sequence[int], rows: int, tensors: dict[str, torch.Tensor]) -> None:
         """Fill header and fields. Returns once a following isend reads the right bytes."""
-        for name, tensor in tensors.items():
-            self.views[name][:rows].copy_(tensor)
+        lengths = self._spec.lengths(tensors)
+        for name, view in self._at(rows, tensors.keys(), lengths).items():
+            view.copy_(tensors[name])
         if self.copied is not None:
-            self.wire[HEADER_BYTES:].copy_(self.local[HEADER_BYTES:], non_blocking=True)
+            fields = slice(self._spec.header_bytes, None)
+            self.wire[fields].copy_(self.local[fields], non_blocking=True)
             self.copied.record()
             self.copied.synchronize()  # gloo's thread reads host memory and knows no CUDA stream
-        self.host_words.copy_(torch.tensor([*words, *[0] * (WORDS - len(words))]))
+        header = [*words, *[0] * (WORDS - len(words)), *lengths]
+        self.host_words[: len(header)].copy_(torch.tensor(header))
         if self.on_device:
             self.words.copy_(self.host_words, non_blocking=True)  # isend waits for this stream: no host wait
 
@@ -188,11 +247,26 @@ class Slot:
         """Views of the first ``rows`` rows of the fields present, on the compute device's current stream."""
         present = int(self.host_words[3])
         if self.copied is not None:
-            self.local[HEADER_BYTES:].copy_(self.wire[HEADER_BYTES:], non_blocking=True)
+            fields = slice(self._spec.header_bytes, None)
+            self.local[fields].copy_(self.wire[fields], non_blocking=True)
             self.copied.record()
-        return {
-            name: view[:rows] for bit, (name, view) in enumerate(self.views.items()) if present >> bit & 1
-        }
+        names = {field.name for bit, field in enumerate(self._spec.fields) if present >> bit & 1}
+        return self._at(rows, names, self.host_words[WORDS:].tolist())
+
+    def _at(self, rows: int, names: Collection[str], lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The first ``rows`` rows of the fields ``names``, where axes that vary have ``lengths``."""
+        views = {}
+        start = 0
+        for field in self._spec.fields:
+            end = start + len(field.varies)
+            if field.name in names:
+                views[field.name] = (
+                    field.view(self._flat[field.name], rows, field.at_lengths(lengths[start:end]))
+                    if field.varies
+                    else self._views[field.name][:rows]
+                )
+            start = end
+        return views
 
     def before_reuse(self) -> None:
         """The next transfer may overwrite the wire buffer. NCCL: irecv waits for the current stream."""

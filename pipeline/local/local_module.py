@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.base.config import Config
 from pipeline.base.errors import NonFiniteError
-from pipeline.base.flow import MAIN, Flow, Tensors, bare, named
+from pipeline.base.flow import MAIN, Flow, Tensors, bare, named, passed
 from pipeline.base.numerics import Numerics, seed_rng, stable_hash
 from pipeline.local.compilation import compile_parts
 from pipeline.local.guard import FiniteGuard
@@ -246,7 +246,7 @@ class LocalModule:
 
     def _run_blocks(self, flow: Flow) -> Flow:
         for block in self.blocks.values():
-            flow = block(flow)
+            flow = passed(block(flow))
         return flow
 
     def _run_level(self, name: str, item: InFlight, step: int) -> Tensor:

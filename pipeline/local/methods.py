@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.base.config import DGL_HEADS, METHODS, Config, MethodConfig
 from pipeline.base.errors import ConfigError, suggest
-from pipeline.base.flow import Tensors
+from pipeline.base.flow import LABEL, MAIN, Specs, Tensors, TensorSpec
 from pipeline.local.roles import ModulePlan, lambda_position
 from pipeline.local.upstream import Upstream
 from pipeline.models import heads
@@ -36,6 +36,16 @@ class Task:
 
     classes: int
     image_shape: tuple[int, ...]
+
+    @property
+    def inputs(self) -> Specs:
+        """What the network takes, where the data do not say more."""
+        return {MAIN: TensorSpec(self.image_shape)}
+
+    @property
+    def target(self) -> TensorSpec:
+        """What is wanted of each row."""
+        return LABEL
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pipeline.local.local_module import LocalModule
 from pipeline.local.micro_batch import BatchKey, InFlight, MicroBatch
 from pipeline.local.weights import State, live_weights, weights_of
 
-STRIDES = ".strides"  # in which a tensor of four dimensions lies decides which kernels work on it, so on the last bits
+STRIDES = "@strides"  # in which a tensor of four dimensions lies decides which kernels work on it, so on the last bits
 BUSY = "busy_s"
 
 

@@ -31,7 +31,7 @@ def set_learning_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
 
 
 def learning_rate(config: OptimConfig, epoch: int, epochs: int) -> float:
-    """The learning rate of ``epoch`` (1-based) of ``epochs`` (ALGORITHMS 1.3; InfoPro, HPFF and AugLocal).
+    """The learning rate of ``epoch`` (1-based) of ``epochs`` (released code of InfoPro, HPFF, AugLocal).
 
     c(e) = lr/2 (1 + cos(pi e / E)); for e <= w: c(e) (e-1)/w + warmup_lr (w+1-e)/w; so lr(1) = warmup_lr, lr(E) = 0.
     """

@@ -9,7 +9,7 @@ share their lowest module travel together, so a message upstream is keyed by tha
                             <-1--
 
 Only what a module's own cascade heads and further-travelling messages produced goes upstream: never the independent
-gradient, never a message that ends here (DESIGN 2; ALGORITHMS 3.6). With k = K every key is 0: end-to-end flow.
+gradient, never a message that ends here (docs/methods.md, HPFF). With k = K every key is 0: end-to-end flow.
 """
 
 from __future__ import annotations

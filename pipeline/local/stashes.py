@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pipeline.base.flow import Flow
+from pipeline.base.flow import Flow, passed
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Stashes:
         """The blocks on the stashed weights of ``step``. BatchNorm's running statistics are not copied: they are no
         weights."""
         for name, block in self._blocks.items():
-            flow = torch.func.functional_call(block, self.open[step].weights[name], (flow,))
+            flow = passed(torch.func.functional_call(block, self.open[step].weights[name], (flow,)))
         return flow
 
     @contextmanager

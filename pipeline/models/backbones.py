@@ -3,7 +3,7 @@
 A backbone is one function ``(in_channels, classes) -> OrderedDict[name, block]``; register it with
 :func:`register_backbone`. A block is the smallest unit a network can be cut at; the last block ends in logits.
 
-    stem -> layer1.0 -> ... -> layer3.n -> classifier           (CIFAR ResNets, ALGORITHMS: He et al. 2016, sec. 4.2)
+    stem -> layer1.0 -> ... -> layer3.n -> classifier           (CIFAR ResNets, He et al. 2016, sec. 4.2)
     |________________________________|     |
         widths 16 / 32 / 64                global average pool + linear
 """
@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from pipeline.base.errors import ConfigError, suggest
+from pipeline.base.flow import Flow, passed
 
 Blocks = OrderedDict[str, nn.Module]
 BackboneFunction = Callable[[int, int], Blocks]
@@ -71,7 +71,8 @@ class BasicBlock(nn.Module):
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         shortcut = x if self.downsample is None else self.downsample(x)
-        return self.relu(out + shortcut)
+        total: Tensor = self.relu(out + shortcut)
+        return total
 
 
 def cifar_resnet(depth: int) -> BackboneFunction:
@@ -129,9 +130,9 @@ class UncutModel(nn.Module):
                 parent = parent.get_submodule(part)
             parent.add_module(leaf, block)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Flow) -> Flow:
         for name in self._order:
-            x = self.get_submodule(name)(x)
+            x = passed(self.get_submodule(name)(x))
         return x
 
 
@@ -147,36 +148,3 @@ def initialise(module: nn.Module) -> None:
         if isinstance(child, nn.Conv2d):
             fan_out = child.kernel_size[0] * child.kernel_size[1] * child.out_channels
             nn.init.normal_(child.weight, 0.0, math.sqrt(2.0 / fan_out))
-
-
-def boundary_shapes(
-    blocks: Blocks, image_shape: tuple[int, ...], entrances: Collection[str] = ()
-) -> dict[str, tuple[int, ...]]:
-    """Output shape of every block without the batch dimension, from one evaluation pass over two blank images,
-    on the device of the blocks: on the meta device nothing is computed.
-
-    Raises:
-        ConfigError: a block fails on the shape it would receive; one of ``entrances``, the first blocks of local
-            modules, changes its input in place, which others still need. The message names the block.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    like = next(({"dtype": p.dtype, "device": p.device} for block in blocks.values() for p in block.parameters()), {})
-    x = torch.zeros(2, *image_shape, **like)
-    training = {name: block.training for name, block in blocks.items()}
-    with torch.no_grad():
-        for name, block in blocks.items():
-            received, version = x, x._version
-            try:
-                x = block.eval()(x)
-            except (RuntimeError, ValueError) as error:
-                cause = str(error).splitlines()[0]
-                raise ConfigError(f"block '{name}' fails on an input of shape {tuple(x.shape[1:])}: {cause}") from error
-            finally:
-                block.train(training[name])
-            if name in entrances and received._version > version:
-                raise ConfigError(
-                    f"a local module begins with block '{name}', which changes its input in place; use inplace=False "
-                    "there or another cut"
-                )
-            shapes[name] = tuple(x.shape[1:])
-    return shapes

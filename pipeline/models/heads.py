@@ -40,7 +40,7 @@ class AuxiliaryHead(nn.Module):
 
     def receive_weights(self, weights: Tensors, step: int) -> None:
         """Take the parameters of the next module's first block, by their names in it, as they were after its update of
-        batch ``step``. Copy what is to be kept: their memory is used again. Called between two steps, under no_grad,
+        batch ``step``. Copy what is to be kept: their memory is used again. Called before the heads of a step, under no_grad,
         where the method declares weights upstream (:class:`pipeline.Upstream`); most heads have no use for them."""
 
     def window(self, height: int, width: int) -> tuple[int, int]:
@@ -71,6 +71,7 @@ class ClassifierHead(AuxiliaryHead):
             sides = height // first.side, width // first.side
             even = (height, width) == (sides[0] * first.side, sides[1] * first.side)
         elif isinstance(first, nn.AvgPool2d):
+            assert isinstance(first.kernel_size, tuple)
             sides = first.kernel_size
             even = height % sides[0] == 0 and width % sides[1] == 0
         else:
@@ -85,7 +86,8 @@ class ClassifierHead(AuxiliaryHead):
         return losses.cross_entropy(means, labels)
 
     def logits(self, feature: Tensor) -> Tensor:
-        return self.head(feature)
+        logits: Tensor = self.head(feature)
+        return logits
 
 
 class ContrastHead(AuxiliaryHead):
@@ -137,7 +139,7 @@ class SimilarityHead(AuxiliaryHead):
 
 
 def xcyf(shape: FeatureShape, out: int, config: str, feature_dim: int, widen: int) -> nn.Sequential:
-    """InfoPro's head "XcYf": X convolutions, global pool, Y linear layers (ALGORITHMS: table of section 2).
+    """InfoPro's head "XcYf": X convolutions, global pool, Y linear layers (docs/methods.md, Heads and losses).
 
     The first convolution halves the map and doubles the width, except at 64 channels and more, which it keeps.
 
@@ -170,9 +172,9 @@ def xcyf(shape: FeatureShape, out: int, config: str, feature_dim: int, widen: in
 
 
 def dgl_head(shape: FeatureShape, classes: int, kind: str) -> nn.Sequential:
-    """DGL's auxiliary networks `mlp-sr`, `mlp`, `cnn` and AugLocal's ResNet setting `auglocal` (ALGORITHMS 4.1).
+    """DGL's auxiliary networks `mlp-sr`, `mlp`, `cnn` and AugLocal's ResNet setting `auglocal`.
 
-    `auglocal` is mlp-sr with two hidden linear layers without bias.
+    `auglocal` is mlp-sr with two hidden linear layers without bias. All are listed in docs/methods.md.
     """
     channels, size = shape[0], shape[1]
     layers: list[nn.Module] = []
@@ -208,7 +210,7 @@ def dgl_head(shape: FeatureShape, classes: int, kind: str) -> nn.Sequential:
 def pooled_linear(shape: FeatureShape, classes: int, max_features: int) -> nn.Sequential:
     """PredSim's prediction: average pooling until at most ``max_features`` inputs are left, then one linear layer.
 
-    The pooling kernel doubles its height, then its width, in turn (ALGORITHMS 5).
+    The pooling kernel doubles its height, then its width, in turn (PredSim's released code; docs/methods.md).
     """
     channels, height, width = shape
     kernel = [1, 1]

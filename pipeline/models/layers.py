@@ -74,8 +74,10 @@ class RowBatchNorm2d(nn.BatchNorm2d):
         """(B, C, H, W) -> the same shape."""
         if not self._by_rows(x):
             return super().forward(x)
-        assert self.momentum is not None and self.running_mean is not None and self.running_var is not None
-        y, mean, variance = _RowBatchNorm.apply(x, self.weight, self.bias, self.eps)
+        assert self.momentum is not None and self.num_batches_tracked is not None
+        assert self.running_mean is not None and self.running_var is not None
+        outputs: tuple[Tensor, Tensor, Tensor] = _RowBatchNorm.apply(x, self.weight, self.bias, self.eps)
+        y, mean, variance = outputs
         count = x.numel() // x.size(1)
         self.num_batches_tracked += 1
         self.running_mean.lerp_(mean, self.momentum)
@@ -167,7 +169,8 @@ class PairedConv2d(nn.Conv2d):
         """(B, C, H, W) -> (B, O, H, W)."""
         if not (self.paired and self._fits(x)):
             return super().forward(x)
-        return _PairedConvolution.apply(x, self.weight, self.bias)
+        y: Tensor = _PairedConvolution.apply(x, self.weight, self.bias)
+        return y
 
     def _fits(self, x: Tensor) -> bool:
         return (
@@ -194,7 +197,8 @@ class _GlobalMean(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         share = gradient / (ctx.shape[2] * ctx.shape[3])
-        return share.expand(ctx.shape).contiguous(memory_format=ctx.layout)
+        dense: Tensor = share.expand(ctx.shape).contiguous(memory_format=ctx.layout)
+        return dense
 
 
 class PoolTo2d(nn.AdaptiveAvgPool2d):
@@ -212,7 +216,8 @@ class PoolTo2d(nn.AdaptiveAvgPool2d):
         if height == width == 1:
             return x.expand(-1, -1, self.side, self.side)
         if self.side == 1:
-            return _GlobalMean.apply(x)
+            mean: Tensor = _GlobalMean.apply(x)
+            return mean
         if height % self.side == 0 and width % self.side == 0:
             return F.avg_pool2d(x, (height // self.side, width // self.side))
         return super().forward(x)

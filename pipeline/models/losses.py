@@ -68,7 +68,8 @@ def reconstruction(logits: Tensor, image: Tensor) -> Tensor:
     see the difference to the numerically stable form.
     """
     with torch.autocast(logits.device.type, enabled=False):
-        return _SigmoidEntropy.apply(_full(logits), image_target(image, logits))
+        loss: Tensor = _SigmoidEntropy.apply(_full(logits), image_target(image, logits))
+    return loss
 
 
 def supervised_contrast(embedding: Tensor, labels: Tensor, temperature: float = 0.07) -> Tensor:

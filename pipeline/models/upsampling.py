@@ -95,7 +95,8 @@ class UpsampledConv2d(nn.Conv2d):
         self.factorise = True  # False keeps the plain order, for comparisons
         self._constants: dict[tuple[object, ...], Tensor] = {}
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    # Not in place of another Conv2d, whose parameters it has: only AuxiliaryHeads call it, with the size.
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
         """x (B, C, h, w) -> (B, O, H, W) with ``size`` = (H, W)."""
         low = (x.size(2), x.size(3))
         if low == size:  # at full size the interpolation is the identity
@@ -108,9 +109,10 @@ class UpsampledConv2d(nn.Conv2d):
         exact = torch.float32 if compute in HALF else compute
         rows, columns = (self._constant(n, m, exact, x.device) for n, m in zip(low, size, strict=True))
         with torch.autocast(device, enabled=False):
-            return _UpsampledConvolution.apply(
+            y: Tensor = _UpsampledConvolution.apply(
                 x.to(compute), self.weight.to(compute), self.bias.to(compute), rows, columns
             )
+        return y
 
     def is_cheaper_factorised(self, low: tuple[int, int], size: tuple[int, int]) -> bool:
         """Whether the factorised form needs fewer multiplications for one forward and backward.

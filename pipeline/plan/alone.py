@@ -12,13 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.base.flow import Specs, Tensors
 from pipeline.base.numerics import Numerics
 from pipeline.edges.connect import Edges
 from pipeline.edges.wire import Header, MessageKind
 from pipeline.local.local_module import LocalModule
+from pipeline.models.boundaries import blank
 from pipeline.plan.assembly import Plan
 from pipeline.stage.gradients import GRADIENT
-from pipeline.stage.inlet import Batch, BatchInlet
+from pipeline.stage.inlet import Batch, BatchInlet, payload
 from pipeline.stage.schedule import stage_schedule
 from pipeline.stage.stage import Stage
 from pipeline.stage.watch import Watch
@@ -52,29 +54,40 @@ def random_batch(plan: Plan, module: LocalModule, numerics: Numerics) -> Batch:
     """One micro-batch at the entrance of ``module``."""
     index, rows, task = module.plan.index, plan.micro_batch_rows, plan.task
     generator = torch.Generator().manual_seed(index)
-    x = torch.randn(rows, *(plan.shapes[index - 1] if index > 0 else task.image_shape), generator=generator)
-    labels = torch.randint(task.classes, (rows,), generator=generator).to(numerics.device)
+    x = _random(plan.given(index), rows, generator, numerics)
+    labels = torch.randint(task.classes, (rows, *task.target.shape), generator=generator).to(numerics.device)
     image = None
     if module.needs_image:
         image = torch.randint(256, (rows, *task.image_shape), generator=generator, dtype=torch.uint8)
         image = image.to(numerics.device)
-    return Batch(numerics.boundary(x.to(numerics.device)), labels, image)
+    return Batch(x, labels, image)
 
 
-def random_gradient(plan: Plan, module: LocalModule, numerics: Numerics) -> Tensor:
-    """As the next stage would send it."""
+def random_gradients(plan: Plan, module: LocalModule, numerics: Numerics) -> Tensors:
+    """As the next stage would send them."""
     rows, index = plan.micro_batch_rows, module.plan.index
     generator = torch.Generator().manual_seed(index)
-    gradient = torch.randn(rows, *plan.shapes[index], generator=generator) / rows
-    return numerics.boundary(gradient.to(numerics.device))
+    outputs = {name: spec for name, spec in plan.boundaries[index].items() if spec.dtype.is_floating_point}
+    return {name: x / rows for name, x in _random(outputs, rows, generator, numerics).items()}
 
 
-def stage_alone(plan: Plan, module: LocalModule, batch: Batch, gradient: Tensor, watch: Watch) -> Stage:
+def _random(specs: Specs, rows: int, generator: torch.Generator, numerics: Numerics) -> Tensors:
+    """Of the greatest length: random numbers; ids of 0, which every table has; masks that hide nothing."""
+    tensors = {}
+    for name, spec in specs.items():
+        x = blank(spec, rows, torch.float32, torch.device("cpu"))
+        if x.is_floating_point():
+            x.normal_(generator=generator)
+        tensors[name] = numerics.boundary(x.to(numerics.device))
+    return tensors
+
+
+def stage_alone(plan: Plan, module: LocalModule, batch: Batch, gradients: Tensors, watch: Watch) -> Stage:
     """A stage that owns ``module`` alone and trains it on ``batch`` in every step of one micro-batch, nothing late."""
     index = module.plan.index
     edges = Edges(
         activation_out=Nobody() if index + 1 < len(plan.modules) else None,
-        gradient_in=Pretender({GRADIENT: gradient}),
+        gradient_in=Pretender(payload(gradients, GRADIENT)),
         gradient_out=Nobody() if index > 0 else None,
     )
     return Stage(

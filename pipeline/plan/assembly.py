@@ -15,17 +15,21 @@ import torch
 
 from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
+from pipeline.base.flow import MAIN, Specs, TensorSpec
 from pipeline.base.numerics import Numerics, stable_hash
 from pipeline.edges.wire import FieldSpec, MessageSpec
 from pipeline.local.local_module import LocalModule
 from pipeline.local.methods import Level, Task, levels_of
 from pipeline.local.roles import ModulePlan, plan_hierarchy
-from pipeline.models.backbones import Blocks, boundary_shapes
+from pipeline.models.backbones import Blocks
+from pipeline.models.boundaries import boundary_specs
 from pipeline.models.unbuilt import drawn_blocks, real_blocks, without_memory
 from pipeline.plan.cut import Cut, make_cut
 from pipeline.plan.placement import place
 from pipeline.plan.upstream import UpstreamPlan, plan_upstream
 from pipeline.stage.capacity import activations_held, gradients_held, gradients_sent
+from pipeline.stage.gradients import GRADIENT
+from pipeline.stage.inlet import ACTIVATION, IMAGE, LABELS, payload
 from pipeline.stage.schedule import Action, Message, lags, stage_schedules
 
 T = TypeVar("T")
@@ -42,7 +46,8 @@ class Plan:
         modules: role of every local module.
         stages: consecutive local modules of every rank.
         schedules: actions of every rank for one step.
-        shapes: output shape (without batch) of every local module.
+        inputs: what the first local module gets.
+        boundaries: what every local module gives.
         reconstructing: local modules with a head that needs the image.
         upstream: weights that the heads get from the next module, where the method declares them.
     """
@@ -53,7 +58,8 @@ class Plan:
     modules: tuple[ModulePlan, ...]
     stages: tuple[range, ...]
     schedules: tuple[tuple[Action, ...], ...]
-    shapes: tuple[tuple[int, ...], ...]
+    inputs: Specs
+    boundaries: tuple[Specs, ...]
     reconstructing: frozenset[int]
     upstream: UpstreamPlan | None = None
 
@@ -63,6 +69,14 @@ class Plan:
             return self
         schedules = _schedules(self.config, self.modules, stages, self.upstream)
         return dataclasses.replace(self, stages=stages, schedules=schedules)
+
+    def given(self, module: int) -> Specs:
+        """What a local module gets."""
+        return self.boundaries[module - 1] if module > 0 else self.inputs
+
+    def feature(self, module: int) -> tuple[int, ...]:
+        """Shape, without the batch, of what the heads of a local module stand on."""
+        return self.boundaries[module][MAIN].shape
 
     @property
     def micro_batch_rows(self) -> int:
@@ -107,49 +121,64 @@ class Plan:
 
     def activation_spec(self, rank: int, dtype: torch.dtype, channels_last: bool) -> MessageSpec:
         """What travels from rank to rank + 1 for each micro-batch."""
-        shape = self.shapes[self.stages[rank][-1]]
-        fields = [
-            FieldSpec("activation", dtype, shape, channels_last and len(shape) == 3),
-            FieldSpec("labels", torch.int64, ()),
-        ]
+        outputs = self.boundaries[self.stages[rank][-1]]
+        fields = [_field(name, spec, dtype, channels_last) for name, spec in payload(outputs, ACTIVATION).items()]
+        target = self.task.target
+        fields.append(FieldSpec(LABELS, target.dtype, target.shape, varies=target.varies))
         if self.image_crosses(rank):
-            fields.append(FieldSpec("image", torch.uint8, self.task.image_shape))
+            fields.append(FieldSpec(IMAGE, torch.uint8, self.task.image_shape))
         return MessageSpec(tuple(fields), self.micro_batch_rows)
 
     def gradient_spec(self, rank: int, dtype: torch.dtype, channels_last: bool) -> MessageSpec:
         """What travels from rank to rank - 1 for each gradient message."""
-        shape = self.shapes[self.stages[rank][0] - 1]
-        return MessageSpec(
-            (FieldSpec("gradient", dtype, shape, channels_last and len(shape) == 3),), self.micro_batch_rows
-        )
+        inputs = {name: spec for name, spec in self.given(self.stages[rank][0]).items() if spec.dtype.is_floating_point}
+        fields = (_field(name, spec, dtype, channels_last) for name, spec in payload(inputs, GRADIENT).items())
+        return MessageSpec(tuple(fields), self.micro_batch_rows)
 
 
-def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int) -> Plan:
+def _field(name: str, spec: TensorSpec, dtype: torch.dtype, channels_last: bool) -> FieldSpec:
+    dtype = dtype if spec.dtype.is_floating_point else spec.dtype
+    return FieldSpec(name, dtype, spec.shape, channels_last and len(spec.shape) == 3, spec.varies)
+
+
+def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int, inputs: Specs | None = None) -> Plan:
     """Cut, plan and place by count; every check that needs no process group happens here. It needs no weights:
     ``blocks`` may be planned ones (see :mod:`pipeline.models.unbuilt`), heads are only planned.
 
+    Args:
+        inputs: of the network, as the data give them; None: as the task says.
+
     Raises:
-        ConfigError: K > blocks, P > K, a head or patch grid that does not fit, a network that does not end in classes.
+        ConfigError: K > blocks, P > K, a head or patch grid that does not fit, a network that does not end in classes,
+            a block that gives something else than named tensors, a local module that ends in integers.
     """
+    inputs = task.inputs if inputs is None else inputs
     cut = make_cut(list(blocks), config.model)
     count = len(cut)
     modules = plan_hierarchy(count, config.hierarchy)
     stages = place(count, ranks)
-    by_block = boundary_shapes(blocks, task.image_shape, [names[0] for names in cut.modules[1:]])
-    shapes = tuple(by_block[names[-1]] for names in cut.modules)
-    if shapes[-1] != (task.classes,):
+    by_block = boundary_specs(blocks, inputs, [names[0] for names in cut.modules[1:]])
+    boundaries = tuple(by_block[names[-1]] for names in cut.modules)
+    ends = [boundary[MAIN] for boundary in boundaries]
+    if ends[-1].shape != (task.classes,):
         raise ConfigError(
-            f"the network ends in {shapes[-1]}, the data has {task.classes} classes; "
+            f"the network ends in {ends[-1].shape}, the data has {task.classes} classes; "
             "the last block must give class scores"
         )
+    for names, end in zip(cut.modules, ends, strict=True):
+        if not end.dtype.is_floating_point:
+            raise ConfigError(
+                f"a local module ends with block '{names[-1]}', which gives "
+                f"{str(end.dtype).removeprefix('torch.')} as 'x'; no loss can stand on that: cut elsewhere"
+            )
     reconstructing = set()
-    for plan, shape in zip(modules, shapes, strict=True):
-        levels = [without_memory(build) for build in levels_of(plan, count, shape, task, config).values()]
+    for plan, end in zip(modules, ends, strict=True):
+        levels = [without_memory(build) for build in levels_of(plan, count, end.shape, task, config).values()]
         if any(level.needs_image for level in levels):
             reconstructing.add(plan.index)
     upstream = plan_upstream(config, blocks, modules, cut.modules)
     schedules = _schedules(config, modules, stages, upstream)
-    return Plan(config, task, cut, modules, stages, schedules, shapes, frozenset(reconstructing), upstream)
+    return Plan(config, task, cut, modules, stages, schedules, inputs, boundaries, frozenset(reconstructing), upstream)
 
 
 def _schedules(
@@ -182,7 +211,7 @@ def build_modules(
         else:
             mine = OrderedDict((name, blocks[name]) for name in names)
         levels: OrderedDict[str, Level] = OrderedDict()
-        builders = levels_of(plan.modules[index], len(plan.modules), plan.shapes[index], plan.task, plan.config)
+        builders = levels_of(plan.modules[index], len(plan.modules), plan.feature(index), plan.task, plan.config)
         with torch.random.fork_rng(devices=[]):
             for name, build in builders.items():
                 levels[name] = _seeded(build, seed, "head", index, name)

@@ -117,7 +117,8 @@ def _cost(where: str, entry: Any) -> ModuleCost:
         if not number:
             unit = "seconds" if name.endswith("_s") else "bytes"
             raise ConfigError(f"{where}: {name} = {value!r} must be a number of {unit}, 0 or more")
-    return ModuleCost(**{name: int(v) if name.endswith("_bytes") else float(v) for name, v in entry.items()})
+    typed: dict[str, Any] = {name: int(v) if name.endswith("_bytes") else float(v) for name, v in entry.items()}
+    return ModuleCost(**typed)
 
 
 def _known(where: str, entries: dict[str, Any], names: list[str]) -> None:

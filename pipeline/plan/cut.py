@@ -48,14 +48,14 @@ def make_cut(blocks: Sequence[str], config: ModelConfig) -> Cut:
     if wanted == 1:
         return Cut((tuple(blocks),), 1)
     if config.cuts in TABLES:
-        table = TABLES[config.cuts].get(config.name, {})
-        if wanted not in table:
-            known = ", ".join(str(k) for k in sorted(table)) or "no K"
+        by_number = TABLES[config.cuts].get(config.name, {})
+        if wanted not in by_number:
+            known = ", ".join(str(k) for k in sorted(by_number)) or "no K"
             raise ConfigError(
                 f"model.cuts = '{config.cuts}' has {known} for {config.name}, not model.modules = {wanted}; "
                 "use one of these, or model.cuts=even"
             )
-        return Cut(_from_table(blocks, table[wanted]), wanted)
+        return Cut(_from_table(blocks, by_number[wanted]), wanted)
     if config.cuts == "auto" and config.stem == "auto":
         for table in (EQUAL, HPFF):
             sizes = table.get(config.name, {}).get(wanted)

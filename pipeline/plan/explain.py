@@ -204,7 +204,7 @@ def _modules(
     rank_of = {m: rank for rank, stage in enumerate(plan.stages) for m in stage}
     rows = []
     for role, cost in zip(plan.modules, costs, strict=True):
-        builders = levels_of(role, len(plan.modules), plan.shapes[role.index], plan.task, plan.config)
+        builders = levels_of(role, len(plan.modules), plan.feature(role.index), plan.task, plan.config)
         heads = sum(p.numel() for build in builders.values() for p in without_memory(build).parameters())
         kinds = {action.kind for action in plan.schedules[rank_of[role.index]] if action.module == role.index}
         names = plan.cut.modules[role.index]

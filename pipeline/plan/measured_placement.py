@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline.base.config import Config
+from pipeline.base.flow import Specs
 from pipeline.base.numerics import Numerics
 from pipeline.local.methods import Task
 from pipeline.models.backbones import Blocks
@@ -16,7 +17,9 @@ from pipeline.ranks.runtime import Runtime, ranks_per_device
 MEBI = 2**20
 
 
-def placed_plan(config: Config, blocks: Blocks, task: Task, numerics: Numerics, runtime: Runtime) -> tuple[Plan, str]:
+def placed_plan(
+    config: Config, blocks: Blocks, task: Task, numerics: Numerics, runtime: Runtime, inputs: Specs | None = None
+) -> tuple[Plan, str]:
     """The plan of a run on all ranks, and what to tell people about a measured placement (else ""). Collective.
 
     ``partition.kind = "measured"``: rank 0 measures every module on its device, one after another, while the others
@@ -25,7 +28,7 @@ def placed_plan(config: Config, blocks: Blocks, task: Task, numerics: Numerics, 
     Raises:
         ConfigError: a placement that does not fit; a measured one that needs more memory than its device has.
     """
-    by_count = make_plan(config, blocks, task, runtime.team.size)
+    by_count = make_plan(config, blocks, task, runtime.team.size, inputs)
     if config.partition.kind != "measured":
         stages = choose_stages(config.partition, len(by_count.modules), runtime.team.size)
         return by_count.placed(stages), ""
@@ -44,6 +47,7 @@ def placed_plan(config: Config, blocks: Blocks, task: Task, numerics: Numerics, 
         for _ in by_count.modules:
             after_module()
     profile = runtime.team.broadcast(profile)
+    assert profile is not None  # rank 0 has measured it
     work = [cost.step_s(role) for cost, role in zip(profile.modules, by_count.modules, strict=True)]
     stages = choose_stages(config.partition, len(work), runtime.team.size, work)
     plan = by_count.placed(stages)

@@ -19,12 +19,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pipeline.base.flow import MAIN, named
 from pipeline.base.numerics import Numerics
 from pipeline.base.version import VERSION
 from pipeline.local.local_module import LocalModule
 from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import is_planned
-from pipeline.plan.alone import random_batch, random_gradient, stage_alone
+from pipeline.plan.alone import random_batch, random_gradients, stage_alone
 from pipeline.plan.assembly import Plan, build_modules
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.rank_memory import device_memory
@@ -101,10 +102,9 @@ def _profile_one(
     copies = OrderedDict((name, copy.deepcopy(blocks[name])) for name in alone.cut.modules[index])
     (module,) = build_modules(alone, index, copies, numerics, fresh=any(map(is_planned, copies.values())))
     module.set_learning_rate(0.0)  # random labels must not drive the weights to where arithmetic is slow
-    batch, gradient = random_batch(alone, module, numerics), random_gradient(alone, module, numerics)
-    assert isinstance(batch.x, Tensor)
-    memory = MemoryWatch(numerics.device, module, outside=(batch.x, gradient))
-    stage = stage_alone(alone, module, batch, gradient, memory)
+    batch, gradients = random_batch(alone, module, numerics), random_gradients(alone, module, numerics)
+    memory = MemoryWatch(numerics.device, module, outside=(*named(batch.x).values(), *gradients.values()))
+    stage = stage_alone(alone, module, batch, gradients, memory)
     with torch.compiler.set_stance("force_eager"):  # what watches the tensors must not be compiled into the code
         stage.train_step(0, 0)
     if alone.config.precision.compile:
@@ -114,8 +114,8 @@ def _profile_one(
     for step in range(1, first + steps):
         watch = stage.watch = Stopwatch(numerics.device)
         stage.train_step(0, step)
-        for kind, seconds in watch.seconds().items() if step >= first else ():
-            times[kind].append(seconds)
+        for kind, lap_s in watch.seconds().items() if step >= first else ():
+            times[kind].append(lap_s)
     parts = alone.config.schedule.micro_batches
     median = {kind: statistics.median(values) for kind, values in times.items()}
     seconds = {f"{kind.name.lower()}_s": value * parts for kind, value in median.items()}
@@ -125,7 +125,7 @@ def _profile_one(
     return ModuleCost(
         **seconds,
         state_bytes=_state_bytes(module),
-        graph_bytes=memory.graph_bytes(gradient, len(module.levels) + module.plan.final),
+        graph_bytes=memory.graph_bytes(gradients[MAIN], len(module.levels) + module.plan.final),
         work_bytes=memory.work_bytes(),
         activation_bytes=parts * alone.activation_spec(index, *wire).nbytes if index < last else 0,
         gradient_bytes=parts * alone.gradient_spec(index, *wire).nbytes if module.plan.outgoing else 0,

@@ -69,7 +69,8 @@ class ModuleCost:
             return self.update_s
         if action.kind in (Kind.SHARE, Kind.ADOPT):
             return 0.0  # a copy of a block every n steps; that somebody waits for it is simulated
-        return getattr(self, f"{action.kind.name.lower()}_s") / micro_batches
+        whole_s: float = getattr(self, f"{action.kind.name.lower()}_s")
+        return whole_s / micro_batches
 
 
 class _Edge:
@@ -206,10 +207,12 @@ def simulate(
     for upper, ((_, last), (first, _)) in enumerate(itertools.pairwise(bounds)):
         sizes = (costs[last].activation_bytes, costs[first].gradient_bytes)
         transfers = [size / micro_batches / bytes_per_s for size in sizes]
-        room = [slots, slots]
         if slots is None:
             held = gradients_held(schedules[upper], plans, schedules[upper + 1])
             room = [depth + activations_held(schedules[upper + 1]), depth + held]
+        else:
+            room = [slots, slots]
+        limits: list[tuple[float, float]]
         limits = [(math.inf, math.inf)] * 2 if replay else [(depth, number) for number in room]
         down.append(_Edge(*limits[0], transfers[0], latency_s))
         up.append(_Edge(*limits[1], transfers[1], latency_s))
@@ -331,10 +334,10 @@ class _Runner:
             self._inputs.taken += 1
         for message in step.needs:
             assert self._gradients is not None
-            number = self._gradients.number.get((batch, message), math.inf)
-            if number >= len(self._gradients.arrived):
+            place = self._gradients.number.get((batch, message))
+            if place is None or place >= len(self._gradients.arrived):
                 return False
-            start = max(start, self._gradients.arrived[int(number)])
+            start = max(start, self._gradients.arrived[place])
         if step.action.kind is Kind.ADOPT:
             arrived = self._shared.get((batch, step.action.module))
             if arrived is None:

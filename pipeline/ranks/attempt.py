@@ -111,7 +111,7 @@ def open_store(rank: int, deadline_s: float) -> dist.Store:
                 f"MASTER_PORT = {port}: the port is taken on this machine, and rank 0 is to serve the store there; "
                 "does another job use it? choose another port"
             ) from exc
-        cause = exc
+        cause: Exception = exc
     except TimeoutError as exc:
         cause = exc
     raise DeadlineExceeded(
@@ -135,8 +135,9 @@ def _within(seconds: float, connect: Callable[[], dist.Store]) -> dist.Store:
         store, error = outcome.get(timeout=seconds)
     except Empty:
         raise TimeoutError("no answer") from None
-    if store is None:
+    if error is not None:
         raise error
+    assert store is not None
     return store
 
 

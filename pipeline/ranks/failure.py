@@ -40,6 +40,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -90,7 +91,7 @@ class FailureDesk(SignalOwner):
         self.before_exit: Callable[[], None] | None = None  # e.g. restores the terminal; os._exit runs nothing else
         self._world_size = world_size
         self._store_host = store_host
-        self._store = store.clone() if store is not None else None
+        self._store = None if store is None else store.clone()
         self._me = Process.current("starting")
         self._peers: dict[int, Process] = {}
         self._launcher = os.getppid()
@@ -105,7 +106,7 @@ class FailureDesk(SignalOwner):
         self._thread: threading.Thread | None = None
         self._guard: threading.Thread | None = None
         self._closed = threading.Event()
-        if self._store is not None and world_size > 1:
+        if store is not None and world_size > 1:
             self.describe("starting")
             self._start_sentinel(store.clone())
 
@@ -156,7 +157,7 @@ class FailureDesk(SignalOwner):
             self._await_peers_own_report()
             witness = str(error) if isinstance(error, PeerLost) else self._own_story(error, module)
             obituary = self._obituary(witness, error.peer if isinstance(error, PeerLost) else -1)
-            self._leave(1, lambda: obituary)
+            self._leave(1, obituary)
         if isinstance(error, NonFiniteError):
             self._await_where_it_began(error)
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
@@ -177,7 +178,7 @@ class FailureDesk(SignalOwner):
 
     def close(self) -> None:
         """Orderly end: from now on this rank's process may go. Restores the signal handlers."""
-        if self._thread is not None:
+        if self._thread is not None and self._guard is not None:
             os.write(self._wake, b"\0")
             self._thread.join()
             self._closed.set()
@@ -205,7 +206,7 @@ class FailureDesk(SignalOwner):
         self._noted_in_start_up += take_noted()
         for number in SIGNALS:
             previous = signal.signal(number, self._on_signal)
-            self._restore.append(lambda number=number, previous=previous: signal.signal(number, previous))
+            self._restore.append(partial(signal.signal, number, previous))
         follow_forks()
 
     def _restore_signals(self) -> None:
@@ -256,7 +257,7 @@ class FailureDesk(SignalOwner):
                 self._leave(130, lambda: f"stopped by ctrl-C{where(self.heart.place())}")
             if number == signal.SIGTERM and not lost:
                 self._leave(143, lambda: f"rank {self.rank}: stopped by SIGTERM{where(self.heart.place())}")
-            self._leave(1, lambda line=obituary if lost or silent is not None else late or obituary: line)
+            self._leave(1, obituary if lost or silent is not None else late or obituary)
 
     def _watch_store(self) -> None:
         """Where the store's host is stopped, a question never returns: sentinel and main thread may sit in one."""
@@ -271,7 +272,7 @@ class FailureDesk(SignalOwner):
                 host = "the launcher" if self._store_host is None else "its host"
                 why = f"the store has not answered for {seconds:.1f} s ({host} stopped? machine gone?)"
                 obituary = self._obituary(f"{doing(self.rank, self.heart.place())}; {why}")
-                self._leave(1, lambda line=obituary: line)
+                self._leave(1, obituary)
 
     def _exchange(self, store: dist.Store) -> None:
         """Beats, and what signals ask for: from any rank to rank 0."""
@@ -327,9 +328,9 @@ class FailureDesk(SignalOwner):
         if told and min(told, key=told.__getitem__) != self.rank:
             self._await_peers_own_report()
 
-    def _leave(self, code: int, story: Callable[[], str], refused: bool = False) -> NoReturn:
+    def _leave(self, code: int, story: str | Callable[[], str], refused: bool = False) -> NoReturn:
         if self._elected(refused):
-            line = MARK + " ".join(story().split())[:1000]
+            line = MARK + " ".join((story if isinstance(story, str) else story()).split())[:1000]
             os.write(2, f"{line}\n".encode())  # one write: lines of ranks do not mix
             launcher.tell(line, refused)
             self._reap()
@@ -431,6 +432,6 @@ class FailureDesk(SignalOwner):
         return False
 
     def _modules(self, rank: int) -> str:
-        if self._has(self._store, Key.PROCESS(rank=rank)):  # read again: described since
+        if self._store is not None and self._has(self._store, Key.PROCESS(rank=rank)):  # read again: described since
             self._peers[rank] = self._read(self._store, rank)
         return self._peers[rank].modules if rank in self._peers else "unknown modules"

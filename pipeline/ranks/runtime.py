@@ -213,4 +213,6 @@ class Runtime:
             timeout=timeout,
             device_id=self.device if self.backend == "nccl" else None,
         )
-        self.team.group = dist.new_group(backend="gloo", timeout=timeout)
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        assert isinstance(group, dist.ProcessGroup)  # this rank is in it
+        self.team.group = group

@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 
 from pipeline.ranks.forks import SIGNALS, SignalOwner, follow_forks
 
@@ -31,7 +32,7 @@ class StartUp(SignalOwner):
             return
         for number in SIGNALS:
             previous = signal.signal(number, self._on_signal)
-            self._restore.append(lambda number=number, previous=previous: signal.signal(number, previous))
+            self._restore.append(partial(signal.signal, number, previous))
         follow_forks()
 
     def end(self) -> None:

@@ -50,6 +50,10 @@ def schedule_text(report: PlanReport) -> str:
     return "\n".join(lines)
 
 
+def _time_of(kind: str) -> Callable[[PlannedModule], str]:
+    return lambda module: _ms(module.seconds.get(kind))
+
+
 def _module_table(modules: Sequence[PlannedModule], width: int) -> Table:
     """``width``: columns of the console; on a narrow one the less important columns are left out."""
     kinds = [kind for kind in NAMES if any(kind in module.seconds for module in modules)]
@@ -63,7 +67,7 @@ def _module_table(modules: Sequence[PlannedModule], width: int) -> Table:
     ]
     for kind in kinds:
         heading = f"{NAMES[kind]} {kind}".replace("independent", "indep.").replace(" ", "\n")
-        about.append((heading, 90 if kind == "U" else 0, lambda m, kind=kind: _ms(m.seconds.get(kind))))
+        about.append((heading, 90 if kind == "U" else 0, _time_of(kind)))
     about.append(("all", 0, lambda m: _ms(m.step_s)))
     if all(module.bp_units is not None for module in modules):
         about.append(("BP\nunits", 100, lambda m: f"{m.bp_units:.3f}"))

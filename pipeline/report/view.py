@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console, Group, OverflowMethod
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -239,7 +239,7 @@ def _module_table(
     brief = narrow or bool(live)
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 0 if narrow else 1, 0, 0))
     # Only names may shrink. Where the encoding is ASCII, rich's ellipsis character cannot be written.
-    clip = "crop" if console.options.ascii_only else "ellipsis"
+    clip: OverflowMethod = "crop" if console.options.ascii_only else "ellipsis"
     names = dict.fromkeys(name for record in records for name in record.losses)
     levels = _groups([level_of(name) for name in names])
     losses = levels if narrow and live else [(n,) for group in levels for n in names if level_of(n) in group]

@@ -30,7 +30,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.base.config import Config
 from pipeline.base.errors import CheckpointError, ConfigError
-from pipeline.base.flow import named
+from pipeline.base.flow import bare, named, passed
 from pipeline.base.numerics import Numerics, resolve_numerics
 from pipeline.base.recipes import load_config
 from pipeline.data.image_source import ImageSource
@@ -41,6 +41,7 @@ from pipeline.local.local_module import LocalModule
 from pipeline.local.methods import Task
 from pipeline.local.weights import below, networks
 from pipeline.models.backbones import Blocks, blocks_of, build_blocks
+from pipeline.models.boundaries import blank
 from pipeline.plan.assembly import Plan, build_modules, make_plan
 from pipeline.ranks.runtime import choose_device, set_threads
 from pipeline.report.console import output_console
@@ -139,7 +140,7 @@ def evaluate(
         numerics = resolve_numerics(config.precision, device, blocks.values())
         images = LoaderSource(data, config, numerics) if data is not None else ImageSource(config, numerics)
         _refuse_other_data(images.data_spec, task, config)
-        plan = make_plan(config, blocks, task, 1)
+        plan = make_plan(config, blocks, task, 1, images.data_spec.inputs)
         work = _operations(plan, blocks)
         modules = _restored(saved, plan, blocks, numerics)
         wrong, count = count_errors(modules, images.test())
@@ -241,14 +242,14 @@ def _refuse_other_data(data_spec: DataSpec, task: Task, config: Config) -> None:
 
 
 def _operations(plan: Plan, blocks: Blocks) -> list[int]:
-    """Operations of the forward pass of one image up to the end of every local module."""
+    """Operations of the forward pass of one image, or the longest sequence, up to the end of every local module."""
     reference = next((p for block in blocks.values() for p in block.parameters()), torch.zeros(()))
-    x = torch.zeros(1, *plan.task.image_shape, dtype=reference.dtype, device=reference.device)
+    flow = bare({name: blank(spec, 1, reference.dtype, reference.device) for name, spec in plan.inputs.items()})
     done = []
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         for names in plan.cut.modules:
             for name in names:
-                x = blocks[name].eval()(x)
+                flow = passed(blocks[name].eval()(flow))
             done.append(counter.get_total_flops())
     return done
 

@@ -109,7 +109,7 @@ def train(
         source, data_spec = open_source(config, data, numerics, runtime)
         desk.progress(-1, -1, "placing the local modules")
         blocks, task = blocks_and_task(config, network, data_spec)
-        plan, placement = placed_plan(config, blocks, task, numerics, runtime)
+        plan, placement = placed_plan(config, blocks, task, numerics, runtime, data_spec.inputs)
         if team.leads:
             write_plan(plan, directory.path / PLAN)
         desk.describe(plan.stage_label(team.rank))

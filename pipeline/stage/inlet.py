@@ -15,9 +15,9 @@ when the first stage has seen all its data and its mark has come, behind the las
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from pipeline.edges.wire import Directive, MessageKind
 from pipeline.local.micro_batch import MicroBatch
 from pipeline.stage.watch import Progress
 
+T = TypeVar("T")
 ACTIVATION, LABELS, IMAGE = "activation", "labels", "image"
 """Fields of a message downstream; tensors other than "x" are called ``activation.<name>``."""
 
@@ -65,7 +66,7 @@ class Input:
 
 
 class Feed(Protocol):
-    """Batches of the data, as of :class:`pipeline.data.sources.Source`."""
+    """Batches of the data, as of :class:`pipeline.data.source.Source`."""
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]: ...
 
@@ -295,8 +296,9 @@ def split(batch: Batch, parts: int) -> Iterator[Input]:
         yield Input(MicroBatch(inputs, batch.labels[span], image, len(part) / rows), rows)
 
 
-def payload(tensors: Tensors, prefix: str) -> Tensors:
-    """The fields of a message that carry a named set: "x" under the prefix alone, others as ``prefix.name``."""
+def payload(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """The fields of a message that carry a named set, tensors or what is known of them: "x" under the prefix alone,
+    others as ``prefix.name``."""
     return {prefix if name == MAIN else f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from pipeline.base.config import Config
 from pipeline.base.errors import CheckpointError
@@ -168,12 +169,12 @@ class Checkpoint:
     @property
     def step(self) -> int:
         """Training steps done."""
-        return self.manifest["step"]
+        return int(self.manifest["step"])
 
     @property
     def epoch(self) -> int:
         """The epoch of the last step, 1-based."""
-        return self.manifest["epoch"]
+        return int(self.manifest["epoch"])
 
     @property
     def config(self) -> Config:
@@ -186,12 +187,13 @@ class Checkpoint:
     @property
     def module_names(self) -> list[list[str]]:
         """Block names of every local module, in order."""
-        return self.manifest["modules"]
+        modules: list[list[str]] = self.manifest["modules"]
+        return modules
 
     @property
     def classes(self) -> int:
         """Number of classes of the task."""
-        return self.manifest["classes"]
+        return int(self.manifest["classes"])
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -201,20 +203,22 @@ class Checkpoint:
     @property
     def custom_network(self) -> bool:
         """Whether the network was a user's own, which no name can rebuild."""
-        return self.manifest["custom_network"]
+        return bool(self.manifest["custom_network"])
 
     def history(self) -> list[dict[str, Any]]:
         """Records of the finished epochs, as dicts."""
-        return json.loads((self.path / HISTORY).read_text())
+        records: list[dict[str, Any]] = json.loads((self.path / HISTORY).read_text())
+        return records
 
     def module_state(self, index: int) -> dict[str, Tensor]:
-        """The state of local module ``index`` as :func:`pipeline.module_state.module_state` made it, on the CPU.
+        """The state of local module ``index`` as :func:`pipeline.local.module_state.module_state` made it, on the CPU.
 
         It unpickles torch's ``.metadata``. Raises OSError.
         """
         reader = dcp.FileSystemReader(self.path / module_folder(index))
         state: dict[str, Any] = {}
         for name, entry in reader.read_metadata().state_dict_metadata.items():
+            assert isinstance(entry, TensorStorageMetadata)
             state[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
         dcp.load(state, storage_reader=reader, no_dist=True)
         return state
@@ -238,7 +242,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             if refused:
                 older = f"the newest valid one is '{found.path}'" if found else "no other one is valid"
                 raise CheckpointError(f"{refused[0]}; {older}")
-            return found
+            if found is not None:
+                return found
     return _open(path)
 
 
@@ -251,7 +256,7 @@ def open_verified(path: Path) -> Checkpoint:
 
 def newest_valid(checkpoints: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that is valid, or None, and why newer ones are not."""
-    refused = []
+    refused: list[str] = []
     for path in step_folders(checkpoints):
         try:
             return _open(path), refused

@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 from pipeline.base.errors import CheckpointError
 
@@ -52,7 +52,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{where}: {MANIFEST} cannot be read ({error}); {fix}") from error
     version = manifest.get("format") if isinstance(manifest, dict) else None
-    if not _whole(version, 1) or not isinstance(manifest.get("files"), dict):
+    if not isinstance(manifest, dict) or not _whole(version, 1) or not isinstance(manifest.get("files"), dict):
         raise CheckpointError(f"{where}: {MANIFEST} is none of localpipe's; {fix}")
     if version > FORMAT:
         raise CheckpointError(
@@ -70,7 +70,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 # --- entries ----------------------------------------------------------------------------------------------------------
 
 
-def _whole(value: Any, least: int) -> bool:
+def _whole(value: Any, least: int) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 

@@ -50,8 +50,8 @@ def test_batches_that_are_no_images_and_labels_are_refused(batch: Any, what: str
     with pytest.raises(ConfigError) as caught:
         source([batch] * STEPS)
     assert str(caught.value) == (
-        f"the train loader gave {what}; give (images, labels): images (B, C, H, W), uint8 or floating point, and "
-        "labels (B,), integers"
+        f"the train loader gave {what}; give (inputs, labels): images (B, C, H, W), uint8 or floating point, or ids "
+        "(B, T), or a dict of named tensors with 'x' among them; and labels (B,), integers"
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from helpers_spawn import RankResult, run_ranks
 from tiny import Batches, network, tiny_config
 
-import pipeline.run.train
+import pipeline.run.beginning
 from pipeline import Config, LoaderData, train
 from pipeline.base import version
 from pipeline.base.version import VERSION, code_version
@@ -27,7 +27,7 @@ def changed(config: Config, **sections: dict[str, Any]) -> Config:
 def start(rank: int, folder: str, sections: dict[str, dict[str, Any]], other_code: bool = False) -> dict[str, Any]:
     """Train on three ranks; rank ODD has other values in ``sections``, or other code."""
     if other_code and rank == ODD:
-        pipeline.run.train.code_version = lambda: f"{VERSION}+0123456789ab"
+        pipeline.run.beginning.code_version = lambda: f"{VERSION}+0123456789ab"
     config = tiny_config("dgl", "plain", 1, 3)
     return train(
         changed(config, **sections) if rank == ODD else config,

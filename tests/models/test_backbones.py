@@ -6,6 +6,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from helpers_shapes import boundary_shapes
 from torch import nn
 
 from pipeline import UncutModel, build_blocks, load_config, load_model, register_backbone
@@ -13,7 +14,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, resolve_numerics
 from pipeline.local.methods import Task
 from pipeline.local.weights import model_state, module_weights
-from pipeline.models.backbones import blocks_of, boundary_shapes, initialise
+from pipeline.models.backbones import blocks_of, initialise
 from pipeline.plan.assembly import build_modules, make_plan
 
 CPU = Numerics(torch.device("cpu"), torch.float32, False)

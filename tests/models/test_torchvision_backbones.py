@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_shapes import boundary_shapes
 from tiny import train_on
 from torch import nn
 from torchvision import models
@@ -16,7 +17,6 @@ from pipeline.base.validation import from_dict, validate
 from pipeline.edges.connect import Edges
 from pipeline.local.methods import Task
 from pipeline.local.weights import model_state, module_weights
-from pipeline.models.backbones import boundary_shapes
 from pipeline.models.torchvision import NAMES, torchvision_name
 from pipeline.plan.assembly import build_modules, make_plan
 from pipeline.stage.inlet import Batch, BatchInlet

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
+from helpers_shapes import RealTensors, boundary_shapes
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, stable_hash
@@ -17,25 +16,11 @@ from pipeline.base.recipes import load_config
 from pipeline.local.methods import Task
 from pipeline.local.weights import module_weights, weights_sha256
 from pipeline.models import backbones
-from pipeline.models.backbones import Blocks, boundary_shapes, build_blocks, initialise, register_backbone
+from pipeline.models.backbones import Blocks, build_blocks, initialise, register_backbone
 from pipeline.models.unbuilt import drawn_blocks, is_planned, planned_blocks
 from pipeline.plan.assembly import build_modules, make_plan
 
 CPU = Numerics(torch.device("cpu"), torch.float32, False)
-
-
-class RealTensors(TorchDispatchMode):
-    """Counts the tensors that operations make outside the meta device."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not result.is_meta:
-            self.found.append(f"{func} {tuple(result.shape)}")
-        return result
 
 
 @pytest.fixture

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import pytest
 import torch
 from tiny import evaluate_on, gradients, tiny_batch, tiny_config, tiny_stage, train_on, without_updates
 
-from pipeline.base.config import CheckpointConfig
-from pipeline.base.errors import DataError
 from pipeline.local.weights import module_weights
-from pipeline.run.conductor import Conductor
-from pipeline.stage.inlet import Batch, DataInlet
+from pipeline.stage.inlet import Batch
 
 
 def test_evaluation_counts_the_errors_of_every_head_in_short_batches_too() -> None:
@@ -72,20 +66,3 @@ def test_uneven_micro_batches_weigh_images_equally() -> None:
             module.optimiser.zero_grad()
     for name, gradient in gradients(modules).items():
         torch.testing.assert_close(gradient, total[name], rtol=1e-10, atol=1e-12)
-
-
-def test_data_that_ends_early_is_named() -> None:
-    class Short:
-        def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-            return iter([tiny_batch(0)])
-
-        def test(self) -> Iterator[Batch]:
-            return iter(())
-
-    inlet = DataInlet(Short(), 1, Conductor(CheckpointConfig(), lambda: None))
-    steps = inlet.steps(3, 10, 10, 12)
-    assert next(steps) == 10
-    with pytest.raises(DataError, match="ended in the middle of epoch 3"):
-        next(steps)
-    with pytest.raises(DataError, match="ended in the middle of the test"):
-        next(inlet.tests(3, 12, 1))

@@ -1,0 +1,187 @@
+"""What every block of a network gives, found by a dry run: names, shapes, dtypes, and which axes vary with the length.
+
+    blank batch on the meta device --> block --> block --> ...     shapes and dtypes only: no arithmetic, no memory
+    the same, shorter              --> block --> block --> ...     where a shape differs, that axis varies
+
+The blocks of a user's own network are copied without their weights. What cannot run on the meta device, because it
+looks at values, runs for real, on two rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.base.errors import ConfigError
+from pipeline.base.flow import MAIN, Flow, Specs, Tensors, TensorSpec, bare, named
+from pipeline.models.backbones import Blocks
+
+ROWS = 2
+META = torch.device("meta")
+
+
+def boundary_specs(blocks: Blocks, inputs: Specs, entrances: Collection[str] = ()) -> dict[str, Specs]:
+    """What every block gives, from evaluation passes over blank batches.
+
+    Args:
+        blocks: the network; neither its weights nor its mode change.
+        inputs: of the first block; where an axis varies, the network is run on a shorter batch as well.
+        entrances: first blocks of local modules.
+
+    Raises:
+        ConfigError: a block fails on what it would receive, or gives something else than a tensor or a dict of named
+            tensors, each with a row per sample; one of ``entrances`` changes its input in place, which others still
+            need. The message names the block.
+    """
+    longest = _dry_run(blocks, inputs, entrances)
+    if not any(spec.varies for spec in inputs.values()):
+        return longest
+    shorter = _dry_run(blocks, {name: _shortened(spec, lambda size: max(size - 1, 1)) for name, spec in inputs.items()})
+    found = {name: _varying(longest[name], shorter[name], name) for name in longest}
+    try:  # one less may make no difference behind a pooling
+        half = _dry_run(blocks, {name: _shortened(spec, lambda size: -(-size // 2)) for name, spec in inputs.items()})
+    except ConfigError:  # too short for this network, and perhaps for its data
+        return found
+    return {name: _varying(found[name], half[name], name) for name in found}
+
+
+def _shortened(spec: TensorSpec, shorter: Any) -> TensorSpec:
+    shape = tuple(shorter(size) if axis in spec.varies else size for axis, size in enumerate(spec.shape))
+    return dataclasses.replace(spec, shape=shape)
+
+
+def _varying(longest: Specs, shorter: Specs, block: str) -> Specs:
+    """The specs of a block with the axes that differ in a shorter batch."""
+    if longest.keys() != shorter.keys() or any(len(longest[n].shape) != len(shorter[n].shape) for n in longest):
+        raise ConfigError(
+            f"block '{block}' gives {_show(longest)} for the longest batch and {_show(shorter)} for a shorter one; the "
+            "names and the number of axes must be the same for every length"
+        )
+    found = {}
+    for name, spec in longest.items():
+        pairs = enumerate(zip(spec.shape, shorter[name].shape, strict=True))
+        axes = {axis for axis, (size, other) in pairs if size != other}
+        found[name] = dataclasses.replace(spec, varies=tuple(sorted(axes | set(spec.varies))))
+    return found
+
+
+def _show(specs: Specs) -> str:
+    return " + ".join(f"{name} {spec.shape}" for name, spec in specs.items())
+
+
+def _dry_run(blocks: Blocks, inputs: Specs, entrances: Collection[str] = ()) -> dict[str, Specs]:
+    """One pass; the first block that cannot do it on the meta device, and all behind it, do it for real."""
+    dtype = next((p.dtype for block in blocks.values() for p in block.parameters()), torch.float32)
+    flow = bare({name: blank(spec, ROWS, dtype, META) for name, spec in inputs.items()})
+    found = {}
+    on_meta = True
+    for name, block in blocks.items():
+        given, before = flow, _versions(flow)
+        if on_meta:
+            try:
+                with META, torch.no_grad():
+                    flow = _checked(_without_weights(block)(given), name)
+            except ConfigError:
+                raise
+            except Exception:  # whatever it is: the real block decides
+                on_meta = False
+        if not on_meta:
+            given = _real(given, block)
+            before = _versions(given)
+            flow = _checked(_run(block, given, name), name)
+        if name in entrances and _versions(given) != before:
+            raise ConfigError(
+                f"a local module begins with block '{name}', which changes its input in place; use inplace=False "
+                "there or another cut"
+            )
+        found[name] = {key: TensorSpec(tuple(x.shape[1:]), x.dtype) for key, x in named(flow).items()}
+    return found
+
+
+def blank(spec: TensorSpec, rows: int, floating: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros (rows, *shape), an id that every table has; a mask that hides nothing."""
+    dtype = floating if spec.dtype.is_floating_point else spec.dtype
+    return torch.full((rows, *spec.shape), spec.dtype == torch.bool, dtype=dtype, device=device)
+
+
+def _without_weights(block: nn.Module) -> nn.Module:
+    """A copy in evaluation mode with its parameters and buffers on the meta device; nothing is allocated."""
+    memo: dict[int, Any] = {}
+    for parameter in block.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=META), parameter.requires_grad)
+    for buffer in block.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device=META)
+    return copy.deepcopy(block, memo).eval()
+
+
+def _real(flow: Flow, block: nn.Module) -> Flow:
+    """The same shapes on the device of the block."""
+    device = next((tensor.device for tensor in (*block.parameters(), *block.buffers())), torch.device("cpu"))
+    device = torch.device("cpu") if device == META else device
+    tensors = {}
+    for name, x in named(flow).items():
+        spec = TensorSpec(tuple(x.shape[1:]), x.dtype)
+        tensors[name] = blank(spec, ROWS, x.dtype, device) if x.is_meta else x
+    return bare(tensors)
+
+
+def _run(block: nn.Module, flow: Flow, name: str) -> Any:
+    """What a block gives in evaluation mode; a planned one as a copy with weights of zero."""
+    if any(tensor.is_meta for tensor in (*block.parameters(), *block.buffers())):
+        block = copy.deepcopy(block).to_empty(device="cpu")
+        with torch.no_grad():
+            for tensor in (*block.parameters(), *block.buffers()):
+                tensor.zero_()
+    modes = {module: module.training for module in block.modules()}
+    try:
+        with torch.no_grad():
+            return block.eval()(flow)
+    except Exception as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"block '{name}' fails on an input of shape {_shapes(flow)}: {cause}") from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _shapes(flow: Flow) -> str:
+    tensors = named(flow)
+    if tensors.keys() == {MAIN}:
+        return str(tuple(tensors[MAIN].shape[1:]))
+    return " + ".join(f"{name} {tuple(x.shape[1:])}" for name, x in tensors.items())
+
+
+def _checked(output: Any, block: str) -> Flow:
+    """``output``, if it is what a block may give."""
+    if not isinstance(output, Tensor | dict):
+        raise ConfigError(f"block '{block}' gives {_kind(output)}; {_ACCEPTED}")
+    tensors: Tensors = named(output)
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ConfigError(f"block '{block}' gives a tensor named {name!r}; {_ACCEPTED}, named by identifiers")
+        if not isinstance(tensor, Tensor):
+            raise ConfigError(f"block '{block}' gives {_kind(tensor)} as '{name}'; {_ACCEPTED}")
+        if tensor.dim() == 0 or len(tensor) != ROWS:
+            shape = f"shape {tuple(tensor.shape)}" if tensor.dim() else "no axis"
+            raise ConfigError(f"block '{block}' gives '{name}' of {shape} for {ROWS} samples; {_ACCEPTED}")
+    if MAIN not in tensors:
+        raise ConfigError(f"block '{block}' gives a dict of {', '.join(tensors) or 'nothing'}; {_ACCEPTED}")
+    return bare(tensors)
+
+
+_ACCEPTED = "a block gives one tensor, or a dict of named tensors with 'x' among them, each with a row per sample"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)}"
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
+def _versions(flow: Flow) -> list[int]:
+    return [x._version for x in named(flow).values()]

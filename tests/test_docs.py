@@ -1,0 +1,191 @@
+"""README and docs/: every command in them is run, every file, function and heading that they name exists.
+
+A block of bash is a list of commands, and so is what stands in backticks and begins with ``python`` or ``torchrun``:
+
+    python3 -m venv ...                the set-up; .ci/run and test_learning.py run it, test_readme.py compares the text
+    torchrun ... launch/train.py       on docs/checkpoints.md, for two steps; elsewhere as far as its configuration
+    torchrun ... mine.py               the example of README; test_readme.py runs it
+    python launch/..., learning_curve  in this process, on the run of docs/checkpoints.md; plans for two images a step
+    python benchmarks/...              with --quick, by test_benchmarks.py
+
+A block below ``<!-- not run: why -->`` is not run. Examples in Python are run, one after another.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import os
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from helpers_spawn import run_ranks
+from helpers_torchrun import run_agents
+from test_architecture import ROOMS
+
+from pipeline import load_config
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TRAINED = ROOT / "docs" / "checkpoints.md"
+SMALL = ["--set", "data.batch_size=16"]
+
+
+def commands(page: Path) -> list[str]:
+    """What a page tells its reader to run, in order, and not twice."""
+    text = re.sub(r"<!-- not run: [^>]*\w.*?-->\n```bash\n.*?```", "", page.read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", "").splitlines()]
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    lines += re.findall(r"`((?:python|torchrun) [^`]*)`", prose)
+    return list(dict.fromkeys(shlex.join(shlex.split(line, comments=True)) for line in lines if line.strip()))
+
+
+def headings(page: Path) -> set[str]:
+    """The anchors of a page."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+EVERY = [(page, command) for page in PAGES for command in commands(page)]
+HERE = [
+    (page, command)
+    for page, command in EVERY
+    if not command.startswith(("python3 -m venv", "python benchmarks/")) or "learning_curve.py " in command
+    if not (page == TRAINED and command.startswith("torchrun")) and not command.endswith(" mine.py")
+]
+
+
+def launch(rank: int, folder: str, arguments: list[str]) -> None:
+    """launch/train.py in a worker of torchrun."""
+    os.chdir(folder)
+    sys.argv = ["launch/train.py", *arguments]
+    with contextlib.suppress(SystemExit):
+        runpy.run_path(str(ROOT / "launch" / "train.py"), run_name="__main__")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a reader works: his own recipe, a profile, and the run of docs/checkpoints.md."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "mine.toml").write_text("[train]\nepochs = 3\n")
+    training = [command for command in commands(TRAINED) if command.startswith("torchrun")]
+    for steps, command in enumerate(training, start=2):
+        pattern = r"torchrun --nproc_per_node=(\d+)(?: --max-restarts=(\d+))? launch/train\.py (.*)"
+        ranks, restarts, script = re.fullmatch(pattern, command).groups()
+        arguments = [*shlex.split(script), *SMALL, "--set", f"train.max_steps={steps}"]
+        (done,) = run_agents(launch, [int(ranks)], str(folder), arguments, restarts=int(restarts or 0))
+        assert done.exit_code == 0, done.stderr[-3000:]
+        assert ("resumed from" in done.stderr) == (steps > 2)
+    assert len(training) == 2
+    return folder
+
+
+def run_here(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script of launch/ or benchmarks/ as ``__main__``; it must end well."""
+    script, *arguments = shlex.split(command)[1:]
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.syspath_prepend(str((ROOT / script).parent))
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as ended:
+        assert not ended.code, command
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.parametrize("page, command", HERE, ids=[f"{page.stem}: {command}" for page, command in HERE])
+def test_commands_run(
+    page: Path, command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    if command.startswith("torchrun"):
+        launcher, script = re.fullmatch(r"torchrun (.*) launch/train\.py ?(.*)", command).groups()
+        assert re.fullmatch(r"--nproc_per_node=\d+", launcher)
+        command = f"python launch/train.py {script} --print-config"
+    elif "launch/plan.py" in command:
+        command += " --set data.batch_size=2"
+    run_here(command, monkeypatch)
+    printed = capfd.readouterr().out
+    assert printed or "learning_curve" in command
+
+
+def test_what_is_not_run_says_why() -> None:
+    for page in PAGES:
+        for reason in re.findall(r"<!--(.*?)-->", page.read_text()):
+            assert re.fullmatch(r" not run: needs .+ ", reason), page
+
+
+def test_commands_that_run_elsewhere_are_tested_there() -> None:
+    tested = (ROOT / "tests" / "test_benchmarks.py").read_text()
+    for page, command in EVERY:
+        if (page, command) in HERE or (page == TRAINED and command.startswith("torchrun")):
+            continue
+        benchmark = re.fullmatch(r"python benchmarks/(\w+)\.py", command)
+        named = benchmark and re.search(rf"\b{benchmark[1]}(\"|=)", tested)
+        assert named or page.name == "README.md", f"{page.name}: {command}"
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_examples_in_python_run(tmp_path: Path) -> None:
+    """Those of README: test_readme.py."""
+    pages = [page.read_text() for page in PAGES if page.name != "README.md"]
+    examples = [block for text in pages for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+    assert examples
+    (done,) = run_ranks(run_examples, 1, str(tmp_path), examples, timeout_s=120.0)
+    assert done.exit_code == 0, done.stderr[-3000:]
+    assert len(list((tmp_path / "runs").glob("*/model.pt"))) == len(examples)
+
+
+def run_examples(rank: int, folder: str, examples: list[str]) -> None:
+    """One after another, in a process of their own: what they register stays registered."""
+    os.chdir(folder)
+    for number, example in enumerate(examples):
+        Path(f"{number}.py").write_text(example)
+        runpy.run_path(f"{number}.py", run_name="__main__")
+
+
+def test_options_in_the_text_load() -> None:
+    for page in PAGES:
+        for assignment in re.findall(r"`--set ([a-z_]+\.[a-z_]+=[\w.-]+)`", page.read_text()):
+            load_config(assignments=[assignment])
+
+
+def test_links_lead_somewhere() -> None:
+    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+            path, _, anchor = target.partition("#")
+            file = (page.parent / path).resolve() if path else page
+            assert file.is_file(), f"{page.name}: {target}"
+            assert not anchor or anchor in headings(file), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_table_of_readme() -> None:
+    readme = PAGES[0].read_text()
+    assert len(readme.splitlines()) <= 120
+    for page in PAGES[1:]:
+        assert f"(docs/{page.name})" in readme
+
+
+def test_the_way_of_an_image_is_at_most_twelve_functions_that_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    (drawing, *_) = re.findall(r"```\n(.*?)```", text, re.DOTALL)
+    rows = re.findall(r"^\| (\d+) \| `([\w.]+)` \| `([\w/]+\.py)` \|", text, re.MULTILINE)
+    assert [int(number) for number, _, _ in rows] == list(range(1, len(rows) + 1)) and len(rows) <= 12
+    assert {int(number) for number in re.findall(r"\((\d+)\)", drawing)} == {int(number) for number, _, _ in rows}
+    for _, name, file in rows:
+        scope = ast.parse((ROOT / file).read_text()).body
+        for part in name.split("."):
+            found = [node for node in scope if getattr(node, "name", "") == part]
+            assert len(found) == 1, f"{file} has no {name}"
+            scope = getattr(found[0], "body", [])
+
+
+def test_the_rooms_are_those_of_the_code_in_their_order() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    assert re.findall(r"^\| `pipeline/(\w+)/` \| .*\? \|$", text, re.MULTILINE) == ROOMS[:-1]
