@@ -20,14 +20,17 @@ import re
 import runpy
 import shlex
 import sys
+import threading
 from pathlib import Path
+from types import FrameType
 
 import pytest
 from helpers_spawn import run_ranks
 from helpers_torchrun import run_agents
+from PIL import Image
 from test_architecture import ROOMS
 
-from pipeline import load_config
+from pipeline import load_config, train
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -172,18 +175,58 @@ def test_every_page_is_in_the_table_of_readme() -> None:
         assert f"(docs/{page.name})" in readme
 
 
-def test_the_way_of_an_image_is_at_most_twelve_functions_that_exist() -> None:
+def way_of_an_image() -> list[tuple[str, str]]:
+    """(function, file) of the table below the drawing."""
     text = (ROOT / "docs" / "architecture.md").read_text()
     (drawing, *_) = re.findall(r"```\n(.*?)```", text, re.DOTALL)
     rows = re.findall(r"^\| (\d+) \| `([\w.]+)` \| `([\w/]+\.py)` \|", text, re.MULTILINE)
-    assert [int(number) for number, _, _ in rows] == list(range(1, len(rows) + 1)) and len(rows) <= 12
+    assert [int(number) for number, _, _ in rows] == list(range(1, len(rows) + 1))
     assert {int(number) for number in re.findall(r"\((\d+)\)", drawing)} == {int(number) for number, _, _ in rows}
-    for _, name, file in rows:
+    return [(name, file) for _, name, file in rows]
+
+
+def test_the_functions_on_the_way_of_an_image_exist() -> None:
+    assert len(way_of_an_image()) <= 12
+    for name, file in way_of_an_image():
         scope = ast.parse((ROOT / file).read_text()).body
         for part in name.split("."):
             found = [node for node in scope if getattr(node, "name", "") == part]
             assert len(found) == 1, f"{file} has no {name}"
             scope = getattr(found[0], "body", [])
+
+
+def called_in_training(rank: int, folder: str, wanted: list[tuple[str, str]]) -> list[str]:
+    """Which of the functions a rank calls in one step on images of files, in the order of their first call."""
+    called: dict[str, None] = {}
+    codes = {(name, str(ROOT / file)) for name, file in wanted}
+
+    def look(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and (frame.f_code.co_qualname, frame.f_code.co_filename) in codes:
+            called[frame.f_code.co_qualname] = None
+
+    threading.setprofile(look)  # of threads that are still to begin
+    sys.setprofile(look)
+    settings = ["data.name=folder", f"data.root={folder}/images", "data.batch_size=2", "data.cache_gib=0"]
+    settings += ["model.name=resnet20", "model.modules=3", "partition.kind=given", "partition.stages=[1, 2]"]
+    config = load_config(assignments=[*settings, "train.max_steps=1", "checkpoint.every_epochs=0"])
+    train(config, run_dir=f"{folder}/run", quiet=True)
+    sys.setprofile(None)
+    return list(called)
+
+
+def test_an_image_goes_the_way_that_is_drawn(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        for number, label in enumerate("abab"):
+            file = tmp_path / "images" / split / label / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32), (60 * number, 0, 0)).save(file)
+    way = way_of_an_image()
+    first, second = run_ranks(called_in_training, 2, str(tmp_path), way)
+    assert first.exit_code == second.exit_code == 0, first.stderr + second.stderr
+    assert set(first.value) | set(second.value) == {name for name, _ in way}
+    begin = [name for name, _ in way[:7]]
+    assert [name for name in first.value if name in begin] == begin
+    assert "LocalModule.relay" not in first.value and "DataInlet.next" not in second.value
 
 
 def test_the_rooms_are_those_of_the_code_in_their_order() -> None:

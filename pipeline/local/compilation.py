@@ -26,8 +26,8 @@ def compile_parts(plan: ModulePlan, blocks: Iterable[nn.Module], levels: Iterabl
     for level in levels:
         for _, patched in level.heads():
             for head in patched.heads:
-                head.loss = torch.compile(head.loss)
-                head.loss_of_means = torch.compile(head.loss_of_means)
+                for name in ("loss", "loss_of_means"):
+                    setattr(head, name, torch.compile(getattr(head, name)))
     if not late and (plan.merged or not plan.outgoing):
         for block in blocks:
             if narrow_strided_convolution([block]) is None:

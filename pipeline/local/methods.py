@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -169,7 +170,7 @@ def build_level(
                 f"use at most {min(shape[1:])}"
             )
         patch_shape = _patch_shape(shape, grid)
-        head = PatchedHead(lambda make=term.make, size=patch_shape: make(size), grid, separate=released and grid > 1)
+        head = PatchedHead(partial(term.make, patch_shape), grid, separate=released and grid > 1)
         initialise(head)
         built[term.name] = (term.weight, head)
     return Level(weight, built)
@@ -180,9 +181,7 @@ def levels_of(
 ) -> dict[str, Callable[[], Level]]:
     """Builders of the levels that ``plan`` gives a module, by level name; called under a seed of the module's own."""
     names = [name for name, present in (("cascade", plan.cascade), ("independent", plan.independent)) if present]
-    return {
-        name: lambda name=name: build_level(name, plan.index, modules, shape, task, config) for name in names
-    }
+    return {name: partial(build_level, name, plan.index, modules, shape, task, config) for name in names}
 
 
 def method_terms(config: MethodConfig, task: Task, position: float) -> list[Term]:

@@ -64,9 +64,9 @@ def module_state(module: LocalModule) -> State:
         kept |= _flat("x", batch.inputs)
         for key, gradients in item.received.items():
             kept |= _flat(f"received.{key}", gradients)
-        for field, value in kept.items():
-            if value is not None:
-                _put(state, f"{prefix}.{field}", value)
+        for field, tensor in kept.items():
+            if tensor is not None:
+                _put(state, f"{prefix}.{field}", tensor)
         state[f"{prefix}.scale"] = torch.tensor(batch.scale, dtype=torch.float64)
     if module.mailbox is not None:
         state |= module.mailbox.state()

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from pipeline.base.flow import Specs, Tensors
 from pipeline.base.numerics import Numerics
-from pipeline.edges.connect import Edges
 from pipeline.edges.wire import Header, MessageKind
 from pipeline.local.local_module import LocalModule
 from pipeline.models.boundaries import blank
@@ -39,15 +37,24 @@ class Nobody:
 class Pretender:
     """In place of the end of an edge from the next stage: the same message, whichever is wanted."""
 
-    fields: Mapping[str, Tensor]
+    fields: Tensors
     wait_s = 0.0
 
-    def take(self, kind: MessageKind, epoch: int, step: int, micro_batch: int, key: int = 0) -> Pretender:
+    def take(self, kind: MessageKind, /, epoch: int, step: int, micro_batch: int, key: int = 0) -> Pretender:
         """At once."""
         return self
 
     def release(self) -> None:
         """It stays."""
+
+
+@dataclass(frozen=True)
+class Stands:
+    """In place of the edges of a rank, see :class:`pipeline.stage.neighbours.Neighbours`."""
+
+    activation_out: Nobody | None
+    gradient_in: Pretender
+    gradient_out: Nobody | None
 
 
 def random_batch(plan: Plan, module: LocalModule, numerics: Numerics) -> Batch:
@@ -85,7 +92,7 @@ def _random(specs: Specs, rows: int, generator: torch.Generator, numerics: Numer
 def stage_alone(plan: Plan, module: LocalModule, batch: Batch, gradients: Tensors, watch: Watch) -> Stage:
     """A stage that owns ``module`` alone and trains it on ``batch`` in every step of one micro-batch, nothing late."""
     index = module.plan.index
-    edges = Edges(
+    edges = Stands(
         activation_out=Nobody() if index + 1 < len(plan.modules) else None,
         gradient_in=Pretender(payload(gradients, GRADIENT)),
         gradient_out=Nobody() if index > 0 else None,

@@ -87,6 +87,7 @@ def begin(
         # Not before: what is refused now must not be done by a restart.
         team.remember(Key.RUN_DIRECTORY(), text_of(path))
     start, path = team.broadcast((start, path))
+    assert path is not None  # rank 0 has chosen it
     directory = RunDirectory(Path(path))
     runtime.desk.run_dir = directory.path
     refuse_private_directory(team, directory.path)
@@ -109,7 +110,9 @@ def open_source(
             source = LoaderSource(data, config, numerics, runtime.desk.progress)
         else:
             source = ImageSource(config, numerics)
-    return source, runtime.team.broadcast(source.data_spec if source is not None else None)
+    data_spec = runtime.team.broadcast(source.data_spec if source is not None else None)
+    assert data_spec is not None  # rank 0 has opened the data
+    return source, data_spec
 
 
 def blocks_and_task(config: Config, network: nn.Sequential | None, data_spec: DataSpec) -> tuple[Blocks, Task]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from pipeline.base.config import Config
 from pipeline.base.errors import LocalpipeError
@@ -43,7 +42,7 @@ def connect_stage(plan: Plan, numerics: Numerics, runtime: Runtime) -> Edges:
     rank, last = runtime.team.rank, runtime.team.size - 1
     wire = (numerics.dtype, numerics.channels_last)
 
-    def gradients(sender: int) -> Any:
+    def gradients(sender: int) -> MessageSpec | None:
         return plan.gradient_spec(sender, *wire) if plan.gradient_order(sender) else None
 
     def weights(receiver: int) -> MessageSpec | None:
@@ -124,5 +123,5 @@ def explained_failures(
     except Exception as error:
         explained = explain_out_of_memory(error, plan, runtime.team.rank, numerics, modules)
         action = watch.current
-        module = action and f"module {action.module} ({plan.cut.label(action.module)})"
+        module = None if action is None else f"module {action.module} ({plan.cut.label(action.module)})"
         runtime.desk.report(explained or error, module)

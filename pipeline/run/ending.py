@@ -65,7 +65,9 @@ def finish(run: Run, loop: Loop, modules: Sequence[LocalModule]) -> dict[str, An
         summary = summarise(loop.records, settings=_settings(run, modules[0], ordered))
         run.directory.write_summary(summary)
         run.view.finish(summary)
-    return team.broadcast(summary)
+    summary = team.broadcast(summary)
+    assert summary is not None  # rank 0 has written it
+    return summary
 
 
 def _settings(run: Run, module: LocalModule, states: list[State]) -> dict[str, Any]:

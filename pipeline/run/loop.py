@@ -25,6 +25,7 @@ from pipeline.base.config import Config
 from pipeline.base.toml import to_toml
 from pipeline.base.version import VERSION
 from pipeline.data.source import DataSpec
+from pipeline.edges.connect import Edges
 from pipeline.edges.wire import Directive
 from pipeline.local.module_state import BUSY, module_state
 from pipeline.local.optimiser import learning_rate
@@ -52,6 +53,7 @@ class Run:
     runtime: Runtime
     plan: Plan
     stage: Stage
+    edges: Edges
     data_spec: DataSpec
     telemetry: Telemetry
     directory: RunDirectory
@@ -110,7 +112,7 @@ class Loop:
             if directive is Directive.STOP:
                 self._save(epoch, self.step)
                 return Directive.STOP
-            sent = run.stage.edges.bytes_sent()
+            sent = run.edges.bytes_sent()
             self._finished = epoch
             run.telemetry.post(epoch, run.stage, run.stage.take_counters(), wait_s, wall_s, sent)
             if directive is Directive.SAVE or self._due(epoch):

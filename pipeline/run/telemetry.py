@@ -90,7 +90,7 @@ class Telemetry:
             for level in [*module.levels, *(["final"] if module.plan.final else [])]:
                 count = wrong.get((index, level))
                 errors[level] = 100.0 * count / counters.tested if count is not None and counters.tested else None
-            record = ModuleRecord(
+            module_record = ModuleRecord(
                 index=index,
                 rank=self._team.rank,
                 blocks=self._plan.cut.label(index),
@@ -99,7 +99,7 @@ class Telemetry:
                 busy_s=counters.busy_s.get(index, 0.0),
                 skipped_steps=module.losses.take_skipped(),
             )
-            modules.append(dataclasses.asdict(record))
+            modules.append(dataclasses.asdict(module_record))
         record = StageRecord(
             rank=self._team.rank,
             device=str(self._device),

@@ -143,6 +143,7 @@ def train(
             runtime=runtime,
             plan=plan,
             stage=stage,
+            edges=edges,
             data_spec=data_spec,
             telemetry=Telemetry(team, plan, runtime.device, live=team.broadcast(not quiet)),
             directory=directory,
@@ -167,6 +168,7 @@ def train(
             if problem is not None:
                 raise SaveFailed(f"stopped at step {loop.step}, but {unsaved(problem)}")
             reason = team.broadcast(conductor.reason)
+            assert reason is not None  # the conductor has asked for it
             return stopped(team, Outcome(directory, reason, loop.step, checkpoint.step_folder(folder, loop.step)), view)
         summary = finish(run, loop, modules)
         if recorder is not None:

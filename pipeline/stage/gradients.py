@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.edges.transport import Received, Receiver
 from pipeline.edges.wire import MessageKind
 from pipeline.local.local_module import LocalModule
 from pipeline.local.micro_batch import BatchKey
 from pipeline.stage.inlet import carried
+from pipeline.stage.neighbours import Incoming, Taken
 from pipeline.stage.schedule import Action, Message, messages_needed
 
 GRADIENT = "gradient"
@@ -28,7 +28,7 @@ class GradientInlet:
     """
 
     def __init__(
-        self, receiver: Receiver | None, order: Sequence[tuple[int, Message]], modules: Mapping[int, LocalModule]
+        self, receiver: Incoming | None, order: Sequence[tuple[int, Message]], modules: Mapping[int, LocalModule]
     ) -> None:
         self._receiver = receiver
         self._order = tuple(order)
@@ -38,7 +38,7 @@ class GradientInlet:
         self._place = 0
         self._first_step = 0
         self._end_step: int | None = None
-        self._arrived: dict[tuple[int, Message], Received | None] = {}  # None: restored, there is nothing to release
+        self._arrived: dict[tuple[int, Message], Taken | None] = {}  # None: restored, there is nothing to release
 
     def begin_epoch(self, first_step: int, began: int) -> None:
         """Batches of the epoch are numbered from ``first_step``; the next stage's next step is ``began``."""

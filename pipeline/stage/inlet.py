@@ -15,7 +15,7 @@ when the first stage has seen all its data and its mark has come, behind the las
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -85,14 +85,17 @@ class Inlet:
     """Base of all inlets: without anything to wait for, replay or order.
 
     Attributes:
-        wait_s: seconds that this stage has waited for input.
         directive: what all stages are to do after the step at work.
     """
 
-    wait_s = 0.0
     directive = Directive.GO
 
-    def steps(self, epoch: int, first: int, began: int, end: int) -> Iterator[int]:
+    @property
+    def wait_s(self) -> float:
+        """Seconds that this stage has waited for input."""
+        return 0.0
+
+    def steps(self, epoch: int, first: int, began: int, end: int) -> Generator[int, None, None]:
         """The number of every step to do in an epoch of the steps ``first`` .. ``end`` - 1 of the first stage, of which
         those before ``began`` are done. Close it when the epoch is left early."""
         yield from range(began, end)
@@ -105,7 +108,7 @@ class Inlet:
         """The step before which the first stage has ended the epoch."""
         return end
 
-    def tests(self, epoch: int, step: int, count: int) -> Iterator[int]:
+    def tests(self, epoch: int, step: int, count: int) -> Generator[int, None, None]:
         """A number for each of the ``count`` batches of a test, from ``step`` on. Close it when left early."""
         yield from range(step, step + count)
 
@@ -150,6 +153,8 @@ class DataInlet(Inlet):
         progress: told when a batch is read.
     """
 
+    wait_s = 0.0
+
     def __init__(
         self,
         feed: Feed,
@@ -167,7 +172,7 @@ class DataInlet(Inlet):
         self._progress = progress
         self._parts: list[Input] = []
 
-    def steps(self, epoch: int, first: int, began: int, end: int) -> Iterator[int]:
+    def steps(self, epoch: int, first: int, began: int, end: int) -> Generator[int, None, None]:
         self._held, self._ended_at = Directive.GO, began
         batches = self._feed.train(epoch, began - first)
         try:
@@ -190,7 +195,7 @@ class DataInlet(Inlet):
         self.directive = self._held
         return self._ended_at
 
-    def tests(self, epoch: int, step: int, count: int) -> Iterator[int]:
+    def tests(self, epoch: int, step: int, count: int) -> Generator[int, None, None]:
         batches = self._feed.test()
         try:
             for number in range(step, step + count):
@@ -259,7 +264,7 @@ class RingInlet(EdgeInlet):
         self._ring = receiver
         self._next_step = 0
 
-    def steps(self, epoch: int, first: int, began: int, end: int) -> Iterator[int]:
+    def steps(self, epoch: int, first: int, began: int, end: int) -> Generator[int, None, None]:
         self._next_step = max(self._next_step, began)
         started = False
         while self._ring.ready(epoch, started):

@@ -91,7 +91,8 @@ class Recorder:
             assert isinstance(mark, float)
             return mark + self._offset_s
         origin, host_s = self._origin
-        return host_s + origin.elapsed_time(mark) / 1e3 + self._offset_s
+        since_origin_ms: float = origin.elapsed_time(mark)
+        return host_s + since_origin_ms / 1e3 + self._offset_s
 
 
 def clock_offset_s(team: Team, rounds: int = 5) -> float:

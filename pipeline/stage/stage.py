@@ -20,13 +20,13 @@ import torch
 
 from pipeline.base.errors import NonFiniteError
 from pipeline.base.flow import MAIN, Tensors
-from pipeline.edges.connect import Edges
 from pipeline.edges.wire import Directive, Header, MessageKind
 from pipeline.local.local_module import LocalModule
 from pipeline.local.micro_batch import BatchKey, MicroBatch
 from pipeline.stage.counters import Counters
 from pipeline.stage.gradients import GRADIENT, GradientInlet
 from pipeline.stage.inlet import ACTIVATION, IMAGE, LABELS, Inlet, Input, payload
+from pipeline.stage.neighbours import Neighbours
 from pipeline.stage.schedule import Action, Kind, Message, messages_sent
 from pipeline.stage.watch import Watch
 from pipeline.stage.weights_upstream import WeightsUpstream
@@ -51,7 +51,7 @@ class Stage:
         modules: Sequence[LocalModule],
         schedule: Sequence[Action],
         inlet: Inlet,
-        edges: Edges,
+        edges: Neighbours,
         gradient_order: Sequence[tuple[int, Message]] = (),
         forward_image: bool = False,
         marks_epochs: bool = False,
@@ -99,15 +99,14 @@ class Stage:
                     case Kind.CASCADE:
                         module.cascade(batch)
                     case Kind.RELAY:
-                        gradients = module.relay(batch, action.key)
-                        self._send_upstream(action, batch, gradients, epoch)
+                        assert action.key is not None
+                        self._send_upstream(action, batch, module.relay(batch, action.key), epoch)
                     case Kind.INDEPENDENT:
                         module.independent(batch)
                     case Kind.FINAL:
                         module.final(batch)
                     case Kind.BACKWARD:
-                        gradients = module.backward(batch)
-                        self._send_upstream(action, batch, gradients, epoch)
+                        self._send_upstream(action, batch, module.backward(batch), epoch)
                         self._close(module, batch)
                     case Kind.UPDATE:
                         self._update(module, batch[0])
