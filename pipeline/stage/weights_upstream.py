@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.edges.connect import Edges
 from pipeline.edges.wire import Header, MessageKind
 from pipeline.local.local_module import LocalModule
+from pipeline.stage.neighbours import Neighbours
 from pipeline.stage.schedule import Action, Kind
 
 WEIGHTS = "weights"
@@ -28,7 +28,7 @@ class WeightsUpstream:
         modules: of the stage.
     """
 
-    def __init__(self, edges: Edges, schedule: Sequence[Action], modules: Mapping[int, LocalModule]) -> None:
+    def __init__(self, edges: Neighbours, schedule: Sequence[Action], modules: Mapping[int, LocalModule]) -> None:
         self._edges = edges
         self._modules = modules
         self._adopting = next((a for a in schedule if a.kind is Kind.ADOPT and a.module == max(modules)), None)

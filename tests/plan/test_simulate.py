@@ -275,4 +275,4 @@ def test_weights_upstream_cost_time_only_where_they_are_due_before_they_come() -
         schedules = stage_schedules(plans, place(4, 4), 1, upstream=Upstream(1, lag))
         period[lag] = step_s(simulate(plans, schedules, costs, 16, latency_s=0.5))
     assert period[4] == pytest.approx(free)
-    assert period[1] == pytest.approx(free + 1.0)  # there and back: the next stage's step before has just ended
+    assert free + 0.5 < period[1] <= free + 1.0  # there and back: a stage waits for the next one's step before
