@@ -18,10 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from leftovers import MARK, Before, left_by_all, left_by_worker
-
-TOGETHER = "LOCALPIPE_TEST_WORKERS"
-"""In the environment: a directory that the workers share."""
+from leftovers import MARK, TOGETHER, Before, left_by_all, left_by_worker
 
 # torch asks for the name of every address it connects to. Where no name server answers, that takes five seconds of each
 # connection, unless it is told not to wait so long.

@@ -3,6 +3,7 @@ last test is over, test_leftovers.py that it would be found."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 MARK = "LOCALPIPE_TEST_SESSION"
 """In the environment of every process that a test starts, directly or through others."""
+TOGETHER = "LOCALPIPE_TEST_WORKERS"
+"""In the environment of the workers of pytest-xdist, and of what they start: a directory that they share."""
 SHARED_MEMORY = Path("/dev/shm")
 NOT_OURS = {".git", ".venv", "__pycache__", ".pytest_cache", ".ruff_cache", "build"}
 LISTEN = "0A"
@@ -82,16 +85,47 @@ def listening_ports() -> list[int]:
 
 
 def shared_memory(since: float) -> list[str]:
-    """Files of this user in /dev/shm that are younger than ``since``."""
+    """Files of this user in /dev/shm that are younger than ``since``, but those that processes of other test sessions,
+    or of other programs, have in use: they come and go on a machine that is shared."""
     found = []
+    foreign = held_by_others()
     for path in SHARED_MEMORY.iterdir() if SHARED_MEMORY.is_dir() else ():
         try:
             state = path.stat()
         except OSError:
             continue
-        if state.st_uid == os.getuid() and state.st_mtime > since:
+        if state.st_uid == os.getuid() and state.st_mtime > since and state.st_ino not in foreign:
             found.append(path.name)
     return found
+
+
+def held_by_others() -> set[int]:
+    """Inodes in /dev/shm that are mapped or open in a process which is not of this session."""
+    found: set[int] = set()
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit() or _ours(folder):
+            continue
+        with contextlib.suppress(OSError):  # ended meanwhile, or of another user
+            mapped = [line.split(maxsplit=5) for line in (folder / "maps").read_text().splitlines()]
+            found |= {int(fields[4]) for fields in mapped if fields[-1].startswith(f"{SHARED_MEMORY}/")}
+            for file in (folder / "fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                    if os.readlink(file).startswith(f"{SHARED_MEMORY}/"):
+                        found.add(file.stat().st_ino)
+    return found
+
+
+def _ours(folder: Path) -> bool:
+    """Whether a process belongs to this session: this one and its descendants, other workers, and what they started."""
+    marks = {f"{name}={os.environ[name]}".encode() for name in (MARK, TOGETHER)}
+    with contextlib.suppress(OSError):
+        if marks & set((folder / "environ").read_bytes().split(b"\0")):
+            return True
+        while folder.name not in ("0", "1"):
+            if int(folder.name) == os.getpid():
+                return True
+            folder = folder.parent / (folder / "stat").read_text().rpartition(")")[2].split()[1]
+    return False
 
 
 def left_by_worker(before: Before) -> dict[str, list[str]]:
@@ -110,7 +144,7 @@ def left_by_worker(before: Before) -> dict[str, list[str]]:
 def left_by_all(before: Before) -> dict[str, list[str]]:
     """What cannot be told apart by worker; for the last of them to look."""
     files = sorted(str(path) for path in files_of_checkout() - before.files)
-    return {"shared memory": shared_memory(before.began), "files": files}
+    return {"shared memory": lasting(lambda: shared_memory(before.began)), "files": files}
 
 
 def within(seconds: float, found: Callable[[], list[str]]) -> list[str]:
@@ -119,3 +153,11 @@ def within(seconds: float, found: Callable[[], list[str]]) -> list[str]:
     while (left := found()) and time.monotonic() < end:
         time.sleep(0.1)
     return left
+
+
+def lasting(found: Callable[[], list[str]]) -> list[str]:
+    """What two looks find: a file of somebody else is nobody's for the moment between its creation and its use."""
+    first = set(found())
+    if first:
+        time.sleep(0.5)
+    return [name for name in found() if name in first]

@@ -78,13 +78,15 @@ def tiny_config(
     return validate(from_dict(values))
 
 
-def tiny_plan(config: Config, ranks: int = 1) -> Plan:
-    return make_plan(config, tiny_blocks(), Task(CLASSES, IMAGE), ranks)
+def tiny_plan(config: Config, ranks: int = 1, image: tuple[int, ...] = IMAGE) -> Plan:
+    return make_plan(config, tiny_blocks(), Task(CLASSES, image), ranks)
 
 
-def tiny_stage(config: Config, dtype: torch.dtype = torch.float32) -> tuple[Stage, list[LocalModule], Plan]:
+def tiny_stage(
+    config: Config, dtype: torch.dtype = torch.float32, image: tuple[int, ...] = IMAGE
+) -> tuple[Stage, list[LocalModule], Plan]:
     """All modules of the tiny network in one stage without neighbours."""
-    plan = tiny_plan(config)
+    plan = tiny_plan(config, image=image)
     modules = build_modules(plan, 0, tiny_blocks(), Numerics(torch.device("cpu"), dtype, False), fresh=True)
     inlet = BatchInlet(micro_batches=config.schedule.micro_batches)
     return Stage(modules, plan.schedules[0], inlet, Edges()), modules, plan
@@ -104,9 +106,11 @@ def evaluate_on(stage: Stage, epoch: int, step: int, batch: Batch) -> None:
     stage.test_step(epoch, step)
 
 
-def tiny_batch(step: int = 0, rows: int = 8, dtype: torch.dtype = torch.float32) -> Batch:
+def tiny_batch(
+    step: int = 0, rows: int = 8, dtype: torch.dtype = torch.float32, image_shape: tuple[int, ...] = IMAGE
+) -> Batch:
     generator = torch.Generator().manual_seed(step)
-    image = torch.randint(0, 256, (rows, *IMAGE), generator=generator, dtype=torch.uint8)
+    image = torch.randint(0, 256, (rows, *image_shape), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, CLASSES, (rows,), generator=generator)
     return Batch(image.to(dtype) / 127.5 - 1.0, labels, image)
 

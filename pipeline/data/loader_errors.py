@@ -60,9 +60,15 @@ def _compare(tensors: Tensors, which: str, inputs: Specs) -> None:
             "every batch"
         )
     for name, spec in inputs.items():
+        what, shape = "images" if inputs.keys() == {MAIN} else f"'{name}'", tuple(tensors[name].shape[1:])
+        floating = tensors[name].is_floating_point() or (name == MAIN and tensors[name].dtype == torch.uint8)
+        if floating != spec.dtype.is_floating_point or not (floating or tensors[name].dtype == spec.dtype):
+            raise ConfigError(
+                f"the {which} loader gave {what} {_tensor(tensors[name])} after {what} of "
+                f"{str(spec.dtype).removeprefix('torch.')}; give one dtype in all batches"
+            )
         if spec.fits(tensors[name]):
             continue
-        what, shape = "images" if inputs.keys() == {MAIN} else f"'{name}'", tuple(tensors[name].shape[1:])
         if spec.varies:
             raise ConfigError(
                 f"the {which} loader gave {what} of shape {shape}, the longest may have {spec.shape}; cut them, or "

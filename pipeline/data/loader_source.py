@@ -194,9 +194,11 @@ def input_specs(tensors: Tensors, max_length: int = 0) -> Specs:
     """What one batch shows of all.
 
     Raises:
-        ConfigError: it is longer than ``max_length``, which is not 0.
+        ConfigError: it is longer than ``max_length``, which is not 0; it holds images, which have no length.
     """
     length = tensors[MAIN].size(1)
+    if max_length and tensors[MAIN].dim() == 4:
+        raise ConfigError(f"max_length = {max_length} is for sequences, but the train loader gave images; leave it out")
     if max_length and length > max_length:
         raise ConfigError(f"max_length = {max_length}, but the train loader gave batches of length {length}; raise it")
     specs = {}

@@ -69,8 +69,8 @@ class ClassifierHead(AuxiliaryHead):
     def window(self, height: int, width: int) -> tuple[int, int]:
         first = self.head[0] if isinstance(self.head, nn.Sequential) else None
         if isinstance(first, PoolTo2d):
-            sides = height // first.side, width // first.side
-            even = (height, width) == (sides[0] * first.side, sides[1] * first.side)
+            sides = height // first.sides[0], width // first.sides[1]
+            even = (height, width) == (sides[0] * first.sides[0], sides[1] * first.sides[1])
         elif isinstance(first, nn.AvgPool2d):
             assert isinstance(first.kernel_size, tuple)
             sides = first.kernel_size
@@ -177,7 +177,7 @@ def dgl_head(shape: FeatureShape, classes: int, kind: str) -> nn.Sequential:
 
     `auglocal` is mlp-sr with two hidden linear layers without bias. All are listed in docs/methods.md.
     """
-    channels, size = shape[0], shape[1]
+    channels, height, width = shape
     layers: list[nn.Module] = []
     if kind == "cnn":
         for _ in range(2):
@@ -188,7 +188,7 @@ def dgl_head(shape: FeatureShape, classes: int, kind: str) -> nn.Sequential:
             ]
         layers += [PoolTo2d(2), nn.BatchNorm2d(channels), nn.Flatten(), nn.Linear(4 * channels, classes)]
         return nn.Sequential(*layers)
-    layers.append(PoolTo2d(math.ceil(size / 4)))
+    layers.append(PoolTo2d((math.ceil(height / 4), math.ceil(width / 4))))
     if kind != "mlp":
         for _ in range(3):
             layers += [

@@ -202,22 +202,23 @@ class _GlobalMean(torch.autograd.Function):
 
 
 class PoolTo2d(nn.AdaptiveAvgPool2d):
-    """``nn.AdaptiveAvgPool2d(side)`` with the cheapest exact operation for the size at hand."""
+    """``nn.AdaptiveAvgPool2d`` to ``sides``, one number or (height, width), with the cheapest exact operation for the
+    size at hand."""
 
-    def __init__(self, side: int) -> None:
-        super().__init__(side)
-        self.side = side
+    def __init__(self, sides: int | tuple[int, int]) -> None:
+        super().__init__(sides)
+        self.sides = (sides, sides) if isinstance(sides, int) else sides
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, side, side)."""
-        height, width = x.size(2), x.size(3)
-        if height == width == self.side:
+        """(B, C, H, W) -> (B, C, *sides)."""
+        size, (rows, columns) = (x.size(2), x.size(3)), self.sides
+        if size == self.sides:
             return x
-        if height == width == 1:
-            return x.expand(-1, -1, self.side, self.side)
-        if self.side == 1:
-            mean: Tensor = _GlobalMean.apply(x)
-            return mean
-        if height % self.side == 0 and width % self.side == 0:
-            return F.avg_pool2d(x, (height // self.side, width // self.side))
+        if size == (1, 1):
+            return x.expand(-1, -1, rows, columns)
+        if self.sides == (1, 1):
+            pooled: Tensor = _GlobalMean.apply(x)
+            return pooled
+        if size[0] % rows == 0 and size[1] % columns == 0:
+            return F.avg_pool2d(x, (size[0] // rows, size[1] // columns))
         return super().forward(x)

@@ -81,6 +81,10 @@ class Heartbeat:
 
     # -- the main thread -----------------------------------------------------------------------------------------------
 
+    def start(self) -> None:
+        """Let this rank's time begin now: the sentinel ticks from here on."""
+        self._counted = (0.0, time.monotonic())
+
     def describe(self, modules: str) -> None:
         """Say with the next tick what this rank runs."""
         self._modules = modules
@@ -115,7 +119,7 @@ class Heartbeat:
         chain, rank = [self._rank], peer
         while rank not in chain:
             if self._silence(rank) >= self._limit_s:
-                return self.obituary()
+                return self.line_for_the_silent()
             chain.append(rank)
             beat = self._beats.get(rank)
             if beat is None:
@@ -172,7 +176,7 @@ class Heartbeat:
         waited = 0.0 if asking is None else time.monotonic() - asking
         return waited if waited >= self._limit_s else 0.0
 
-    def obituary(self) -> str:
+    def line_for_the_silent(self) -> str:
         """Who has been silent for too long, and who waits for them."""
         # Beats are a period apart: who stopped at the same time may have been heard of a little later.
         silent = [rank for rank in self._ring if self._silence(rank) >= self._limit_s - 2 * self.period_s]

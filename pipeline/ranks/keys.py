@@ -1,7 +1,7 @@
 """Every key in the stores of a job, in one place, so that no two uses of a store can mean the same key.
 
     the store of one run in one attempt (Team.store)                 who sets it, and who reads it
-        process/<rank>  failure  nonfinite/<rank>  left/<rank>       how ranks fail and leave: failure.py
+        process/<rank>  failure  nonfinite/<rank>  left/<rank>       how ranks fail and leave: peers, election
         stop            beat/<rank>                                  what signals ask for; who is alive: heartbeat.py
         groups/...                                                   torch.distributed, for its process groups
         meet/<place>/<rank>  value/<name>/<rank>                     Team: meetings, and what all tell all

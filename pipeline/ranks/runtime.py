@@ -1,8 +1,8 @@
-"""From the launcher's environment to a working rank: device, threads, groups, failure desk, orderly end.
+"""From the launcher's environment to a working rank: device, threads, groups, failures, orderly end.
 
     torchrun, srun: WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT      plain python: none of these
           |                                                                           |
-    store (of the launcher, or on rank 0) -> desk -> device -> process groups         desk -> device
+    store (of the launcher, or on rank 0) -> team -> device -> process groups         team -> device
           |                                                                           |
     with Runtime() as runtime: ...                                                    the same code, no group
 
@@ -27,7 +27,7 @@ import torch.distributed as dist
 from pipeline.base.errors import ConfigError
 from pipeline.ranks import launcher
 from pipeline.ranks.attempt import Job, launcher_serves
-from pipeline.ranks.failure import FailureDesk
+from pipeline.ranks.failure import FailureReporter
 from pipeline.ranks.keys import Key
 from pipeline.ranks.resources import usable_cores
 from pipeline.ranks.team import Team
@@ -109,15 +109,15 @@ class Runtime:
     """Context manager around everything a rank does.
 
     Attributes:
-        rank, world_size, local_rank, local_world_size: from the launcher; 0, 1, 0, 1 for one process.
         team: all ranks of the run, and this one among them.
+        local_rank, local_world_size: which of how many on its machine, from the launcher; 0, 1 for one process.
         device: compute device. backend: "nccl" or "gloo", for the edges.
         threads: intra-op threads.
-        desk: the FailureDesk. An exception that leaves the ``with`` block goes there and ends all ranks.
+        failures: reports them. An exception that leaves the ``with`` block goes there and ends all ranks.
 
     Nothing before the first step takes longer than ``setup_deadline_s`` (or ``deadline_s``, if that is more), nothing
     after it longer than ``deadline_s``. With ``graceful`` a signal only asks for a stop (see
-    :meth:`FailureDesk.stop_gracefully`).
+    :meth:`FailureReporter.stop_gracefully`).
     """
 
     def __init__(
@@ -129,40 +129,28 @@ class Runtime:
         run_dir: Path | None = None,
         graceful: bool = False,
     ) -> None:
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
-        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-        self.deadline_s = deadline_s
-        self._setup_deadline_s = setup_deadline_s
-        self.run_dir = run_dir
+        self._size = int(os.environ.get("WORLD_SIZE", "1"))
+        self._rank = int(os.environ.get("RANK", "0"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self._rank))
+        self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self._size))
+        self.failures = FailureReporter(self._rank, self._size, deadline_s, setup_deadline_s, run_dir)
+        self._deadline_s = deadline_s
         self._graceful = graceful
         self._device_request = device
         self._threads_request = threads
 
     def __enter__(self) -> Runtime:
-        """Raises nothing: what fails here is reported by the desk, once for the whole job."""
+        """Raises nothing: what fails here is reported, once for the whole job."""
         self.threads = set_threads(self._threads_request, self.local_world_size)
-        self.desk = FailureDesk(None, self.rank, self.world_size, run_dir=self.run_dir)
-        if self.world_size > 1 and launcher.refused_before():
+        if self._size > 1 and launcher.refused_before():
             os._exit(1)  # what cannot change has been said by the attempt before
         launcher.register()
         try:
-            store, memory = _job(self.rank, self.world_size).next_run(self.deadline_s)
-            if self.world_size > 1:
-                self.desk = FailureDesk(
-                    store,
-                    self.rank,
-                    self.world_size,
-                    run_dir=self.run_dir,
-                    store_host=self._store_host(),
-                    deadline_s=self.deadline_s,
-                    setup_deadline_s=self._setup_deadline_s,
-                )
-            ranks = (self.rank, self.world_size)
-            self.team = Team(*ranks, store, memory, self.deadline_s, self.desk.heart)
+            store, memory = _job(self._rank, self._size).next_run(self._deadline_s)
+            self.team = Team(self._rank, self._size, store, memory, self._deadline_s, self.failures.heart)
+            self.failures.join(self.team, self._store_host())
             if self._graceful:
-                self.desk.stop_gracefully()
+                self.failures.stop_gracefully()
             self.device, self.backend = choose_device(
                 self._device_request, self.local_rank, self.local_world_size
             )
@@ -170,21 +158,21 @@ class Runtime:
                 torch.cuda.set_device(self.device)
             else:
                 keep_freed_memory()
-            if self.world_size > 1:
+            if self._size > 1:
                 self._init_groups()
         except BaseException as exc:
-            self.desk.report(exc)
+            self.failures.report(exc)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         if exc is not None and not (isinstance(exc, SystemExit) and exc.code in (None, 0)):
-            self.desk.report(exc)
+            self.failures.report(exc)
         try:
             self.close()
         except Exception as late:
-            self.desk.report(late)
+            self.failures.report(late)
 
     def close(self) -> None:
         """Leave together: a rank that goes while a peer still waits for it would look like a failure."""
@@ -193,10 +181,10 @@ class Runtime:
             team.meet("the end", "finish")
             dist.destroy_process_group()
             team.group = None
-        self.desk.close()
+        self.failures.close()
         if team.size > 1 and self._store_host() == team.rank:
             # The server of the store ends with this process: the others must be done with it. Without patience: what
-            # told it of the others has ended with the desk.
+            # told it of the others has ended with the reporter of failures.
             Team(team.rank, team.size, team.store, deadline_s=team.deadline_s).wait_for(team.each(Key.LEFT), "leave")
 
     def _store_host(self) -> int | None:
@@ -204,12 +192,12 @@ class Runtime:
         return None if launcher_serves() else 0
 
     def _init_groups(self) -> None:
-        timeout = timedelta(seconds=self.deadline_s)
+        timeout = timedelta(seconds=self.team.deadline_s)
         dist.init_process_group(
             self.backend,
             store=dist.PrefixStore(Key.GROUPS(), self.team.store),
-            rank=self.rank,
-            world_size=self.world_size,
+            rank=self.team.rank,
+            world_size=self.team.size,
             timeout=timeout,
             device_id=self.device if self.backend == "nccl" else None,
         )

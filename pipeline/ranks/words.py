@@ -7,6 +7,8 @@ import traceback
 from pathlib import Path
 
 from pipeline.base.errors import ConfigError, LocalpipeError
+from pipeline.ranks.heartbeat import Heartbeat
+from pipeline.ranks.peers import Peers
 
 Place = tuple[int, int, str]
 """Epoch, step (-1 before the first) and what the rank was at."""
@@ -24,6 +26,11 @@ def doing(rank: int, place: Place) -> str:
     """``"rank 1 was computing (epoch 1 step 2)"``"""
     epoch, step, activity = place
     return f"rank {rank} was {activity}" + (f" (epoch {epoch} step {step})" if step >= 0 else "")
+
+
+def stopped_by_ctrl_c(place: Place) -> str:
+    """The line of a rank that ctrl-C has ended."""
+    return f"stopped by ctrl-C{where(place)}"
 
 
 def own_story(error: BaseException, rank: int, module: str | None, place: Place, run_dir: Path | None) -> str:
@@ -47,3 +54,26 @@ def own_story(error: BaseException, rank: int, module: str | None, place: Place,
     epoch, step, _ = place
     parts = [f"rank {rank}", module, f"epoch {epoch} step {step}" if step >= 0 else "before the first step"]
     return ", ".join(filter(None, parts)) + f": {text[:LONGEST]}{at}"
+
+
+def line_for_the_dead(peers: Peers, heart: Heartbeat, witness: str, peer: int = -1) -> str:
+    """The line for ranks that left no message.
+
+    Args:
+        witness: what this rank saw.
+        peer: whom it lost, if it knows: on another machine it may not see more.
+    """
+    if peers.store is None:
+        return witness
+    dead = peers.dead()
+    if peers.store_gone:  # then nobody can be told from one who left in order
+        dead = [] if peers.store_host is None else [peers.store_host]
+    if not dead:
+        what = "the launcher has ended; " if peers.orphaned() else ""
+        if peer >= 0 and not what:
+            what = f"rank {peer} ({peers.modules(peer)}) is gone, its machine or its network; "
+        return what + witness
+    named = ", ".join(f"rank {rank} ({peers.modules(rank)})" for rank in dead)
+    if heart.unanswered_s():
+        return f"{named} does not answer (stopped? machine gone?); {witness}"
+    return f"{named} died without a message (killed? out of memory?); {witness}"

@@ -89,14 +89,14 @@ def begin(
     start, path = team.broadcast((start, path))
     assert path is not None  # rank 0 has chosen it
     directory = RunDirectory(Path(path))
-    runtime.desk.run_dir = directory.path
+    runtime.failures.run_dir = directory.path
     refuse_private_directory(team, directory.path)
     return start, directory, lock
 
 
 def asked_to_stop(runtime: Runtime) -> str | None:
     """Which signal has come to any rank so far. Collective."""
-    requests = runtime.team.gather(runtime.desk.stop_request())
+    requests = runtime.team.gather(runtime.failures.stop_request())
     return runtime.team.broadcast(next((request for request in requests or () if request), None))
 
 
@@ -107,7 +107,7 @@ def open_source(
     source: Source | None = None
     if runtime.team.leads:
         if data is not None:
-            source = LoaderSource(data, config, numerics, runtime.desk.progress)
+            source = LoaderSource(data, config, numerics, runtime.failures.progress)
         else:
             source = ImageSource(config, numerics)
     data_spec = runtime.team.broadcast(source.data_spec if source is not None else None)

@@ -16,8 +16,8 @@ from pipeline.local.module_state import BUSY, restore_module
 from pipeline.plan.assembly import Plan
 from pipeline.plan.memory import explain_out_of_memory
 from pipeline.ranks.runtime import Runtime
-from pipeline.run.conductor import Conductor
 from pipeline.run.loop import total_steps
+from pipeline.run.orders import SaveOrStop
 from pipeline.stage.inlet import DataInlet, Inlet, edge_inlet
 from pipeline.stage.stage import Stage
 from pipeline.stage.watch import Progress, Watch
@@ -73,13 +73,13 @@ def connect_stage(plan: Plan, numerics: Numerics, runtime: Runtime) -> Edges:
 
 
 def inlet_of(
-    edges: Edges, source: Source | None, config: Config, conductor: Conductor, progress: Progress
+    edges: Edges, source: Source | None, config: Config, orders: SaveOrStop, progress: Progress
 ) -> Inlet:
     """Where the input of this rank comes from."""
     if edges.activation_in is not None:
         return edge_inlet(edges.activation_in)
     assert source is not None
-    return DataInlet(source, config.schedule.micro_batches, conductor, config.schedule.kind == "free", progress)
+    return DataInlet(source, config.schedule.micro_batches, orders, config.schedule.kind == "free", progress)
 
 
 def stage_of(
@@ -124,4 +124,4 @@ def explained_failures(
         explained = explain_out_of_memory(error, plan, runtime.team.rank, numerics, modules)
         action = watch.current
         module = None if action is None else f"module {action.module} ({plan.cut.label(action.module)})"
-        runtime.desk.report(explained or error, module)
+        runtime.failures.report(explained or error, module)

@@ -32,7 +32,7 @@ from pipeline.local.optimiser import learning_rate
 from pipeline.plan.assembly import Plan, write_plan
 from pipeline.ranks.runtime import Runtime
 from pipeline.report.view import View
-from pipeline.run.conductor import Conductor
+from pipeline.run.orders import SaveOrStop
 from pipeline.run.telemetry import Telemetry, merge
 from pipeline.stage.stage import Stage
 from pipeline.store.records import EpochProgress, EpochRecord
@@ -59,7 +59,7 @@ class Run:
     directory: RunDirectory
     lock: RunLock | None
     saver: Saver
-    conductor: Conductor
+    orders: SaveOrStop
     view: View | None
     custom_network: bool
 
@@ -123,7 +123,7 @@ class Loop:
 
     def finish(self) -> str | None:
         """Wait for the last save; why it failed, None if it did not. Collective."""
-        self._run.runtime.desk.progress(self.epochs, self.step, "waiting for its last checkpoint")
+        self._run.runtime.failures.progress(self.epochs, self.step, "waiting for its last checkpoint")
         self._run.saver.join()
         self._warn()
         return self._run.runtime.team.broadcast(self._run.saver.error())
@@ -187,7 +187,7 @@ class Loop:
         if self._saved == (self.step, self._finished):
             return
         self._saved = (self.step, self._finished)
-        run.runtime.desk.progress(epoch, self.step, "saving")
+        run.runtime.failures.progress(epoch, self.step, "saving")
         states = {index: module_state(module) for index, module in stage.modules.items()}
         for index, busy_s in stage.watch.busy_s.items():
             states[index][BUSY] = torch.tensor(busy_s, dtype=torch.float64)
@@ -204,7 +204,7 @@ class Loop:
                 time.monotonic() - self._epoch_began if inside else 0.0,
             )
             document = self._document(epoch, position)
-            run.conductor.saved()
+            run.orders.saved()
         run.saver.save(self.step, states, document)
         self._warn()
 

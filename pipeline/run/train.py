@@ -37,9 +37,9 @@ from pipeline.run.beginning import (
     show_beginning,
 )
 from pipeline.run.building import connect_stage, explained_failures, inlet_of, open_checkpoint, restore, stage_of
-from pipeline.run.conductor import Conductor
 from pipeline.run.ending import Outcome, finish, stopped, unsaved
 from pipeline.run.loop import Loop, Run
+from pipeline.run.orders import SaveOrStop
 from pipeline.run.telemetry import Telemetry
 from pipeline.stage.schedule import Action
 from pipeline.stage.watch import Watch
@@ -86,7 +86,7 @@ def train(
         Exception: in one process, whatever it was, with a note that says where, and with its traceback in the run
             directory: ConfigError for what is refused before the first step, NonFiniteError, MemoryExhausted,
             DataError, SaveFailed, KeyboardInterrupt. On several ranks nothing: a failure on any rank ends all processes
-            with one line (see :class:`pipeline.ranks.failure.FailureDesk`).
+            with one line (see :class:`pipeline.ranks.failure.FailureReporter`).
 
     The first SIGTERM or SIGINT on any rank stops all ranks after the same step, with a checkpoint; a second SIGINT at
     once.
@@ -94,10 +94,10 @@ def train(
     settings = config.runtime
     limits = (settings.deadline_s, settings.setup_deadline_s)
     with Runtime(settings.device, settings.threads, *limits, graceful=True) as runtime, ExitStack() as held:
-        team, desk = runtime.team, runtime.desk
+        team, failures = runtime.team, runtime.failures
         config = named_after(validate(config), network, data)
 
-        desk.progress(-1, -1, "choosing where to start")  # the cheap refusals first
+        failures.progress(-1, -1, "choosing where to start")  # the cheap refusals first
         numerics = refuse_early(config, network, runtime)
         agree_on_all(team, config)
         start, directory, lock = begin(config, run_dir, resume, runtime, held)
@@ -105,20 +105,20 @@ def train(
         if reason is not None and start.checkpoint is None:  # before what may take minutes
             return stopped(team, Outcome(directory, reason, 0, None))
 
-        desk.progress(-1, -1, "opening the data")
+        failures.progress(-1, -1, "opening the data")
         source, data_spec = open_source(config, data, numerics, runtime)
-        desk.progress(-1, -1, "placing the local modules")
+        failures.progress(-1, -1, "placing the local modules")
         blocks, task = blocks_and_task(config, network, data_spec)
         plan, placement = placed_plan(config, blocks, task, numerics, runtime, data_spec.inputs)
         if team.leads:
             write_plan(plan, directory.path / PLAN)
-        desk.describe(plan.stage_label(team.rank))
+        failures.describe(plan.stage_label(team.rank))
 
-        desk.progress(-1, -1, "building the local modules")
+        failures.progress(-1, -1, "building the local modules")
         view = held.enter_context(closing(open_view(quiet=quiet))) if team.leads else None
         if view is not None:
-            desk.before_exit = view.close  # a live view hides the cursor
-        watch = Watch(desk.progress, before_action)
+            failures.before_exit(view.close)  # a live view hides the cursor
+        watch = Watch(failures.progress, before_action)
         modules: list[LocalModule] = []
         held.enter_context(explained_failures(runtime, plan, numerics, modules, watch))
         modules += build_modules(plan, team.rank, blocks, numerics, fresh=network is None)
@@ -126,8 +126,8 @@ def train(
         saved = open_checkpoint(start, plan, data_spec)
         edges = connect_stage(plan, numerics, runtime)
         recorder = watch.recorder = tracing.attach(runtime, plan, edges) if trace else None
-        conductor = Conductor(config.checkpoint, desk.stop_request)
-        inlet = inlet_of(edges, source, config, conductor, desk.progress)
+        orders = SaveOrStop(config.checkpoint, failures.stop_request)
+        inlet = inlet_of(edges, source, config, orders, failures.progress)
         stage = stage_of(plan, team.rank, modules, inlet, edges, watch)
         position, records = restore(stage, saved)
         devices = team.gather(str(runtime.device))
@@ -149,7 +149,7 @@ def train(
             directory=directory,
             lock=lock,
             saver=Saver(team, folder, config.checkpoint),
-            conductor=conductor,
+            orders=orders,
             view=view,
             custom_network=network is not None,
         )
@@ -167,8 +167,8 @@ def train(
         if outcome is Directive.STOP:
             if problem is not None:
                 raise SaveFailed(f"stopped at step {loop.step}, but {unsaved(problem)}")
-            reason = team.broadcast(conductor.reason)
-            assert reason is not None  # the conductor has asked for it
+            reason = team.broadcast(orders.reason)
+            assert reason is not None  # that is why it stops
             return stopped(team, Outcome(directory, reason, loop.step, checkpoint.step_folder(folder, loop.step)), view)
         summary = finish(run, loop, modules)
         if recorder is not None:

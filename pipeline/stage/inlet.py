@@ -74,7 +74,7 @@ class Feed(Protocol):
 
 
 class Orders(Protocol):
-    """What all stages are to do, as of :class:`pipeline.run.conductor.Conductor`."""
+    """What all stages are to do, as of :class:`pipeline.run.orders.SaveOrStop`."""
 
     def after(self, step: int) -> Directive: ...
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline import ConfigError, LoaderData, train
 from pipeline.base.errors import DataError
+from pipeline.base.flow import TensorSpec
 from pipeline.base.numerics import Numerics
 from pipeline.data.loader_source import LoaderSource
 from pipeline.data.normaliser import Normaliser
@@ -62,6 +63,39 @@ def test_a_later_batch_is_looked_at_as_well() -> None:
         next(batches)
     with pytest.raises(ConfigError, match="the test loader gave a dict with the keys image;"):
         list(source(Batches(), [(IMAGES, LABELS), {"image": IMAGES}]).test())
+
+
+def test_named_tensors_are_given_on_as_they_are_and_their_lengths_known() -> None:
+    ids, mask, table = torch.arange(24).view(8, 3), torch.ones(8, 3, dtype=torch.bool), torch.randn(8, 5).double()
+    long = torch.zeros(8, 6, dtype=torch.int64), torch.ones(8, 6, dtype=torch.bool)
+    batches = [({"x": ids, "mask": mask, "table": table}, LABELS),
+               ({"x": long[0], "mask": long[1], "table": table}, LABELS)]  # fmt: skip
+    data = LoaderSource(LoaderData(batches, batches, max_length=6), tiny_config(), CPU32)
+    assert data.data_spec.inputs == {
+        "x": TensorSpec((6,), torch.int64, (0,)),
+        "mask": TensorSpec((6,), torch.bool, (0,)),
+        "table": TensorSpec((5,), torch.float64),
+    }
+    first, second = data.train(1)
+    assert torch.equal(first.x["x"], ids) and first.x["mask"] is not None and first.image is None
+    assert first.x["table"].dtype == torch.float32 and second.x["x"].shape == (8, 6)
+
+
+def test_what_does_not_fit_the_batches_before_it_is_refused() -> None:
+    ids, mask = torch.zeros(8, 3, dtype=torch.int64), torch.ones(8, 3, dtype=torch.bool)
+    for later, what in (
+        ({"x": ids}, "the train loader gave x where it is to give x, mask; name them alike in every batch"),
+        ({"x": ids, "mask": mask.float()}, r"gave 'mask' float32 \(8, 3\) after 'mask' of bool; give one dtype"),
+        ({"x": ids.float(), "mask": mask}, r"gave 'x' float32 \(8, 3\) after 'x' of int64; give one dtype"),
+        ({"x": ids, "mask": mask[:, :2]}, r"'mask' of shape \(2,\) after 'mask' of shape \(3,\); make them equal"),
+        ({"x": ids, "mask": mask[:4]}, r"x int64 \(8, 3\), mask bool \(4, 3\) and labels int64 \(8,\); give"),
+    ):
+        batches = source([({"x": ids, "mask": mask}, LABELS), (later, LABELS)]).train(1)
+        next(batches)
+        with pytest.raises(ConfigError, match=what):
+            next(batches)
+    with pytest.raises(ConfigError, match="max_length = 9 is for sequences, but the train loader gave images"):
+        LoaderSource(LoaderData(Batches(), Batches(), max_length=9), tiny_config(), CPU32)
 
 
 def test_a_loader_that_is_empty_after_all_is_refused() -> None:

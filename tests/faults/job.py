@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tiny import tiny_batch, tiny_blocks, tiny_config
 
 from pipeline import LoaderData, train
-from pipeline.ranks.failure import FailureDesk
+from pipeline.ranks.failure import FailureReporter
 from pipeline.stage.schedule import Action
 from pipeline.store import checkpoint
 
@@ -213,15 +213,15 @@ class Faults:
         torch.zeros(2**28)
 
 
-def desk_of(faults: Faults) -> None:
+def strike_at_start(faults: Faults) -> None:
     """Let the faults at START strike as soon as the job handles signals."""
-    stop_gracefully = FailureDesk.stop_gracefully
+    stop_gracefully = FailureReporter.stop_gracefully
 
-    def and_break(desk: FailureDesk) -> None:
-        stop_gracefully(desk)
+    def and_break(reporter: FailureReporter) -> None:
+        stop_gracefully(reporter)
         faults.at(START)
 
-    FailureDesk.stop_gracefully = and_break
+    FailureReporter.stop_gracefully = and_break
 
 
 def main(rank: int, folder: str) -> dict[str, Any]:
@@ -242,7 +242,7 @@ def main(rank: int, folder: str) -> dict[str, Any]:
     model = network(here)
     faults = Faults(here, rank, job, model)
     if any(fault["step"] == START for fault in job["faults"]):
-        desk_of(faults)
+        strike_at_start(faults)
     result = train(
         config,
         network=model,

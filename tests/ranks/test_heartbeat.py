@@ -74,7 +74,7 @@ def test_a_stopped_rank_is_found_within_the_deadline_by_the_one_before_it(four: 
         r"rank 1 \(module 1\) has not been heard of for \d+\.\d s \(stopped\? machine gone\? "
         r"runtime.deadline_s = 10\); rank 0 waits for the gradient of step 7 from rank 1 since 10.0 s; "
         r"rank 2 waits for the gradient of step 7 from rank 1 since 9.5 s",  # as of its beat, which came a tick later
-        four.hearts[0].obituary(),
+        four.hearts[0].line_for_the_silent(),
     )
 
 
@@ -82,7 +82,7 @@ def test_all_stopped_ranks_are_named(four: Ranks) -> None:
     four.stopped = {1, 2}
     four.run(DEADLINE_S)
     assert four.silent() == {0: 1}
-    line = four.hearts[0].obituary()
+    line = four.hearts[0].line_for_the_silent()
     assert re.match(r"rank 1 \(module 1\) has not .*, rank 2 \(module 2\) has not .*\(stopped", line)
     assert "rank 0 (module 0) has been at 'F0.0' of epoch 0 step 7 for" in line
     assert "rank 3" not in line
@@ -95,7 +95,7 @@ def test_a_rank_that_never_said_anything_is_found_as_well(monkeypatch: pytest.Mo
     assert ranks.silent() == {}  # it may still be starting
     ranks.run(DEADLINE_S)
     assert ranks.silent() == {0: 1}
-    assert ranks.hearts[0].obituary().startswith("rank 1 has not been heard of for ")
+    assert ranks.hearts[0].line_for_the_silent().startswith("rank 1 has not been heard of for ")
 
 
 def test_a_job_that_was_suspended_as_a_whole_goes_on(four: Ranks) -> None:

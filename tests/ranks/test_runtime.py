@@ -1,4 +1,4 @@
-"""Runtime and failure desk: one failure, one line, everybody gone within seconds.
+"""Runtime and failures: one failure, one line, everybody gone within seconds.
 
 Three ranks under the command ``torchrun``, under an agent of torchrun, and from the fork server without a launcher
 (rank 0 hosts the store).
@@ -28,7 +28,8 @@ from pipeline.base.errors import ConfigError, line_of
 from pipeline.edges.connect import EdgeSpecs, connect
 from pipeline.edges.wire import FieldSpec, Header, MessageKind, MessageSpec
 from pipeline.ranks import runtime as runtime_module
-from pipeline.ranks.failure import SIGNALS, FailureDesk
+from pipeline.ranks.failure import FailureReporter
+from pipeline.ranks.forks import SIGNALS
 from pipeline.ranks.runtime import Runtime, choose_device, set_threads
 
 ROOT = Path(__file__).parents[2]
@@ -52,14 +53,14 @@ def specs(rank: int) -> EdgeSpecs:
 def job(mode: str, run_dir: str) -> None:
     """Ten steps of a chain; at step 5 something happens to a rank, or to several."""
     with Runtime("cpu", threads=1, deadline_s=DEADLINES_S.get(mode, DEADLINE_S), run_dir=Path(run_dir)) as runtime:
-        rank, desk = runtime.team.rank, runtime.desk
-        desk.stop_gracefully()
+        rank, failures = runtime.team.rank, runtime.failures
+        failures.stop_gracefully()
         print(f"pid {os.getpid()} rank {rank}", flush=True)
-        desk.describe(f"modules {rank}-{rank} (block{rank})")
+        failures.describe(f"modules {rank}-{rank} (block{rank})")
         options = {"activation_slots": 2, "gradient_slots": 2, "depth": 2}
         edges = connect(runtime.team, specs(rank), device=runtime.device, backend=runtime.backend, **options)
         for step in range(10):
-            desk.progress(0, step, "computing")
+            failures.progress(0, step, "computing")
             if step == 5:
                 happen(mode, runtime)
             if edges.activation_in is not None:
@@ -78,7 +79,7 @@ def happen(mode: str, runtime: Runtime) -> None:
         raise ConfigError("train.batch_size = 0: must be at least 1")
     if mode == "collective":  # the main threads of ranks 0 and 1 sit in C++
         if runtime.team.rank != 2:
-            runtime.desk.progress(0, 5, "in a C++ wait")
+            runtime.failures.progress(0, 5, "in a C++ wait")
             runtime.team.store.wait(["never"])
         time.sleep(0.5)
     if runtime.team.rank not in VICTIMS.get(mode, (2,)):
@@ -90,14 +91,14 @@ def happen(mode: str, runtime: Runtime) -> None:
         try:
             raise ValueError("boom\nsecond line")
         except ValueError as exc:
-            runtime.desk.report(exc, "module 2 (layer3.0-layer3.4)")
+            runtime.failures.report(exc, "module 2 (layer3.0-layer3.4)")
     if mode.startswith("stop"):
         os.kill(os.getpid(), signal.SIGSTOP)
     if mode == "hang":
         time.sleep(3600)
     if mode == "slow":  # in all for twice the deadline
         for part in range(12):
-            runtime.desk.progress(0, 5, f"part {part}")
+            runtime.failures.progress(0, 5, f"part {part}")
             time.sleep(DEADLINES_S["slow"] / 6)
         return
     if mode == "leave":
@@ -220,7 +221,7 @@ def test_a_slow_rank_is_no_error(tmp_path: Path) -> None:
 
 def signalled(rank: int, number: int, target: int) -> None:
     with Runtime("cpu", threads=1, deadline_s=20.0) as runtime:
-        runtime.desk.progress(1, 2, "waiting")
+        runtime.failures.progress(1, 2, "waiting")
         runtime.team.broadcast(None)
         if rank == target:
             time.sleep(0.2)
@@ -244,14 +245,14 @@ def test_signals_while_the_main_thread_is_in_c(number: int, target: int, line: s
 def asked_to_stop(rank: int, mode: str) -> Any:
     """Rank 2 is asked to stop, and asked again; rank 0 learns of it, and all leave in order, or not."""
     with Runtime("cpu", threads=1, deadline_s=DEADLINE_S) as runtime:
-        desk = runtime.desk
-        desk.stop_gracefully()
+        failures = runtime.failures
+        failures.stop_gracefully()
         worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
         worker.start()
         while os.getpgid(worker.pid) != worker.pid:
             time.sleep(0.01)  # it has only just been forked
         runtime.team.broadcast(None)
-        assert desk.stop_request() is None
+        assert failures.stop_request() is None
         if rank == 2:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -259,9 +260,9 @@ def asked_to_stop(rank: int, mode: str) -> Any:
                 os.kill(os.getpid(), signal.SIGINT)
                 os.kill(os.getpid(), signal.SIGINT)
         if rank == 0:
-            while desk.stop_request() is None:
+            while failures.stop_request() is None:
                 time.sleep(0.01)
-        reason = runtime.team.broadcast(desk.stop_request())
+        reason = runtime.team.broadcast(failures.stop_request())
         worker.terminate()
         worker.join(HANG_S)
         if mode == "death":
@@ -329,10 +330,10 @@ def stuck(rank: int) -> None:
     """Nobody waits for it."""
     with Runtime("cpu", threads=1, deadline_s=1.0) as runtime:
         runtime.team.broadcast(None)
-        runtime.desk.progress(0, 5, "computing")
+        runtime.failures.progress(0, 5, "computing")
         while rank == 1 or not runtime.team.store.check(["never"]):
             time.sleep(3600 if rank == 1 else 0.1)
-            runtime.desk.progress(0, 5, "computing")
+            runtime.failures.progress(0, 5, "computing")
 
 
 def test_a_rank_that_is_stuck_reports_itself() -> None:
@@ -424,7 +425,7 @@ def test_one_process_raises_what_happened_with_the_line_as_a_note(alone: None, t
 
 def test_ctrl_c_is_raised_and_says_where(alone: None) -> None:
     with pytest.raises(KeyboardInterrupt) as caught, Runtime("cpu", threads=1) as runtime:
-        runtime.desk.progress(3, 4, "computing")
+        runtime.failures.progress(3, 4, "computing")
         raise KeyboardInterrupt
     assert line_of(caught.value) == "localpipe: stopped by ctrl-C at epoch 3 step 4"
 
@@ -432,13 +433,13 @@ def test_ctrl_c_is_raised_and_says_where(alone: None) -> None:
 def test_one_process_stops_when_asked(alone: None) -> None:
     before = [signal.getsignal(number) for number in SIGNALS]
     with Runtime("cpu", threads=1) as runtime:
-        runtime.desk.stop_gracefully()
+        runtime.failures.stop_gracefully()
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
-        assert runtime.desk.stop_request() == "SIGTERM on rank 0"
+        assert runtime.failures.stop_request() == "SIGTERM on rank 0"
     assert [signal.getsignal(number) for number in SIGNALS] == before
     with pytest.raises(KeyboardInterrupt) as caught, Runtime("cpu", threads=1) as runtime:
-        runtime.desk.stop_gracefully()
+        runtime.failures.stop_gracefully()
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
     assert line_of(caught.value) == "localpipe: stopped by ctrl-C before the first step"
@@ -448,7 +449,7 @@ def test_one_process_stops_when_asked(alone: None) -> None:
 def test_one_process_outside_of_the_main_thread_leaves_signals_alone(alone: None) -> None:
     def run() -> None:
         with Runtime("cpu", threads=1) as runtime:
-            runtime.desk.stop_gracefully()
+            runtime.failures.stop_gracefully()
             found.append(signal.getsignal(signal.SIGTERM))
 
     found: list[Any] = []
@@ -459,10 +460,10 @@ def test_one_process_outside_of_the_main_thread_leaves_signals_alone(alone: None
 
 
 def test_one_process_raises_a_refusal_as_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    desk = FailureDesk(None, 0, 1, run_dir=tmp_path)
+    failures = FailureReporter(run_dir=tmp_path)
     refusal = ConfigError("data.root = '/nowhere': no such folder")
     with pytest.raises(ConfigError) as caught:
-        desk.report(refusal)
+        failures.report(refusal)
     assert caught.value is refusal and line_of(refusal) == "localpipe: data.root = '/nowhere': no such folder"
     assert capfd.readouterr().err == ""
     assert not list(tmp_path.iterdir())

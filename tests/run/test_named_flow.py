@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from helpers_spawn import run_ranks
 from tiny_sequences import LENGTHS, LONGEST, ROWS, batches, blocks, configuration, registered
+from torch import nn
 
 from pipeline import ConfigError, LoaderData, evaluate, train
 from pipeline.base.config import METHODS
@@ -69,3 +71,11 @@ def test_lengths_that_were_not_announced_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'x' of shape \(9,\) after 'x' of shape \(7,\); .*\(max_length\)"):
         data = LoaderData(batches(), batches())
         train(configuration(2), network=blocks(), data=data, run_dir=tmp_path / "run", quiet=True)
+
+
+def test_a_local_module_that_ends_in_ids_is_refused(tmp_path: Path) -> None:
+    network = nn.Sequential(OrderedDict(same=nn.Identity(), **dict(blocks().named_children())))
+    with pytest.raises(ConfigError, match="a local module ends with block 'same', which gives int64 as 'x'"):
+        data = LoaderData(batches(), batches(), max_length=LONGEST)
+        config = configuration(2, model={"modules": 6})
+        train(config, network=network, data=data, run_dir=tmp_path / "run", quiet=True)

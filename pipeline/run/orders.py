@@ -9,7 +9,7 @@ from pipeline.base.config import CheckpointConfig
 from pipeline.edges.wire import Directive
 
 
-class Conductor:
+class SaveOrStop:
     """Decides on rank 0.
 
     Args:
