@@ -32,7 +32,11 @@ class ModelConfig:
 
     name: str = key("resnet32", "backbone, one of ours, of torchvision or a registered one")
     modules: int = key(4, "K, the number of local modules; 1 is plain backpropagation", at_least=1, at_most=10_000)
-    cuts: str = key("auto", "cut points of the papers, or even; auto: the table where it has this K", choices=CUTS)
+    cuts: str | tuple[str, ...] = key(
+        "auto",
+        "the papers' cut points, even, or the blocks that local modules begin with; auto: the table if it has K",
+        choices=CUTS,
+    )
     stem: str = key(
         "auto",
         "merged into the first module, its own module, or auto: as the cut table says",

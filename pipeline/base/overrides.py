@@ -61,12 +61,22 @@ def modules_built(config: Config) -> int:
 
 def _cuts(config: Config) -> tuple[str, str] | None:
     model = config.model
+    if isinstance(model.cuts, tuple):
+        count = len(model.cuts) + 1
+        return None if model.modules == count else ("auto", f"it makes {count} local modules")
     if model.cuts not in TABLES or model.modules == 1:
         return None
     known = sorted(TABLES[model.cuts].get(model.name, {}))
     if model.modules in known:
         return None
     return "auto", f"it has {', '.join(map(str, known)) or 'no K'} for {model.name}"
+
+
+def _modules(config: Config) -> tuple[int, str] | None:
+    cuts = config.model.cuts
+    if not isinstance(cuts, tuple) or config.model.modules == len(cuts) + 1:
+        return None
+    return len(cuts) + 1, "one local module begins at every cut"
 
 
 def _span(config: Config) -> tuple[int, str] | None:
@@ -127,7 +137,8 @@ def _nesterov(config: Config) -> tuple[bool, str] | None:
 
 def _rules() -> Iterator[Rule]:
     yield Rule(("model.modules", "model.name"), "model.cuts", _cuts)
-    yield Rule(("model.modules",), "hierarchy.cascade_span", _span)
+    yield Rule(("model.cuts",), "model.modules", _modules)
+    yield Rule(("model.modules", "model.cuts"), "hierarchy.cascade_span", _span)
     yield Rule(("method.name",), "method.head", _head)
     yield from (_of_schedule(*pair) for pair in (("delay", "async"), ("ring", "free"), ("max_uses", "free")))
     yield Rule(("schedule.kind",), "schedule.micro_batches", _parts)

@@ -108,6 +108,11 @@ def check_combinations(config: Config) -> None:
                 f"schedule.{name} = {value} with schedule.kind = '{config.schedule.kind}': it belongs to '{kind}'; "
                 f"remove it or use schedule.kind={kind}"
             )
+    if isinstance(config.model.cuts, tuple) and config.model.modules != len(config.model.cuts) + 1:
+        raise ConfigError(
+            f"model.cuts = {shown(list(config.model.cuts))} makes {len(config.model.cuts) + 1} local modules, but "
+            f"model.modules = {config.model.modules}; use model.modules={len(config.model.cuts) + 1}, or other cuts"
+        )
     if config.model.modules > 1 and config.hierarchy.cascade_span > config.model.modules:
         raise ConfigError(
             f"hierarchy.cascade_span = {config.hierarchy.cascade_span} is larger than model.modules = "

@@ -8,6 +8,10 @@
     blocks.layer1.0.conv1.weight --> layer1.0.conv1.weight        heads.cascade.terms.0.weight, of local module 3
                                                                   --> module3.cascade.terms.0.weight
 
+Blocks of a traced network (:class:`pipeline.models.part.Part`) have its own names behind a "/":
+
+    blocks.conv1./.bn1.weight    --> bn1.weight
+
 No other file puts such names together or takes them apart. What else the state of a module holds while it trains is
 called after its prefixes in module_state.
 """
@@ -23,6 +27,7 @@ from torch import Tensor, nn
 from pipeline.base.config import Config
 from pipeline.local.local_module import LocalModule
 from pipeline.models.backbones import UncutModel, build_blocks
+from pipeline.models.part import uncut_name
 
 BLOCKS, HEADS = "blocks.", "heads."
 State = dict[str, Tensor]
@@ -59,7 +64,9 @@ def below(state: State, prefix: str) -> State:
 
 def model_state(states: Sequence[State]) -> State:
     """The state dict of the un-cut network (model.pt) from the states of all local modules in order."""
-    return {name: value.contiguous() for state in states for name, value in below(state, BLOCKS).items()}
+    return {
+        uncut_name(name): value.contiguous() for state in states for name, value in below(state, BLOCKS).items()
+    }
 
 
 def heads_state(states: Sequence[State], prefix: str = "") -> State:
@@ -76,7 +83,7 @@ def weights_sha256(states: Sequence[State]) -> str:
     """
     digest = hashlib.sha256()
     for index, state in enumerate(states):
-        for name, value in [*below(state, BLOCKS).items(), *_heads(index, state).items()]:
+        for name, value in [*model_state([state]).items(), *_heads(index, state).items()]:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)};".encode())
             digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

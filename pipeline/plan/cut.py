@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pipeline.base.config import ModelConfig
 from pipeline.base.cut_tables import EQUAL, HPFF, TABLES
-from pipeline.base.errors import ConfigError
+from pipeline.base.errors import ConfigError, suggest
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,11 @@ def make_cut(blocks: Sequence[str], config: ModelConfig) -> Cut:
     """Cut the named blocks into ``config.modules`` local modules.
 
     Raises:
-        ConfigError: more modules than blocks, or a named table without an entry for this network and K.
+        ConfigError: more modules than blocks, a named table without an entry for this network and K, names that are no
+            blocks or not in their order.
     """
+    if isinstance(config.cuts, tuple):
+        return _by_names(blocks, config.cuts)
     wanted = config.modules
     if wanted > len(blocks):
         raise ConfigError(
@@ -62,6 +65,24 @@ def make_cut(blocks: Sequence[str], config: ModelConfig) -> Cut:
             if sizes is not None and len(sizes) == wanted:
                 return Cut(_from_table(blocks, sizes), wanted)
     return Cut(_even(blocks, wanted, config.stem), wanted)
+
+
+def _by_names(blocks: Sequence[str], names: Sequence[str]) -> Cut:
+    """A local module begins with each named block, or with the first block below a name (``layer2``: layer2.0)."""
+    starts = [0]
+    for name in names:
+        below = (index for index, block in enumerate(blocks) if block.startswith(f"{name}."))
+        start = blocks.index(name) if name in blocks else next(below, None)
+        if start is None:
+            raise ConfigError(f"model.cuts: '{name}' is no block of the network; {suggest(name, blocks)}")
+        if start <= starts[-1]:
+            raise ConfigError(
+                f"model.cuts: '{name}' begins with block '{blocks[start]}', which is not behind the beginning of the "
+                f"local module before it, '{blocks[starts[-1]]}'; name other blocks, in their order"
+            )
+        starts.append(start)
+    stops = [*starts[1:], len(blocks)]
+    return Cut(tuple(tuple(blocks[a:b]) for a, b in zip(starts, stops, strict=True)), len(starts))
 
 
 def _from_table(blocks: Sequence[str], sizes: Sequence[int]) -> tuple[tuple[str, ...], ...]:

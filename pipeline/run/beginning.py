@@ -22,7 +22,8 @@ from pipeline.data.loader_source import LoaderData, LoaderSource
 from pipeline.data.source import DataSpec, Source
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.methods import Task
-from pipeline.models.backbones import Blocks, blocks_of
+from pipeline.models.backbones import Blocks
+from pipeline.models.custom import network_blocks
 from pipeline.models.unbuilt import planned_blocks
 from pipeline.plan.cut import make_cut
 from pipeline.plan.placement import given, place
@@ -36,7 +37,7 @@ from pipeline.store.run_directory import CONFIG, RunDirectory
 from pipeline.store.run_lock import RunLock
 
 
-def named_after(config: Config, network: nn.Sequential | None, data: LoaderData | None) -> Config:
+def named_after(config: Config, network: nn.Module | None, data: LoaderData | None) -> Config:
     """The configuration with the names and the batch size of a user's own network and loaders."""
     if network is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, name="custom"))
@@ -46,9 +47,11 @@ def named_after(config: Config, network: nn.Sequential | None, data: LoaderData 
     return validate(config)
 
 
-def refuse_early(config: Config, network: nn.Sequential | None, runtime: Runtime) -> Numerics:
+def refuse_early(config: Config, network: nn.Module | None, runtime: Runtime) -> Numerics:
     """Refusals that need no data: more modules than blocks, more ranks than modules, a layout that cannot work."""
-    blocks = blocks_of(network) if network is not None else planned_blocks(config.model.name, 3, 10)
+    blocks = (
+        network_blocks(network, config.model.cuts) if network is not None else planned_blocks(config.model.name, 3, 10)
+    )
     count = len(make_cut(list(blocks), config.model))
     if config.partition.kind == "given":
         given(config.partition.stages, count, runtime.team.size)
@@ -115,14 +118,14 @@ def open_source(
     return source, data_spec
 
 
-def blocks_and_task(config: Config, network: nn.Sequential | None, data_spec: DataSpec) -> tuple[Blocks, Task]:
+def blocks_and_task(config: Config, network: nn.Module | None, data_spec: DataSpec) -> tuple[Blocks, Task]:
     """The network in blocks, without weights unless it is the user's own, and what it is for."""
     if network is None:
         if data_spec.classes == 0:
-            raise ConfigError("your own loaders need your own network: pass network=nn.Sequential(...)")
+            raise ConfigError("your own loaders need your own network: pass network=..., an nn.Module")
         blocks = planned_blocks(config.model.name, data_spec.image_shape[0], data_spec.classes, config.train.seed)
         return blocks, Task(data_spec.classes, data_spec.image_shape)
-    blocks = blocks_of(network)
+    blocks = network_blocks(network, config.model.cuts, data_spec.image_shape)
     return blocks, Task(data_spec.classes or _classes_of(blocks), data_spec.image_shape)
 
 

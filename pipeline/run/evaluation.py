@@ -40,8 +40,9 @@ from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.local_module import LocalModule
 from pipeline.local.methods import Task
 from pipeline.local.weights import below, networks
-from pipeline.models.backbones import Blocks, blocks_of, build_blocks
+from pipeline.models.backbones import Blocks, build_blocks
 from pipeline.models.boundaries import blank
+from pipeline.models.custom import network_blocks
 from pipeline.plan.assembly import Plan, build_modules, make_plan
 from pipeline.ranks.runtime import choose_device, set_threads
 from pipeline.report.console import output_console
@@ -106,7 +107,7 @@ def evaluate(
     source: Path | str,
     assignments: Sequence[str] = (),
     *,
-    network: nn.Sequential | None = None,
+    network: nn.Module | None = None,
     data: LoaderData | None = None,
 ) -> Evaluation:
     """Test a checkpoint on its test set, in this process.
@@ -115,7 +116,7 @@ def evaluate(
         source: the directory of a checkpoint, or of a run, of which the newest valid checkpoint is taken.
         assignments: ``key=value`` for ``data.*``, ``precision.*``, ``runtime.device`` and ``runtime.threads``; all else
             is as in the checkpoint.
-        network: the ``nn.Sequential`` that was trained, where it was your own; it gets the weights of the checkpoint.
+        network: the network that was trained, where it was your own; it gets the weights of the checkpoint.
         data: your own loaders, of which the test loader is used; else ``data.name`` is opened.
 
     Raises:
@@ -131,7 +132,7 @@ def evaluate(
     try:
         set_threads(config.runtime.threads, 1)
         task = Task(saved.classes, saved.image_shape)
-        blocks = blocks_of(network) if network is not None else (
+        blocks = network_blocks(network, config.model.cuts, task.image_shape) if network is not None else (
             build_blocks(config.model.name, task.image_shape[0], task.classes)
         )
         device, _ = choose_device(config.runtime.device, 0, 1)
@@ -208,7 +209,7 @@ def _refuse_assignments(assignments: Iterable[str]) -> None:
 
 
 def _refuse_what_is_missing(
-    saved: Checkpoint, config: Config, network: nn.Sequential | None, data: LoaderData | None
+    saved: Checkpoint, config: Config, network: nn.Module | None, data: LoaderData | None
 ) -> None:
     """Nothing but the caller has a user's own network and loaders."""
     where = f"checkpoint '{saved.path}'"

@@ -53,7 +53,7 @@ ActionHook = Callable[[int, Action], None]
 def train(
     config: Config,
     *,
-    network: nn.Sequential | None = None,
+    network: nn.Module | None = None,
     data: LoaderData | None = None,
     run_dir: Path | str | None = None,
     resume: str = "auto",
@@ -66,8 +66,9 @@ def train(
 
     Args:
         config: from :func:`pipeline.load_config`.
-        network: a network of your own, cut between its children; its weights are kept and updated in place on the
-            rank that owns them. Without it ``config.model.name`` is built and initialised from ``config.train.seed``.
+        network: a network of your own, cut where one tensor flows or before the modules that ``model.cuts`` names
+            (see :mod:`pipeline.models.custom`); its weights are kept and updated in place on the rank that owns them.
+            Without it ``config.model.name`` is built and initialised from ``config.train.seed``.
         data: your own loaders; only rank 0 reads from them. Without it ``config.data.name`` is opened.
         run_dir: where config.toml, metrics.jsonl, checkpoints, summary.json, model.pt, heads.pt go; default
             ``runs/<name>-<time>``.

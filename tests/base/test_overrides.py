@@ -20,6 +20,10 @@ CASES = [
         ["model.cuts = 'hpff' gives way to 'auto': it has no K for resnet56, and model.name = 'resnet56' is set"],
     ),
     (
+        None, "[model]\nname = 'resnet18'\nmodules = 4\n", 'model.cuts=["layer1", "layer2.1"]', {"model.modules": 3},
+        ["model.modules = 4 gives way to 3: one local module begins at every cut, and model.cuts = "],
+    ),
+    (
         None, "[hierarchy]\ncascade_span = 4\n", "model.modules=3", {"hierarchy.cascade_span": 3},
         ["hierarchy.cascade_span = 4 gives way to 3: the largest span is K, and model.modules = 3 is set"],
     ),
