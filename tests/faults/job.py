@@ -3,7 +3,8 @@
     {"settings": {...}, "span": 2, "epochs": 2, "steps": 20, "pause_s": 0.0, "test_pause_s": 0.0,
      "open_pause_s": 0.0, "resume": "auto", "run_dir": "run", "faults": [fault, ...]}
     fault: {"rank": 1, "step": 7, "do": "kill"}, each once in the life of the job, in this order. Step -1: before
-    ``train`` has anything to do; step 100: when the first stage reads its third batch of a test
+    ``train`` has anything to do; step 100: when the first stage reads its third batch of a test. With "attempt": 3 not
+    before the third restart: a rank may be steps ahead of the one that has just died
 
 Every process notes its pid in FOLDER/pids; rank 0 writes what ``train`` returned to FOLDER/result.json. A fault leaves
 FOLDER/fault-<number> with the time just before it. Where there is a checkpoint the network begins with other weights:
@@ -89,6 +90,7 @@ class Faults:
         self._rank = rank
         self._pause_s = job["pause_s"]
         self._faults = job["faults"]
+        self._attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         self._model = model
         self._write_module = checkpoint.write_module
 
@@ -101,6 +103,8 @@ class Faults:
         for number, fault in enumerate(self._faults):
             if (self._folder / f"fault-{number}").exists():
                 continue
+            if fault.get("attempt", 0) > self._attempt:
+                return
             if fault["rank"] == self._rank and (step == fault["step"] or fault["step"] <= step < TEST):
                 (self._folder / f"fault-{number}").write_text(str(time.time()))
                 getattr(self, fault["do"])()

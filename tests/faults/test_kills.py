@@ -22,7 +22,7 @@ def kills(count: int, ranks: int) -> list[dict[str, Any]]:
     generator.shuffle(victims)
     stride = 40 // count
     return [
-        {"rank": rank, "step": stride * number + 1 + generator.randrange(2), "do": "kill"}
+        {"rank": rank, "step": stride * number + 1 + generator.randrange(2), "do": "kill", "attempt": number}
         for number, rank in enumerate(victims)
     ]
 
