@@ -121,7 +121,8 @@ class VirtualBlock(nn.Module):
             return x + self.first + self.weight
         costs, rows = self._costs, len(x)
         through = _Timed.apply(x + self.first, self._clock, rows, costs.forward, costs.input_gradient)
-        return through + _Timed.apply(self.weight, self._clock, rows, 0.0, costs.weight_gradient)
+        y: Tensor = through + _Timed.apply(self.weight, self._clock, rows, 0.0, costs.weight_gradient)
+        return y
 
 
 class VirtualHead(AuxiliaryHead):
@@ -133,7 +134,8 @@ class VirtualHead(AuxiliaryHead):
 
     def loss(self, feature: Tensor, labels: Tensor, image: Tensor | None) -> Tensor:
         third = self._seconds / 3
-        return _Timed.apply(feature, self._clock, len(labels), third, 2 * third).square().mean()
+        loss: Tensor = _Timed.apply(feature, self._clock, len(labels), third, 2 * third).square().mean()
+        return loss
 
 
 def virtual_network(costs: Sequence[Costs], clock: Clock, width: int) -> nn.Sequential:
