@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipeline.data.loader_source import LoaderData
     from pipeline.local.methods import Term, register_method
     from pipeline.local.task import Classification, Metric, Task
+    from pipeline.local.upstream import Upstream
     from pipeline.local.weights import load_model, weights_sha256
     from pipeline.models.backbones import UncutModel, backbone_names, build_blocks, register_backbone
     from pipeline.models.heads import AuxiliaryHead, Given, TaskHead
@@ -60,6 +61,7 @@ __all__ = [
     "TensorSpec",
     "Term",
     "UncutModel",
+    "Upstream",
     "__version__",
     "backbone_names",
     "build_blocks",
@@ -95,6 +97,7 @@ _NEED_TORCH = {
     "pipeline.base.flow": ("TensorSpec",),
     "pipeline.local.methods": ("Term", "register_method"),
     "pipeline.local.task": ("Classification", "Metric", "Task"),
+    "pipeline.local.upstream": ("Upstream",),
     "pipeline.local.weights": ("load_model", "weights_sha256"),
     "pipeline.models.backbones": ("UncutModel", "backbone_names", "build_blocks", "register_backbone"),
     "pipeline.models.heads": ("AuxiliaryHead", "Given", "TaskHead"),

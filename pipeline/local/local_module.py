@@ -5,6 +5,7 @@
     relay(key)    g = (df_m/dx_m)^T (c_m if it is its key + what came from m+1 with this key)     -> module m-1
     backward      grad theta_m = (df_m/dtheta_m)^T (a_m + c_m + everything that came from m+1)
     update        one optimiser step for theta_m and the heads of m, if its losses and its gradients are finite
+    share, adopt  weights upstream: what its first block weighs, for the heads of m-1; what came from m+1, for its own
 
 The independent gradient a_m and messages that end here never go upstream. The order of summation is fixed, so the
 result does not depend on timing or placement. x_m and h_m are named sets of tensors (see base.flow); heads stand on
@@ -32,6 +33,7 @@ from pipeline.local.optimiser import build_optimiser, set_learning_rate
 from pipeline.local.roles import ModulePlan
 from pipeline.local.stashes import Stashes
 from pipeline.local.task import Task
+from pipeline.local.upstream import FlatWeights, Mailbox, shapes_of
 from pipeline.models.heads import IMAGE, INPUTS, Given
 
 
@@ -46,6 +48,7 @@ class LocalModule:
         config: the run's configuration.
         numerics: dtype, memory layout and device.
         lag: steps between a forward and the backward and update of its batch (schedule `async`).
+        mailbox: of the weights of module m+1, where its heads get any.
 
     Attributes:
         asks: what its heads ask for, see :class:`pipeline.models.heads.Given`.
@@ -64,6 +67,7 @@ class LocalModule:
         config: Config,
         numerics: Numerics,
         lag: int = 0,
+        mailbox: Mailbox | None = None,
     ) -> None:
         self.plan = plan
         self.blocks = blocks
@@ -71,6 +75,8 @@ class LocalModule:
         self.task = task
         self.asks = frozenset().union(*(level.asks for level in levels.values()))
         self.numerics = numerics
+        self.mailbox = mailbox
+        self._shared: FlatWeights | None = None
         self._seed = config.train.seed
         self._clip_norm = config.optim.clip_norm
         parts = (*blocks.values(), *levels.values())
@@ -209,6 +215,22 @@ class LocalModule:
         self.losses.close(step, updated=allowed)
         self.optimiser.zero_grad(set_to_none=True)
         self.guard.mend_buffers()
+
+    def share(self) -> Tensor:
+        """A copy of the parameters of its first block, (1, elements); the next call writes it again."""
+        first = next(iter(self.blocks.values()))
+        if self._shared is None:
+            self._shared = FlatWeights(shapes_of(first), self.numerics.weight_dtype, self.numerics.device)
+        self._shared.copy(first.parameters())
+        return self._shared.flat
+
+    @torch.no_grad()
+    def adopt(self, step: int) -> None:
+        """Give its heads what module m+1 shared after its update of batch ``step``."""
+        assert self.mailbox is not None
+        weights = self.mailbox.take(step)
+        for level in self.levels.values():
+            level.receive_weights(weights, step)
 
     def set_learning_rate(self, lr: float) -> None:
         """Use ``lr`` from the next update on."""

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from pipeline.base.config import DGL_HEADS, METHODS, Config, MethodConfig
 from pipeline.base.errors import ConfigError, suggest
-from pipeline.base.flow import LABEL
+from pipeline.base.flow import LABEL, Tensors
 from pipeline.local.roles import ModulePlan, lambda_position
 from pipeline.local.task import Classification, Task
+from pipeline.local.upstream import Upstream
 from pipeline.models import heads
 from pipeline.models.backbones import initialise
 from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given
@@ -45,13 +46,15 @@ class Term:
 
 Terms = Callable[[MethodConfig, Task, float], list[Term]]
 _REGISTERED: dict[str, Terms] = {}
+_UPSTREAM: dict[str, Upstream] = {}
 
 
-def register_method(name: str, terms: Terms) -> None:
+def register_method(name: str, terms: Terms, upstream: Upstream | None = None) -> None:
     """Make ``method.name = name`` known. Call it on every rank before :func:`pipeline.load_config`.
 
     ``terms(config.method, task, position)`` gives the terms of a local loss; ``position`` in [0, 1] is where the module
-    stands between the first and the last one that has a head.
+    stands between the first and the last one that has a head. With ``upstream`` every head of a module is told the
+    weights of the next module's first block (:meth:`pipeline.models.heads.AuxiliaryHead.receive_weights`).
 
     Raises:
         ConfigError: the name is taken.
@@ -60,6 +63,13 @@ def register_method(name: str, terms: Terms) -> None:
         raise ConfigError(f"method '{name}' exists already; choose another name")
     METHODS.append(name)
     _REGISTERED[name] = terms
+    if upstream is not None:
+        _UPSTREAM[name] = upstream
+
+
+def upstream_of(config: MethodConfig) -> Upstream | None:
+    """The weights upstream that the method asks for, if any."""
+    return _UPSTREAM.get(config.name)
 
 
 class Level(nn.Module):
@@ -83,6 +93,13 @@ class Level(nn.Module):
     def asks(self) -> frozenset[str]:
         """What its heads ask for, see :class:`pipeline.models.heads.Given`."""
         return frozenset().union(*(head.asks for _, head in self.heads()))
+
+    def receive_weights(self, weights: Tensors, step: int) -> None:
+        """Tell every head the weights of the next module's first block after its update of batch ``step``."""
+        for _, patched in self.heads():
+            for head in patched.heads:
+                assert isinstance(head, AuxiliaryHead)
+                head.receive_weights(weights, step)
 
     def backward(
         self,

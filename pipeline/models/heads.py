@@ -61,6 +61,12 @@ class AuxiliaryHead(nn.Module):
         has none."""
         return None
 
+    def receive_weights(self, weights: Tensors, step: int) -> None:
+        """Take the parameters of the next module's first block, by their names in it, as they were after its update of
+        batch ``step``. Copy what is to be kept: their memory is used again. Called before the heads of a step, under
+        no_grad, where the method declares weights upstream (:class:`pipeline.Upstream`); most heads have no use for
+        them."""
+
     def window(self, height: int, width: int) -> tuple[int, int]:
         """Sides of the windows that the head averages, before anything else, on a feature of this size; (1, 1): none.
 

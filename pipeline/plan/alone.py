@@ -56,6 +56,8 @@ class Stands:
     activation_out: Nobody | None
     gradient_in: Pretender
     gradient_out: Nobody | None
+    weights_in: None = None
+    weights_out: None = None
 
 
 def random_batch(plan: Plan, module: LocalModule, numerics: Numerics) -> Batch:

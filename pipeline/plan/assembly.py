@@ -27,6 +27,7 @@ from pipeline.models.boundaries import boundary_specs
 from pipeline.models.unbuilt import drawn_blocks, real_blocks, without_memory
 from pipeline.plan.cut import Cut, make_cut
 from pipeline.plan.placement import place
+from pipeline.plan.upstream import UpstreamPlan, plan_upstream
 from pipeline.stage.capacity import activations_held, gradients_held, gradients_sent
 from pipeline.stage.gradients import GRADIENT
 from pipeline.stage.inlet import ACTIVATION, IMAGE, LABELS, payload
@@ -49,6 +50,7 @@ class Plan:
         inputs: what the first local module gets.
         boundaries: what every local module gives.
         reconstructing: local modules with a head that asks for the image.
+        upstream: weights that the heads get from the next module, where the method declares them.
     """
 
     config: Config
@@ -60,12 +62,13 @@ class Plan:
     inputs: Specs
     boundaries: tuple[Specs, ...]
     reconstructing: frozenset[int]
+    upstream: UpstreamPlan | None = None
 
     def placed(self, stages: tuple[range, ...]) -> Plan:
         """The same plan with other consecutive local modules on the ranks."""
         if stages == self.stages:
             return self
-        schedules = stage_schedules(self.modules, stages, self.config.schedule.micro_batches, _delay(self.config))
+        schedules = _schedules(self.config, self.modules, stages, self.upstream)
         return dataclasses.replace(self, stages=stages, schedules=schedules)
 
     def given(self, module: int) -> Specs:
@@ -175,8 +178,16 @@ def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int, inputs: Sp
         levels = [without_memory(build) for build in levels_of(plan, count, end.shape, task, config).values()]
         if any(IMAGE in level.asks for level in levels):
             reconstructing.add(plan.index)
-    schedules = stage_schedules(modules, stages, config.schedule.micro_batches, _delay(config))
-    return Plan(config, task, cut, modules, stages, schedules, inputs, boundaries, frozenset(reconstructing))
+    upstream = plan_upstream(config, blocks, modules, cut.modules)
+    schedules = _schedules(config, modules, stages, upstream)
+    return Plan(config, task, cut, modules, stages, schedules, inputs, boundaries, frozenset(reconstructing), upstream)
+
+
+def _schedules(
+    config: Config, modules: tuple[ModulePlan, ...], stages: tuple[range, ...], upstream: UpstreamPlan | None
+) -> tuple[tuple[Action, ...], ...]:
+    declared = upstream.declared if upstream is not None else None
+    return stage_schedules(modules, stages, config.schedule.micro_batches, _delay(config), declared)
 
 
 def _delay(config: Config) -> int:
@@ -206,7 +217,10 @@ def build_modules(
         with torch.random.fork_rng(devices=[]):
             for name, build in builders.items():
                 levels[name] = _seeded(build, seed, "head", index, name)
-        built.append(LocalModule(plan.modules[index], mine, levels, plan.task, plan.config, numerics, late[index]))
+        role, mailbox = plan.modules[index], None
+        if plan.upstream is not None:
+            mailbox = plan.upstream.mailbox(index, numerics)
+        built.append(LocalModule(role, mine, levels, plan.task, plan.config, numerics, late[index], mailbox))
     return built
 
 
@@ -244,6 +258,8 @@ def describe(plan: Plan, numerics: Numerics, devices: list[str]) -> list[str]:
         f"schedule {_schedule_name(plan)}, {config.schedule.micro_batches} micro-batch(es) of "
         f"{plan.micro_batch_rows} images, {dtype}{', channels last' if numerics.channels_last else ''}",
     ]
+    if plan.upstream is not None:
+        lines.append(f"heads see the weights of the next module's first block: {plan.upstream.declared}")
     for rank, device in enumerate(devices):
         lines.append(f"rank {rank} ({device}): {plan.stage_label(rank)}")
     return lines

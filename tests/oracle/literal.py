@@ -73,7 +73,7 @@ def _level(
     else:
         position = (m - 1) / (count - 3) if count > 3 else 0.0
     method = config.method
-    if method.name in ("dgl", "greedy"):
+    if method.name in ("dgl", "greedy") or method.name.startswith("mirror"):
         weights = {"task": 1.0}
     elif method.name == "predsim":
         weights = {"similarity": method.similarity, "prediction": 1 - method.similarity}
