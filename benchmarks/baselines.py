@@ -112,7 +112,8 @@ class Part(nn.Module):
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _Exit.apply(self.blocks(_Entrance.apply(x)))
+        y: Tensor = _Exit.apply(self.blocks(_Entrance.apply(x)))
+        return y
 
 
 @contextmanager

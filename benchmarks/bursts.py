@@ -179,7 +179,7 @@ class LocalPipeline:
         batches = [(inputs, labels)] * (self.warmup + self.steps + 1)
         return LoaderData(batches, [(inputs[:2], labels[:2])], **normalisation)
 
-    def burst(self, config: Sections, data: LoaderData, network: nn.Module) -> Burst | None:
+    def burst(self, config: Sections, data: LoaderData, network: nn.Sequential) -> Burst | None:
         """Train on :meth:`data`; what rank 0 reads in the run's files, None elsewhere."""
         folder = self.train(config, data, network)
         if not self.rank.leader:
@@ -192,7 +192,7 @@ class LocalPipeline:
             raise RuntimeError(f"the loss of {config} is {loss}")
         return Burst(steady.step_s, steady.stage_s, sent, (loss,))
 
-    def train(self, config: Sections, data: LoaderData, network: nn.Module) -> Path:
+    def train(self, config: Sections, data: LoaderData, network: nn.Sequential) -> Path:
         """The folder of a run of one epoch."""
         folder = self.rank.folder / f"run{next(self._numbers)}"
         with contextlib.redirect_stdout(io.StringIO()):

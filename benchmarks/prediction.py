@@ -98,7 +98,10 @@ def measure(settings: Settings) -> Report:
     if settings.ranks > (cores := len(available_cores())):
         raise ConfigError(f"--ranks {settings.ranks} on {cores} cores: every rank needs one of its own; use fewer")
     found = run_ranks(work, settings.ranks, settings, deadline_s=settings.deadline_s)[0]
-    rows = {key: row_of(settings, *key, samples) for key, samples in found.items()}
+    rows = {
+        (system, placement): row_of(settings, system, placement, samples)
+        for (system, placement), samples in found.items()
+    }
     ratios = {f"{row['method']}, {row['schedule']}, {row['placement']}": row["ratio"] for row in rows.values()}
     gains = {}
     for system in settings.systems:

@@ -55,7 +55,7 @@ def free_port() -> int:
     """A TCP port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+        return int(probe.getsockname()[1])
 
 
 def run_processes(
@@ -97,6 +97,7 @@ def run_processes(
     results = []
     for rank, process in enumerate(processes):
         ended_s = ended.get(rank, time.monotonic()) - start
+        assert process.exitcode is not None  # it has been joined
         results.append(RankResult(rank, values.get(rank), process.exitcode, stderr[rank], ended_s))
     return results
 
@@ -169,10 +170,11 @@ class Rank:
         """Rank 0's ``value`` (picklable) on every rank."""
         store = self._next_store()
         if self.leader:
-            store.set("value", pickle.dumps(value))
+            store.set("value", pickle.dumps(value))  # type: ignore[arg-type]  # torch declares str, takes bytes
         return pickle.loads(store.get("value"))
 
     def _next_store(self) -> dist.Store:
+        assert self._store is not None
         self._names += 1
         return dist.PrefixStore(str(self._names), self._store)
 
@@ -180,8 +182,8 @@ class Rank:
     def group(self, device: torch.device) -> Iterator[None]:
         """A fresh default process group of all ranks for tensors on ``device``, destroyed at the end."""
         backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=self.deadline_s)
-        job = {"store": self._next_store(), "rank": self.index, "world_size": self.count}
-        dist.init_process_group(backend, **job, timeout=timeout)
+        store = self._next_store()
+        dist.init_process_group(backend, store=store, rank=self.index, world_size=self.count, timeout=timeout)
         yield
         self.meet()
         dist.destroy_process_group()

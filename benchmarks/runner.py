@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tables import Row, Table
@@ -106,8 +106,11 @@ def hardware(device: str = "cpu") -> str:
     return text if device == "cpu" else f"{text}, {torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
 
 
+LegendPlace = Literal["outside right upper", "outside upper right"]
+
+
 @contextmanager
-def picture(path: Path, title: str, height: float, legend: str, columns: int = 1) -> Iterator[Any]:
+def picture(path: Path, title: str, height: float, legend: LegendPlace, columns: int = 1) -> Iterator[Any]:
     """Axes of a chart, 8 by ``height`` inches; written to ``path`` at the end, with a legend at that place."""
     import matplotlib
 
@@ -132,7 +135,8 @@ def option(default: Any, help: str, metavar: str | None = None, *, above: float 
 
 
 def _add_option(parser: argparse.ArgumentParser, entry: dataclasses.Field[Any]) -> None:
-    flag, default = "--" + entry.name.replace("_", "-"), entry.default
+    flag = "--" + entry.name.replace("_", "-")
+    default: Any = entry.default
     facts = {name: value for name, value in entry.metadata.items() if name != "above"}
     if isinstance(default, bool):
         parser.add_argument(flag, action="store_true", help=facts["help"])

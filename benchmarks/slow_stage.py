@@ -9,7 +9,6 @@ stage goes on at its own pace: the slow one leaves batches out, those behind it 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,7 @@ COLUMNS = (
     Column("steps by rank", "steps", ".0f"), Column("on a batch used before", "reused", ".0f"),
     Column("batches left out", "skipped", ".0f"),
 )  # fmt: skip
-Records = Sequence[dict[str, Any]]  # of rank 0: the epoch in metrics.jsonl, round by round
+Records = list[dict[str, Any]]  # of rank 0: the epoch in metrics.jsonl, round by round
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,9 @@ def measure(settings: Settings) -> Report:
     if settings.slow >= settings.ranks:
         raise ConfigError(f"--slow {settings.slow}: there are ranks 0 to {settings.ranks - 1}; choose one of them")
     found = run_ranks(work, settings.ranks, settings, deadline_s=settings.deadline_s)[0]
-    rows = {key: row_of(settings, *key, records) for key, records in found.items()}
+    rows = {
+        (kind, factor): row_of(settings, kind, factor, records) for (kind, factor), records in found.items()
+    }
     kept = {kind: rows[kind, settings.factor]["images_per_s"] / rows[kind, 1.0]["images_per_s"] for kind in KINDS}
     shares = ", ".join(f"{kind} keeps {100 * share:.0f} %" for kind, share in kept.items())
     about = (

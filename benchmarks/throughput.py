@@ -138,6 +138,7 @@ class Bench:
         one burst may be lucky. A quick run shows that all runs, and takes the first."""
         rank, images = self.rank, normalise(self.images[: self.settings.batch // system.micro_batches])
         seconds = rank.share(block_seconds(self.fresh(), images) if rank.leader else [])
+        candidates: list[tuple[Any, ...]]
         if system.method == "bp":
             candidates = [split(seconds, system.modules, weight) for weight in WEIGHTS]
         else:
@@ -152,7 +153,9 @@ class Bench:
             self.cuts[cut_key(system)] = candidate
             burst = system.burst and system.burst(self, system)
             times[candidate].append(burst.step_s if burst is not None else 0.0)
-        return rank.share(min(different, key=lambda candidate: statistics.median(times[candidate])))
+        fastest: tuple[Any, ...]
+        fastest = rank.share(min(different, key=lambda candidate: statistics.median(times[candidate])))
+        return fastest
 
     def ours(self, system: System) -> Burst | None:
         """The local pipeline. HPFF is a cascade over two modules and 2 x 2 patches."""
@@ -169,7 +172,7 @@ class Bench:
 
     def fresh(self) -> nn.Sequential:
         """The network with its first weights, channels last."""
-        return network(self.settings.model).to(device=self.device, memory_format=torch.channels_last)
+        return network(self.settings.model).to(self.device).to(memory_format=torch.channels_last)
 
     def time(self, step: Step, images: Tensor, labels: Tensor, sent: float = 0.0, cores: int = 1) -> Burst:
         """A burst of a baseline on ``images``, which are normalised in every step."""
@@ -304,7 +307,7 @@ def chart(path: Path, settings: Settings, rows: Sequence[Row]) -> None:
 
     def group(row: Row) -> str:
         if row["method"] != "bp" or row["system"] == "DDP":
-            return row["system"]
+            return str(row["system"])
         return "one process" if row["ranks"] == 1 else "torch pipelines"
 
     title = f"{settings.model}, batch {settings.batch}, {settings.ranks} ranks ({settings.device})"

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline import AuxiliaryHead, Profile, Task, Term, register_method
+from pipeline import AuxiliaryHead, Given, Profile, Task, Term, register_method
 
 METHOD = "virtual"
 CLASSES = 10
@@ -121,7 +121,8 @@ class VirtualBlock(nn.Module):
             return x + self.first + self.weight
         costs, rows = self._costs, len(x)
         through = _Timed.apply(x + self.first, self._clock, rows, costs.forward, costs.input_gradient)
-        return through + _Timed.apply(self.weight, self._clock, rows, 0.0, costs.weight_gradient)
+        y: Tensor = through + _Timed.apply(self.weight, self._clock, rows, 0.0, costs.weight_gradient)
+        return y
 
 
 class VirtualHead(AuxiliaryHead):
@@ -131,9 +132,11 @@ class VirtualHead(AuxiliaryHead):
         super().__init__()
         self._seconds, self._clock = seconds, clock
 
-    def loss(self, feature: Tensor, labels: Tensor, image: Tensor | None) -> Tensor:
+    def loss(self, feature: Tensor, given: Given) -> Tensor:
         third = self._seconds / 3
-        return _Timed.apply(feature, self._clock, len(labels), third, 2 * third).square().mean()
+        rows = len(given.target)
+        loss: Tensor = _Timed.apply(feature, self._clock, rows, third, 2 * third).square().mean()
+        return loss
 
 
 def virtual_network(costs: Sequence[Costs], clock: Clock, width: int) -> nn.Sequential:

@@ -20,11 +20,14 @@ from pipeline.base.version import VERSION as __version__
 from pipeline.ranks.command import command
 
 if TYPE_CHECKING:
+    from pipeline.base.flow import TensorSpec
     from pipeline.data.loader_source import LoaderData
-    from pipeline.local.methods import Task, Term, register_method
+    from pipeline.local.methods import Term, register_method
+    from pipeline.local.task import Classification, Metric, Task
+    from pipeline.local.upstream import Upstream
     from pipeline.local.weights import load_model, weights_sha256
     from pipeline.models.backbones import UncutModel, backbone_names, build_blocks, register_backbone
-    from pipeline.models.heads import AuxiliaryHead
+    from pipeline.models.heads import AuxiliaryHead, Given, TaskHead
     from pipeline.plan.cost import StepCost, step_cost
     from pipeline.plan.cost_profile import Profile
     from pipeline.plan.explain import explain, measure
@@ -39,20 +42,26 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AuxiliaryHead",
+    "Classification",
     "Config",
     "ConfigError",
     "Evaluation",
     "Event",
     "ExitRow",
     "Exported",
+    "Given",
     "LoaderData",
     "LocalpipeError",
+    "Metric",
     "Profile",
     "SteadyState",
     "StepCost",
     "Task",
+    "TaskHead",
+    "TensorSpec",
     "Term",
     "UncutModel",
+    "Upstream",
     "__version__",
     "backbone_names",
     "build_blocks",
@@ -85,10 +94,13 @@ __all__ = [
 
 _NEED_TORCH = {
     "pipeline.data.loader_source": ("LoaderData",),
-    "pipeline.local.methods": ("Task", "Term", "register_method"),
+    "pipeline.base.flow": ("TensorSpec",),
+    "pipeline.local.methods": ("Term", "register_method"),
+    "pipeline.local.task": ("Classification", "Metric", "Task"),
+    "pipeline.local.upstream": ("Upstream",),
     "pipeline.local.weights": ("load_model", "weights_sha256"),
     "pipeline.models.backbones": ("UncutModel", "backbone_names", "build_blocks", "register_backbone"),
-    "pipeline.models.heads": ("AuxiliaryHead",),
+    "pipeline.models.heads": ("AuxiliaryHead", "Given", "TaskHead"),
     "pipeline.plan.cost": ("StepCost", "step_cost"),
     "pipeline.plan.cost_profile": ("Profile",),
     "pipeline.plan.explain": ("explain", "measure"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+FOLDERS = ("pipeline", "launch", "benchmarks")
 # From the bottom to the top: a file imports only from its own room and from those before it.
 ROOMS = ["base", "models", "local", "ranks", "edges", "stage", "data", "plan", "store", "report", "run", "__init__"]
 
@@ -71,7 +72,7 @@ def test_launch_and_benchmarks_use_the_public_interface_only() -> None:
 
 
 def test_files_stay_readable() -> None:
-    for folder in ("pipeline", "launch", "benchmarks"):
+    for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):
             assert len(path.read_text().splitlines()) <= 450, path
 
@@ -94,7 +95,7 @@ def test_ruff_is_clean() -> None:
 @pytest.mark.slow
 def test_mypy_is_clean(tmp_path: Path) -> None:
     pytest.importorskip("mypy")
-    command = [sys.executable, "-m", "mypy", "--config-file", "setup.cfg", "--cache-dir", str(tmp_path), "pipeline"]
+    command = [sys.executable, "-m", "mypy", "--config-file", "setup.cfg", "--cache-dir", str(tmp_path), *FOLDERS]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -102,7 +103,7 @@ def test_mypy_is_clean(tmp_path: Path) -> None:
 def test_only_declared_packages_are_imported() -> None:
     declared = {"torch", "torchvision", "numpy", "rich", "tomlkit", "PIL", "matplotlib", "safetensors", "pipeline"}
     declared |= {path.stem for path in (ROOT / "benchmarks").glob("*.py")}  # scripts and what they share
-    for folder in ("pipeline", "launch", "benchmarks"):
+    for folder in FOLDERS:
         for path in (ROOT / folder).rglob("*.py"):
             foreign = {name.split(".")[0] for name in imports(path)} - set(sys.stdlib_module_names) - declared
             assert not foreign, (path, foreign)

@@ -13,7 +13,7 @@ from pipeline.base.numerics import Numerics
 from pipeline.base.validation import from_dict, validate
 from pipeline.edges.connect import Edges
 from pipeline.local.local_module import LocalModule
-from pipeline.local.methods import Task
+from pipeline.local.task import Classification
 from pipeline.models.backbones import BasicBlock
 from pipeline.plan.assembly import Plan, build_modules, make_plan
 from pipeline.stage.inlet import Batch, BatchInlet
@@ -79,7 +79,7 @@ def tiny_config(
 
 
 def tiny_plan(config: Config, ranks: int = 1, image: tuple[int, ...] = IMAGE) -> Plan:
-    return make_plan(config, tiny_blocks(), Task(CLASSES, image), ranks)
+    return make_plan(config, tiny_blocks(), Classification(CLASSES, image), ranks)
 
 
 def tiny_stage(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline import AuxiliaryHead, Config, Term, from_dict, register_method
+from pipeline import AuxiliaryHead, Config, Given, Term, from_dict, register_method
 from pipeline.base.config import METHODS
 
 WORDS, WIDTH, CLASSES, LONGEST, ROWS = 11, 6, 3, 9, 8
@@ -65,8 +65,8 @@ class PooledHead(AuxiliaryHead):
         super().__init__()
         self.linear = nn.Linear(width, CLASSES)
 
-    def loss(self, feature: Tensor, labels: Tensor, image: Tensor | None) -> Tensor:
-        return nn.functional.cross_entropy(self.logits(feature), labels)
+    def loss(self, feature: Tensor, given: Given) -> Tensor:
+        return nn.functional.cross_entropy(self.logits(feature), given.target)
 
     def logits(self, feature: Tensor) -> Tensor:
         return self.linear(feature.mean(dim=1))

@@ -52,9 +52,13 @@ class Numerics:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def place(self, module: nn.Module) -> None:
-        """Move a module to the device and layout; parameters stay float32 under bf16 autocast."""
-        dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        module.to(device=self.device, dtype=dtype).to(memory_format=self.layout)
+        """Move a module to the device and layout."""
+        module.to(device=self.device, dtype=self.weight_dtype).to(memory_format=self.layout)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Of parameters: they stay float32 under bf16 autocast."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
 def resolve_numerics(config: PrecisionConfig, device: torch.device, network: Iterable[nn.Module]) -> Numerics:

@@ -187,7 +187,9 @@ class LoaderSource:
         if pixels:
             return Batch(bare(ready), labels, raw)
         is_image = raw.is_floating_point() and raw.dim() == 4
-        return Batch(bare(ready), labels, self._normalise.invert(raw) if is_image else None)
+        if is_image:
+            return Batch(bare(ready), labels, self._normalise.invert(raw))
+        return Batch(bare(ready), labels, None if raw.is_floating_point() else raw)
 
 
 def input_specs(tensors: Tensors, max_length: int = 0) -> Specs:

@@ -28,6 +28,10 @@ class EdgeSpecs:
     """from rank + 1"""
     gradient_out: MessageSpec | None = None
     """to rank - 1"""
+    weights_in: MessageSpec | None = None
+    """from rank + 1"""
+    weights_out: MessageSpec | None = None
+    """to rank - 1"""
 
 
 @dataclass
@@ -38,21 +42,25 @@ class Edges:
     activation_out: Sender | None = None
     gradient_in: Receiver | None = None
     gradient_out: Sender | None = None
+    weights_in: Receiver | None = None
+    weights_out: Sender | None = None
 
     def bytes_sent(self) -> int:
         """Bytes of training sent so far, both ways."""
-        return sum(end.bytes_sent for end in (self.activation_out, self.gradient_out) if end is not None)
+        return sum(sender.bytes_sent for sender in self._senders())
 
     def close(self) -> int:
         """End all streams in an order that cannot dead-lock; return how many arrived messages nobody took."""
-        senders = [end for end in (self.activation_out, self.gradient_out) if end is not None]
-        receivers = [end for end in (self.activation_in, self.gradient_in) if end is not None]
-        for sender in senders:
+        receivers = [end for end in (self.activation_in, self.gradient_in, self.weights_in) if end is not None]
+        for sender in self._senders():
             sender.finish()
         unread = sum(receiver.close() for receiver in receivers)
-        for sender in senders:
+        for sender in self._senders():
             sender.close()
         return unread
+
+    def _senders(self) -> list[Sender]:
+        return [end for end in (self.activation_out, self.gradient_out, self.weights_out) if end is not None]
 
 
 def connect(
@@ -61,6 +69,7 @@ def connect(
     *,
     activation_slots: int,
     gradient_slots: int,
+    weights_slots: int = 0,
     depth: int,
     device: torch.device,
     backend: str,
@@ -70,17 +79,18 @@ def connect(
     """Agree on all messages, then create one group per directed edge. Collective: every rank calls it, once.
 
     Before any group exists each edge's two descriptions are compared; WireError names both sides. Groups are
-    made and warmed up in one order on all ranks: down 0->1, up 1->0, down 1->2, ... With ``ring`` > 0 activations are
-    received into a replay ring (see :class:`ReplayReceiver`). ``activation_slots`` and ``gradient_slots`` are receives
-    that this rank posts at a time; it tells those who send to it. Raises DeadlineExceeded, PeerLost.
+    made and warmed up in one order on all ranks: down 0->1, up 1->0 (gradients, then weights), down 1->2, ... With
+    ``ring`` > 0 activations are received into a replay ring (see :class:`ReplayReceiver`). ``activation_slots``,
+    ``gradient_slots`` and ``weights_slots`` are receives that this rank posts at a time; it tells those who send to it.
+    Raises DeadlineExceeded, PeerLost.
     """
     rank = team.rank
-    slots = {"activation": activation_slots, "gradient": gradient_slots}
+    slots = {"activation": activation_slots, "gradient": gradient_slots, "weights": weights_slots}
     texts = {name: spec and spec.describe() for name, spec in vars(specs).items()} | {"slots": slots}
     everyone = [json.loads(text) for text in team.collect("edges", json.dumps(texts))]
     edges = Edges()
     for upper in range(team.size - 1):
-        for label, source, target in (("activation", upper, upper + 1), ("gradient", upper + 1, upper)):
+        for label, source, target in _edges_between(upper):
             sent, expected = everyone[source][f"{label}_out"], everyone[target][f"{label}_in"]
             if sent != expected:
                 raise WireError(
@@ -88,7 +98,7 @@ def connect(
                     f"rank {source} sends {sent or f'no {label}'}"
                 )
     for upper in range(team.size - 1):
-        for label, source, target in (("activation", upper, upper + 1), ("gradient", upper + 1, upper)):
+        for label, source, target in _edges_between(upper):
             if everyone[source][f"{label}_out"] is None:
                 continue
             # gloo: bounds the connection only, waits pass FOREVER. NCCL: the watchdog would kill a
@@ -109,6 +119,11 @@ def connect(
                 end = ReplayReceiver(*common, ring, max_uses) if ring else Receiver(*common)
                 setattr(edges, f"{label}_in", end)
     return edges
+
+
+def _edges_between(upper: int) -> tuple[tuple[str, int, int], ...]:
+    """(label, source, target) of the edges that ranks ``upper`` and ``upper`` + 1 may have, in their order."""
+    return ("activation", upper, upper + 1), ("gradient", upper + 1, upper), ("weights", upper + 1, upper)
 
 
 def _warm_up(group: dist.ProcessGroup, rank: int, source: int, target: int, device: torch.device) -> None:

@@ -215,7 +215,7 @@ class Sender(_End):
         assert work is not None  # this rank is in the group
         # The queue keeps the Work alive: a Work that is garbage-collected is never delivered.
         self._in_flight.put((work, slot, time.perf_counter()))
-        if header.kind in (MessageKind.TRAIN, MessageKind.GRADIENT):
+        if header.kind in (MessageKind.TRAIN, MessageKind.GRADIENT, MessageKind.WEIGHTS):
             self.bytes_sent += self.spec.nbytes
 
     def _take_free(self, left_s: float | None = None) -> Slot:

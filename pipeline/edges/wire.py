@@ -35,13 +35,15 @@ FOREVER = timedelta(days=7)
 
 
 class MessageKind(IntEnum):
-    """What a message carries. EPOCH marks the end of an epoch (schedule `free`), DONE that of the stream."""
+    """What a message carries. EPOCH marks the end of an epoch (schedule `free`), DONE that of the stream. WEIGHTS are
+    those of the step that the header names."""
 
     TRAIN = 1
     EVAL = 2
     GRADIENT = 3
     DONE = 4
     EPOCH = 5
+    WEIGHTS = 6
 
 
 class Directive(IntEnum):

@@ -5,6 +5,7 @@
     relay(key)    g = (df_m/dx_m)^T (c_m if it is its key + what came from m+1 with this key)     -> module m-1
     backward      grad theta_m = (df_m/dtheta_m)^T (a_m + c_m + everything that came from m+1)
     update        one optimiser step for theta_m and the heads of m, if its losses and its gradients are finite
+    share, adopt  weights upstream: what its first block weighs, for the heads of m-1; what came from m+1, for its own
 
 The independent gradient a_m and messages that end here never go upstream. The order of summation is fixed, so the
 result does not depend on timing or placement. x_m and h_m are named sets of tensors (see base.flow); heads stand on
@@ -31,7 +32,9 @@ from pipeline.local.micro_batch import BatchKey, InFlight, MicroBatch
 from pipeline.local.optimiser import build_optimiser, set_learning_rate
 from pipeline.local.roles import ModulePlan
 from pipeline.local.stashes import Stashes
-from pipeline.models.losses import cross_entropy
+from pipeline.local.task import Task
+from pipeline.local.upstream import FlatWeights, Mailbox, shapes_of
+from pipeline.models.heads import IMAGE, INPUTS, Given
 
 
 class LocalModule:
@@ -41,11 +44,14 @@ class LocalModule:
         plan: the module's role in the hierarchy.
         blocks: its consecutive blocks, by name.
         levels: its head levels by name, in running order: "cascade" first, others wait for its gradient.
+        task: what the network is for.
         config: the run's configuration.
         numerics: dtype, memory layout and device.
         lag: steps between a forward and the backward and update of its batch (schedule `async`).
+        mailbox: of the weights of module m+1, where its heads get any.
 
     Attributes:
+        asks: what its heads ask for, see :class:`pipeline.models.heads.Given`.
         in_flight: micro-batches between their forward and their backward.
         losses: of its heads.
         stashes: of a late module, None of others.
@@ -57,14 +63,20 @@ class LocalModule:
         plan: ModulePlan,
         blocks: OrderedDict[str, nn.Module],
         levels: OrderedDict[str, Level],
+        task: Task,
         config: Config,
         numerics: Numerics,
         lag: int = 0,
+        mailbox: Mailbox | None = None,
     ) -> None:
         self.plan = plan
         self.blocks = blocks
         self.levels = levels
+        self.task = task
+        self.asks = frozenset().union(*(level.asks for level in levels.values()))
         self.numerics = numerics
+        self.mailbox = mailbox
+        self._shared: FlatWeights | None = None
         self._seed = config.train.seed
         self._clip_norm = config.optim.clip_norm
         parts = (*blocks.values(), *levels.values())
@@ -84,11 +96,6 @@ class LocalModule:
         skips, on_gpu = config.train.nonfinite == "skip", numerics.device.type == "cuda"
         self._counts_steps_itself = config.schedule.kind == "free"
         self.guard = FiniteGuard(self.losses, self._trained, buffers, skips, on_gpu, self._not_finite)
-
-    @property
-    def needs_image(self) -> bool:
-        """Whether one of its heads reconstructs the image."""
-        return any(level.needs_image for level in self.levels.values())
 
     def _imitate_repeated_evaluations(self) -> list[nn.modules.batchnorm._BatchNorm]:
         """The released code evaluates a module n times a step, which moves BatchNorm statistics n times: momentum
@@ -139,11 +146,11 @@ class LocalModule:
         item.independent = self._run_level("independent", item, key[0])
 
     def final(self, key: BatchKey) -> None:
-        """The last module's loss: cross-entropy of its output, which is the network's logits."""
+        """The last module's loss: that of the task on its output, which is the network's."""
         item = self.in_flight[key]
         leaf = item.outputs[MAIN].detach().requires_grad_()
         with torch.enable_grad():
-            loss = cross_entropy(leaf, item.batch.labels)
+            loss = self.task.loss(leaf, item.batch.labels)
             loss.backward()
         self.losses.add(key[0], "final", loss.detach(), item.batch.scale)
         total = (self.plan.final_local + self.plan.final_cascade) * item.batch.scale
@@ -209,6 +216,22 @@ class LocalModule:
         self.optimiser.zero_grad(set_to_none=True)
         self.guard.mend_buffers()
 
+    def share(self) -> Tensor:
+        """A copy of the parameters of its first block, (1, elements); the next call writes it again."""
+        first = next(iter(self.blocks.values()))
+        if self._shared is None:
+            self._shared = FlatWeights(shapes_of(first), self.numerics.weight_dtype, self.numerics.device)
+        self._shared.copy(first.parameters())
+        return self._shared.flat
+
+    @torch.no_grad()
+    def adopt(self, step: int) -> None:
+        """Give its heads what module m+1 shared after its update of batch ``step``."""
+        assert self.mailbox is not None
+        weights = self.mailbox.take(step)
+        for level in self.levels.values():
+            level.receive_weights(weights, step)
+
     def set_learning_rate(self, lr: float) -> None:
         """Use ``lr`` from the next update on."""
         set_learning_rate(self.optimiser, lr)
@@ -230,7 +253,9 @@ class LocalModule:
     def _run_level(self, name: str, item: InFlight, step: int) -> Tensor:
         seed_rng(stable_hash(item.rng_seed, name), self.numerics.device)
         batch = item.batch
-        arguments = (item.outputs[MAIN].detach(), batch.labels, batch.image, batch.scale, self.numerics.autocast)
+        inputs = {name: x.detach() for name, x in batch.inputs.items()} if INPUTS in self.asks else None
+        given = Given(batch.labels, batch.image if IMAGE in self.asks else None, inputs, step)
+        arguments = (item.outputs[MAIN].detach(), given, batch.scale, self.numerics.autocast)
         if self.stashes is None:
             gradient, losses = self.levels[name].backward(*arguments)
         else:
@@ -258,7 +283,8 @@ class LocalModule:
 
     @torch.no_grad()
     def evaluate(self, inputs: Tensors) -> tuple[Tensors, dict[str, Tensor]]:
-        """Forward in evaluation mode. Returns h_m (boundary form) and the logits of every level that classifies."""
+        """Forward in evaluation mode. Returns h_m (boundary form) and the output of every level that does the
+        task, "final" for the network's own."""
         self._set_training(False)
         with self.numerics.autocast():
             h = named(self._run_blocks(bare(inputs)))

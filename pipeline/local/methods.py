@@ -7,6 +7,8 @@ greedy            1 x cross-entropy of pool + linear (0c1f)
 infopro           l1 x reconstruction of the image + l2 x cross-entropy       (Wang et al. 2021)
 infopro-contrast  l1 x reconstruction of the image + l2 x supervised contrast
 predsim           b x similarity matching + (1 - b) x cross-entropy           (Nokland & Eidnes 2019)
+
+For another task than classification its loss stands in place of the cross-entropy, on a head that the task brings.
 """
 
 from __future__ import annotations
@@ -21,31 +23,16 @@ from torch import Tensor, nn
 
 from pipeline.base.config import DGL_HEADS, METHODS, Config, MethodConfig
 from pipeline.base.errors import ConfigError, suggest
-from pipeline.base.flow import LABEL, MAIN, Specs, TensorSpec
+from pipeline.base.flow import LABEL, Tensors
 from pipeline.local.roles import ModulePlan, lambda_position
+from pipeline.local.task import Classification, Task
+from pipeline.local.upstream import Upstream
 from pipeline.models import heads
 from pipeline.models.backbones import initialise
-from pipeline.models.heads import Autocast, AuxiliaryHead, FeatureShape, PatchedHead
+from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given
+from pipeline.models.patches import Autocast, PatchedHead, patch_shape
 
 DEFAULT_HEADS = {"dgl": "mlp-sr", "greedy": "0c1f", "infopro": "1c2f", "infopro-contrast": "1c2f", "predsim": ""}
-
-
-@dataclass(frozen=True)
-class Task:
-    """What the data set asks of a network: ``classes`` and the (C, S, S) shape of its images."""
-
-    classes: int
-    image_shape: tuple[int, ...]
-
-    @property
-    def inputs(self) -> Specs:
-        """What the network takes, where the data do not say more."""
-        return {MAIN: TensorSpec(self.image_shape)}
-
-    @property
-    def target(self) -> TensorSpec:
-        """What is wanted of each row."""
-        return LABEL
 
 
 @dataclass(frozen=True)
@@ -59,13 +46,15 @@ class Term:
 
 Terms = Callable[[MethodConfig, Task, float], list[Term]]
 _REGISTERED: dict[str, Terms] = {}
+_UPSTREAM: dict[str, Upstream] = {}
 
 
-def register_method(name: str, terms: Terms) -> None:
+def register_method(name: str, terms: Terms, upstream: Upstream | None = None) -> None:
     """Make ``method.name = name`` known. Call it on every rank before :func:`pipeline.load_config`.
 
     ``terms(config.method, task, position)`` gives the terms of a local loss; ``position`` in [0, 1] is where the module
-    stands between the first and the last one that has a head.
+    stands between the first and the last one that has a head. With ``upstream`` every head of a module is told the
+    weights of the next module's first block (:meth:`pipeline.models.heads.AuxiliaryHead.receive_weights`).
 
     Raises:
         ConfigError: the name is taken.
@@ -74,6 +63,13 @@ def register_method(name: str, terms: Terms) -> None:
         raise ConfigError(f"method '{name}' exists already; choose another name")
     METHODS.append(name)
     _REGISTERED[name] = terms
+    if upstream is not None:
+        _UPSTREAM[name] = upstream
+
+
+def upstream_of(config: MethodConfig) -> Upstream | None:
+    """The weights upstream that the method asks for, if any."""
+    return _UPSTREAM.get(config.name)
 
 
 class Level(nn.Module):
@@ -94,18 +90,25 @@ class Level(nn.Module):
         return [(name, head) for name, head in self.terms.items() if isinstance(head, PatchedHead)]
 
     @property
-    def needs_image(self) -> bool:
-        return any(head.needs_image for _, head in self.heads())
+    def asks(self) -> frozenset[str]:
+        """What its heads ask for, see :class:`pipeline.models.heads.Given`."""
+        return frozenset().union(*(head.asks for _, head in self.heads()))
+
+    def receive_weights(self, weights: Tensors, step: int) -> None:
+        """Tell every head the weights of the next module's first block after its update of batch ``step``."""
+        for _, patched in self.heads():
+            for head in patched.heads:
+                assert isinstance(head, AuxiliaryHead)
+                head.receive_weights(weights, step)
 
     def backward(
         self,
         feature: Tensor,
-        labels: Tensor,
-        image: Tensor | None,
+        given: Given,
         scale: float,
         autocast: Autocast = contextlib.nullcontext,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run all heads and their backward passes on a detached feature (B, C, H, W).
+        """Run all heads and their backward passes on a detached feature (B, ...).
 
         Returns:
             ``scale * d(level loss)/d(feature)``, like the feature, and the un-weighted loss of every term.
@@ -114,11 +117,11 @@ class Level(nn.Module):
         losses = {}
         for name, head in self.heads():
             weight = scale * self.weights[name]
-            gradient, losses[name] = head.backward(feature, labels, image, weight, gradient, autocast)
+            gradient, losses[name] = head.backward(feature, given, weight, gradient, autocast)
         return torch.zeros_like(feature) if gradient is None else gradient, losses
 
     def logits(self, feature: Tensor) -> Tensor | None:
-        """Class scores of the first head that classifies, or None."""
+        """Output of the first head that does the task, or None."""
         for _, head in self.heads():
             scores = head.logits(feature)
             if scores is not None:
@@ -146,14 +149,15 @@ def build_level(
     built: dict[str, tuple[float, PatchedHead]] = {}
     for term in terms:
         patched = not released or term.name == "reconstruction"
-        grid = config.patches.grid if patched and len(shape) == 3 else 1
-        if grid > 1 and min(shape[1:] + task.image_shape[1:]) < grid:
+        grid = config.patches.grid if patched and len(shape) > 1 else 1
+        sides = shape[1:] if len(shape) == 3 else shape[:1]
+        if grid > 1 and min(sides + task.image_shape[1:]) < grid:
             raise ConfigError(
-                f"patches.grid = {grid}, but module {module} ends in {shape[1]}x{shape[2]} features; "
-                f"use at most {min(shape[1:])}"
+                f"patches.grid = {grid}, but module {module} ends in {'x'.join(map(str, sides))} features; "
+                f"use at most {min(sides)}"
             )
-        patch_shape = _patch_shape(shape, grid)
-        head = PatchedHead(partial(term.make, patch_shape), grid, separate=released and grid > 1)
+        separate = released and grid > 1 and len(shape) == 3
+        head = PatchedHead(partial(term.make, patch_shape(shape, grid)), grid, separate)
         initialise(head)
         built[term.name] = (term.weight, head)
     return Level(weight, built)
@@ -171,15 +175,18 @@ def method_terms(config: MethodConfig, task: Task, position: float) -> list[Term
     """The terms of the method's local loss; ``position`` in [0, 1] interpolates InfoPro's weights.
 
     Raises:
-        ConfigError: a head name that the method does not have.
+        ConfigError: a head that the method or the task does not have.
     """
     if config.name in _REGISTERED:
         return _REGISTERED[config.name](config, task, position)
+    _refuse_what_the_task_lacks(config, task)
     head = config.head or DEFAULT_HEADS[config.name]
     if config.name == "dgl":
         if head not in DGL_HEADS:
             raise ConfigError(f"method.head = '{head}' is no head of dgl; {suggest(head, DGL_HEADS)}")
-        return [Term("task", 1.0, lambda shape: _classifier(shape, heads.dgl_head(_map(shape), task.classes, head)))]
+        return [
+            Term("task", 1.0, lambda shape: task.head(shape, lambda size: heads.dgl_head(size, task.classes, head)))
+        ]
     if config.name == "predsim":
         if head:
             raise ConfigError(f"method.head = '{head}': predsim has one fixed pair of heads; remove method.head")
@@ -188,19 +195,24 @@ def method_terms(config: MethodConfig, task: Task, position: float) -> list[Term
             Term(
                 "prediction",
                 1.0 - config.similarity,
-                lambda shape: _classifier(
-                    shape, heads.pooled_linear(_map(shape), task.classes, config.prediction_inputs)
+                lambda shape: task.head(
+                    shape, lambda size: heads.pooled_linear(size, task.classes, config.prediction_inputs)
                 ),
             ),
         ]
     contrast = config.name == "infopro-contrast"
     out = config.feature_dim if contrast else task.classes
 
+    def network(size: FeatureShape) -> nn.Sequential:
+        return heads.xcyf(size, out, head, config.feature_dim, config.widen)
+
     def make_task(shape: FeatureShape) -> AuxiliaryHead:
-        network = heads.xcyf(_map(shape), out, head, config.feature_dim, config.widen)
-        if contrast:
-            return heads.ContrastHead(_flat_first(shape, network), config.temperature)
-        return _classifier(shape, network)
+        if not contrast:
+            return task.head(shape, network)
+        if len(shape) == 1:
+            flat = nn.Sequential(heads.VectorInput(), *network((shape[0], 1, 1)))
+            return heads.ContrastHead(flat, config.temperature)
+        return heads.ContrastHead(network(shape), config.temperature)
 
     if config.name == "greedy":
         return [Term("task", 1.0, make_task)]
@@ -216,17 +228,24 @@ def method_terms(config: MethodConfig, task: Task, position: float) -> list[Term
     ]
 
 
-def _map(shape: FeatureShape) -> FeatureShape:
-    """A vector feature (D,) is a 1x1 map (D, 1, 1)."""
-    return (shape[0], 1, 1) if len(shape) == 1 else shape
-
-
-def _flat_first(shape: FeatureShape, network: nn.Sequential) -> nn.Module:
-    return nn.Sequential(heads.VectorInput(), *network) if len(shape) == 1 else network
-
-
-def _classifier(shape: FeatureShape, network: nn.Sequential) -> AuxiliaryHead:
-    return heads.ClassifierHead(_flat_first(shape, network))
+def _refuse_what_the_task_lacks(config: MethodConfig, task: Task) -> None:
+    """What a method's heads compare must be there."""
+    kind, alternatives = type(task).__name__, "use dgl or greedy, or register a method"
+    if config.name in ("predsim", "infopro-contrast") and task.target != LABEL:
+        raise ConfigError(
+            f"method.name = '{config.name}' compares the classes of whole rows, but the target of {kind} is "
+            f"{task.target.shape} per row; {alternatives}"
+        )
+    if config.name.startswith("infopro") and len(task.image_shape) != 3:
+        raise ConfigError(
+            f"method.name = '{config.name}' reconstructs images, but an input of {kind} is {task.image_shape}; "
+            f"{alternatives}"
+        )
+    if config.head and not isinstance(task, Classification):
+        raise ConfigError(
+            f"method.head = '{config.head}' is a network that classifies whole rows, {kind} brings its own head; "
+            "remove method.head"
+        )
 
 
 def _decoder(shape: FeatureShape, image_channels: int, widen: int) -> AuxiliaryHead:
@@ -242,10 +261,3 @@ def _similarity(shape: FeatureShape, classes: int) -> AuxiliaryHead:
 def _need_map(shape: FeatureShape, what: str) -> None:
     if len(shape) != 3:
         raise ConfigError(f"{what} needs feature maps, but a local module ends in {shape}; use dgl or greedy there")
-
-
-def _patch_shape(shape: FeatureShape, grid: int) -> FeatureShape:
-    """Shape of the largest patch; heads size their first pooling by it."""
-    if grid == 1:
-        return shape
-    return (shape[0], -(-shape[1] // grid), -(-shape[2] // grid))

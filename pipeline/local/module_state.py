@@ -5,6 +5,7 @@
     losses.<term>, losses.steps     sums of the epoch so far            losses.skipped    updates left out
     open.<step>.<term>              losses of a step whose update is still to come
     late.<step>...                  schedule `async`: what is in flight between a forward and its late update
+    upstream.<step>                 weights of the next module that are shared and not yet adopted; upstream.declared
     busy_s                          seconds that the module has been busy in the epoch so far; from the loop
 
 A batch in flight is its input, what its heads said and what has arrived from the next module; its graph is made anew by
@@ -67,6 +68,8 @@ def module_state(module: LocalModule) -> State:
             if tensor is not None:
                 _put(state, f"{prefix}.{field}", tensor)
         state[f"{prefix}.scale"] = torch.tensor(batch.scale, dtype=torch.float64)
+    if module.mailbox is not None:
+        state |= module.mailbox.state()
     return state
 
 
@@ -74,8 +77,10 @@ def restore_module(module: LocalModule, state: State) -> None:
     """Put a state of :func:`module_state` into a module that was built alike.
 
     Raises:
-        ConfigError: a tensor is missing, left over, or has another shape.
+        ConfigError: a tensor is missing, left over, or has another shape; weights upstream come at other steps.
     """
+    if module.mailbox is not None:
+        module.mailbox.restore(state)
     _restore_late(module, state)
     expected = live_weights(module)
     found = weights_of(state).keys()

@@ -1,41 +1,71 @@
 """Auxiliary heads: small networks that turn the output of a local module into a local loss.
 
-Every head answers three questions: its loss on a feature, its logits (if it classifies), and whether it needs the
-image. :class:`PatchedHead` runs a head patch by patch (HPFF's patch feature fusion).
+Every head answers three questions: its loss on a feature, its logits (if it does what the network is to do), and what
+it asks for besides. :mod:`pipeline.models.patches` runs a head patch by patch (HPFF's patch feature fusion).
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.base.config import XCYF
 from pipeline.base.errors import ConfigError
+from pipeline.base.flow import Tensors
 from pipeline.models import losses
 from pipeline.models.layers import PairedConv2d, PointwiseConv2d, PoolTo2d, RowBatchNorm2d
 from pipeline.models.upsampling import UpsampledConv2d
 
-FeatureShape = tuple[int, ...]  # (C, H, W) of a feature map
-Autocast = Callable[[], contextlib.AbstractContextManager[None]]
+FeatureShape = tuple[int, ...]
+"""Without the batch: (C, H, W) of a map, (T, D) of a sequence, (D,) of a vector."""
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""Of an output (B, ...) and its target (B, ...): a scalar, the mean over the batch."""
+IMAGE, INPUTS = "image", "inputs"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a head may see besides the feature that it stands on.
+
+    Attributes:
+        target: (B, ...), of the task; int64 (B,) for classes.
+        image: (B, ...), the raw input of the network, uint8 (B, C, H, W) for images; only for heads that ask for it.
+        inputs: of the local module, detached, (B, ...) each, "x" among them; only for heads that ask for it.
+        step: of the batch, from 0 on.
+    """
+
+    target: Tensor
+    image: Tensor | None = None
+    inputs: Tensors | None = None
+    step: int = 0
 
 
 class AuxiliaryHead(nn.Module):
-    """Base of all heads. ``feature`` is (B, C, H, W), ``labels`` int64 (B,), ``image`` uint8 (B, 3, S, S) or None."""
+    """Base of all heads. ``feature`` is a map (B, C, H, W), a sequence (B, T, D) or a vector (B, D).
 
-    needs_image = False
+    Attributes:
+        asks: fields of :class:`Given` that it needs, of "image" and "inputs"; others may be None.
+    """
 
-    def loss(self, feature: Tensor, labels: Tensor, image: Tensor | None) -> Tensor:
+    asks: frozenset[str] = frozenset()
+
+    def loss(self, feature: Tensor, given: Given) -> Tensor:
         """The scalar local loss, mean over the batch."""
         raise NotImplementedError
 
     def logits(self, feature: Tensor) -> Tensor | None:
-        """Class scores (B, classes), or None where the head does not classify."""
+        """An output (B, ...) of the form that the network itself ends in, for the task's metrics; None where the head
+        has none."""
         return None
+
+    def receive_weights(self, weights: Tensors, step: int) -> None:
+        """Take the parameters of the next module's first block, by their names in it, as they were after its update of
+        batch ``step``. Copy what is to be kept: their memory is used again. Called before the heads of a step, under
+        no_grad, where the method declares weights upstream (:class:`pipeline.Upstream`); most heads have no use for
+        them."""
 
     def window(self, height: int, width: int) -> tuple[int, int]:
         """Sides of the windows that the head averages, before anything else, on a feature of this size; (1, 1): none.
@@ -44,20 +74,22 @@ class AuxiliaryHead(nn.Module):
         """
         return 1, 1
 
-    def loss_of_means(self, means: Tensor, labels: Tensor) -> Tensor:
+    def loss_of_means(self, means: Tensor, given: Given) -> Tensor:
         """The loss on a feature that is already averaged over its windows."""
         raise NotImplementedError
 
 
-class ClassifierHead(AuxiliaryHead):
-    """A network that ends in class scores, trained by cross-entropy."""
+class TaskHead(AuxiliaryHead):
+    """A network that does what the whole network is to do, trained by the same loss: class scores by cross-entropy,
+    say."""
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: nn.Module, loss: Loss = losses.cross_entropy) -> None:
         super().__init__()
         self.head = head
+        self._loss = loss
 
-    def loss(self, feature: Tensor, labels: Tensor, image: Tensor | None) -> Tensor:
-        return losses.cross_entropy(self.head(feature), labels)
+    def loss(self, feature: Tensor, given: Given) -> Tensor:
+        return self._loss(self.head(feature), given.target)
 
     def window(self, height: int, width: int) -> tuple[int, int]:
         first = self.head[0] if isinstance(self.head, nn.Sequential) else None
@@ -72,12 +104,12 @@ class ClassifierHead(AuxiliaryHead):
             return 1, 1
         return sides if even and min(sides) > 0 else (1, 1)
 
-    def loss_of_means(self, means: Tensor, labels: Tensor) -> Tensor:
+    def loss_of_means(self, means: Tensor, given: Given) -> Tensor:
         assert isinstance(self.head, nn.Sequential)
         _, *layers = self.head
         for layer in layers:
             means = layer(means)
-        return losses.cross_entropy(means, labels)
+        return self._loss(means, given.target)
 
     def logits(self, feature: Tensor) -> Tensor:
         logits: Tensor = self.head(feature)
@@ -92,14 +124,14 @@ class ContrastHead(AuxiliaryHead):
         self.head = head
         self.temperature = temperature
 
-    def loss(self, feature: Tensor, labels: Tensor, image: Tensor | None) -> Tensor:
-        return losses.supervised_contrast(self.head(feature), labels, self.temperature)
+    def loss(self, feature: Tensor, given: Given) -> Tensor:
+        return losses.supervised_contrast(self.head(feature), given.target, self.temperature)
 
 
 class DecoderHead(AuxiliaryHead):
     """InfoPro's reconstruction: upsample to the image, conv-BN-ReLU-conv, binary cross-entropy against the image."""
 
-    needs_image = True
+    asks = frozenset({IMAGE})
 
     def __init__(self, channels: int, image_channels: int, widen: int) -> None:
         super().__init__()
@@ -111,7 +143,8 @@ class DecoderHead(AuxiliaryHead):
             PairedConv2d(width, image_channels),
         )
 
-    def loss(self, feature: Tensor, labels: Tensor, image: Tensor | None) -> Tensor:
+    def loss(self, feature: Tensor, given: Given) -> Tensor:
+        image = given.image
         assert image is not None
         upsampled_convolution, *layers = self.decoder
         x = upsampled_convolution(feature, (image.size(2), image.size(3)))
@@ -128,8 +161,8 @@ class SimilarityHead(AuxiliaryHead):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.classes = classes
 
-    def loss(self, feature: Tensor, labels: Tensor, image: Tensor | None) -> Tensor:
-        return losses.similarity_matching(self.conv(feature), labels, self.classes)
+    def loss(self, feature: Tensor, given: Given) -> Tensor:
+        return losses.similarity_matching(self.conv(feature), given.target, self.classes)
 
 
 def xcyf(shape: FeatureShape, out: int, config: str, feature_dim: int, widen: int) -> nn.Sequential:
@@ -218,149 +251,8 @@ def pooled_linear(shape: FeatureShape, classes: int, max_features: int) -> nn.Se
     )
 
 
-def patch_slices(size: int, grid: int) -> list[slice]:
-    """Cut ``size`` positions into ``grid`` consecutive ranges that differ by at most one."""
-    edges = [index * size // grid for index in range(grid + 1)]
-    return [slice(low, high) for low, high in zip(edges, edges[1:], strict=False)]
-
-
-class PatchedHead(nn.Module):
-    """Patch feature fusion: a head on each of ``grid`` x ``grid`` patches, one patch after another (HPFF, eq. 6-7).
-
-    +----+----+   each patch: loss, backward, graph freed; so only one patch's graph is alive
-    | 0  | 1  |   and BatchNorm inside the head sees one patch at a time.
-    +----+----+
-    | 2  | 3  |   shared: one head for all patches, average of losses  (paper)
-    +----+----+   separate: a head per patch, sum of losses            (released code, decoder only)
-
-    Args:
-        make: builds one head for a patch.
-        grid: patches along each side; 1 is the plain head.
-        separate: one head per patch and the sum of losses instead of a shared head and their average.
-    """
-
-    def __init__(self, make: Callable[[], AuxiliaryHead], grid: int, separate: bool = False) -> None:
-        super().__init__()
-        self.grid = grid
-        self.separate = separate
-        self.heads = nn.ModuleList(make() for _ in range(grid * grid if separate else 1))
-
-    @property
-    def needs_image(self) -> bool:
-        return self._head(0).needs_image
-
-    def _head(self, patch: int) -> AuxiliaryHead:
-        head = self.heads[patch if self.separate else 0]
-        assert isinstance(head, AuxiliaryHead)
-        return head
-
-    def _patches(self, x: Tensor) -> list[tuple[slice, slice]]:
-        if self.grid == 1 or x.dim() != 4:
-            return [(slice(None), slice(None))]
-        rows, columns = patch_slices(x.size(2), self.grid), patch_slices(x.size(3), self.grid)
-        return [(row, column) for row in rows for column in columns]
-
-    def backward(
-        self,
-        feature: Tensor,
-        labels: Tensor,
-        image: Tensor | None,
-        weight: float,
-        gradient: Tensor | None = None,
-        autocast: Autocast = contextlib.nullcontext,
-    ) -> tuple[Tensor, Tensor]:
-        """Run the head and its backward pass on a feature (B, C, H, W) or (B, D) that does not require grad.
-
-        ``autocast`` makes the context of the forward pass; a backward pass chooses its dtypes from the forward's and
-        runs outside. The heads' own gradients are added to their ``.grad``.
-
-        Returns:
-            ``weight * d loss / d feature``, added to ``gradient`` in place where one is given, and the un-weighted
-            loss (float64 scalar, detached).
-        """
-        window = self._window(feature)
-        if window == (1, 1):
-            return self._by_patches(feature, labels, image, weight, gradient, autocast, pooled=False)
-        means = F.avg_pool2d(feature, window)
-        means_gradient, total = self._by_patches(means, labels, None, weight, None, autocast, pooled=True)
-        spread = _spread(means_gradient, window)
-        if not feature.is_contiguous(memory_format=torch.channels_last):
-            spread = spread.contiguous()
-        return spread if gradient is None else gradient.add_(spread), total
-
-    def _window(self, feature: Tensor) -> tuple[int, int]:
-        """Windows by which the whole map may be pooled before it is cut; (1, 1) where patches do not allow it."""
-        if feature.dim() != 4 or feature.size(2) % self.grid or feature.size(3) % self.grid:
-            return 1, 1
-        return self._head(0).window(feature.size(2) // self.grid, feature.size(3) // self.grid)
-
-    def _by_patches(
-        self,
-        feature: Tensor,
-        labels: Tensor,
-        image: Tensor | None,
-        weight: float,
-        gradient: Tensor | None,
-        autocast: Autocast,
-        pooled: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """The work of :meth:`backward`; ``pooled``: the feature holds the means of the head's windows."""
-        patches = self._patches(feature)
-        images = [image] * len(patches) if image is None else [
-            image[:, :, rows, columns] for rows, columns in self._patches(image)
-        ]
-        share = 1.0 if self.separate else 1.0 / len(patches)
-        total = feature.new_zeros((), dtype=torch.float64)
-        whole = len(patches) == 1
-        result = gradient if gradient is not None or whole else torch.empty_like(feature)
-        for index, ((rows, columns), patch_image) in enumerate(zip(patches, images, strict=True)):
-            leaf = feature.detach() if whole else _dense(feature[:, :, rows, columns])
-            leaf.requires_grad_()
-            head = self._head(index)
-            with torch.enable_grad(), autocast():
-                loss = head.loss_of_means(leaf, labels) if pooled else head.loss(leaf, labels, patch_image)
-            (loss * (weight * share)).backward()
-            total += loss.detach() * share
-            assert leaf.grad is not None
-            if result is None:
-                result = leaf.grad
-            elif gradient is not None:
-                (result if whole else result[:, :, rows, columns]).add_(leaf.grad)
-            else:  # the patches cover the map once, so nothing needs to be zeroed first
-                result[:, :, rows, columns].copy_(leaf.grad)
-        assert result is not None
-        return result, total
-
-    def logits(self, feature: Tensor) -> Tensor | None:
-        """Mean over patches of the head's class scores, or None where it does not classify."""
-        scores = []
-        for index, (rows, columns) in enumerate(self._patches(feature)):
-            patch = feature[:, :, rows, columns] if feature.dim() == 4 else feature
-            score = self._head(index).logits(patch)
-            if score is None:
-                return None
-            scores.append(score)
-        return torch.stack(scores).mean(dim=0)
-
-
-def _dense(patch: Tensor) -> Tensor:
-    """A copy of a slice (B, C, h, w) of a map without gaps, in the map's layout."""
-    nhwc = patch.stride(1) == 1
-    return patch.clone(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
-
-
-def _spread(means_gradient: Tensor, window: tuple[int, int]) -> Tensor:
-    """The gradient of a map (B, C, H, W), channels last, from that of its means over windows (B, C, h, w)."""
-    batch, channels, h, w = means_gradient.shape
-    share = (means_gradient / (window[0] * window[1])).permute(0, 2, 3, 1)
-    lines = share[:, :, :, None].expand(-1, -1, -1, window[1], -1).reshape(batch, h, 1, -1)
-    full = lines.expand(-1, -1, window[0], -1).reshape(batch, h * window[0], w * window[1], channels)
-    return full.permute(0, 3, 1, 2)
-
-
 class VectorInput(nn.Module):
     """Views a vector feature (B, D) as a map (B, D, 1, 1), so that heads for maps serve flat modules too."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x[:, :, None, None] if x.dim() == 2 else x
-

@@ -16,6 +16,7 @@ from pipeline.base.numerics import Numerics
 from pipeline.edges.wire import Header, MessageKind
 from pipeline.local.local_module import LocalModule
 from pipeline.models.boundaries import blank
+from pipeline.models.heads import IMAGE
 from pipeline.plan.assembly import Plan
 from pipeline.stage.gradients import GRADIENT
 from pipeline.stage.inlet import Batch, BatchInlet, payload
@@ -55,6 +56,8 @@ class Stands:
     activation_out: Nobody | None
     gradient_in: Pretender
     gradient_out: Nobody | None
+    weights_in: None = None
+    weights_out: None = None
 
 
 def random_batch(plan: Plan, module: LocalModule, numerics: Numerics) -> Batch:
@@ -64,7 +67,7 @@ def random_batch(plan: Plan, module: LocalModule, numerics: Numerics) -> Batch:
     x = _random(plan.given(index), rows, generator, numerics)
     labels = torch.randint(task.classes, (rows, *task.target.shape), generator=generator).to(numerics.device)
     image = None
-    if module.needs_image:
+    if IMAGE in module.asks:
         image = torch.randint(256, (rows, *task.image_shape), generator=generator, dtype=torch.uint8)
         image = image.to(numerics.device)
     return Batch(x, labels, image)

@@ -19,13 +19,15 @@ from pipeline.base.flow import MAIN, Specs, TensorSpec
 from pipeline.base.numerics import Numerics, stable_hash
 from pipeline.edges.wire import FieldSpec, MessageSpec
 from pipeline.local.local_module import LocalModule
-from pipeline.local.methods import Level, Task, levels_of
+from pipeline.local.methods import Level, levels_of
 from pipeline.local.roles import ModulePlan, plan_hierarchy
+from pipeline.local.task import Classification, Task
 from pipeline.models.backbones import Blocks
 from pipeline.models.boundaries import boundary_specs
 from pipeline.models.unbuilt import drawn_blocks, real_blocks, without_memory
 from pipeline.plan.cut import Cut, make_cut
 from pipeline.plan.placement import place
+from pipeline.plan.upstream import UpstreamPlan, plan_upstream
 from pipeline.stage.capacity import activations_held, gradients_held, gradients_sent
 from pipeline.stage.gradients import GRADIENT
 from pipeline.stage.inlet import ACTIVATION, IMAGE, LABELS, payload
@@ -40,14 +42,15 @@ class Plan:
 
     Attributes:
         config: resolved configuration.
-        task: classes and image shape.
+        task: what the network is for.
         cut: blocks of every local module.
         modules: role of every local module.
         stages: consecutive local modules of every rank.
         schedules: actions of every rank for one step.
         inputs: what the first local module gets.
         boundaries: what every local module gives.
-        reconstructing: local modules with a head that needs the image.
+        reconstructing: local modules with a head that asks for the image.
+        upstream: weights that the heads get from the next module, where the method declares them.
     """
 
     config: Config
@@ -59,12 +62,13 @@ class Plan:
     inputs: Specs
     boundaries: tuple[Specs, ...]
     reconstructing: frozenset[int]
+    upstream: UpstreamPlan | None = None
 
     def placed(self, stages: tuple[range, ...]) -> Plan:
         """The same plan with other consecutive local modules on the ranks."""
         if stages == self.stages:
             return self
-        schedules = stage_schedules(self.modules, stages, self.config.schedule.micro_batches, _delay(self.config))
+        schedules = _schedules(self.config, self.modules, stages, self.upstream)
         return dataclasses.replace(self, stages=stages, schedules=schedules)
 
     def given(self, module: int) -> Specs:
@@ -123,7 +127,8 @@ class Plan:
         target = self.task.target
         fields.append(FieldSpec(LABELS, target.dtype, target.shape, varies=target.varies))
         if self.image_crosses(rank):
-            fields.append(FieldSpec(IMAGE, torch.uint8, self.task.image_shape))
+            image = self.task.image
+            fields.append(FieldSpec(IMAGE, image.dtype, image.shape, varies=image.varies))
         return MessageSpec(tuple(fields), self.micro_batch_rows)
 
     def gradient_spec(self, rank: int, dtype: torch.dtype, channels_last: bool) -> MessageSpec:
@@ -157,11 +162,11 @@ def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int, inputs: Sp
     by_block = boundary_specs(blocks, inputs, [names[0] for names in cut.modules[1:]])
     boundaries = tuple(by_block[names[-1]] for names in cut.modules)
     ends = [boundary[MAIN] for boundary in boundaries]
-    if ends[-1].shape != (task.classes,):
-        raise ConfigError(
-            f"the network ends in {ends[-1].shape}, the data has {task.classes} classes; "
-            "the last block must give class scores"
-        )
+    if ends[-1].shape != task.output_shape:
+        wanted = f"the data has {task.classes} classes; the last block must give class scores"
+        if not isinstance(task, Classification):
+            wanted = f"{type(task).__name__} needs {task.output_shape}; let the last block give that"
+        raise ConfigError(f"the network ends in {ends[-1].shape}, {wanted}")
     for names, end in zip(cut.modules, ends, strict=True):
         if not end.dtype.is_floating_point:
             raise ConfigError(
@@ -171,10 +176,18 @@ def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int, inputs: Sp
     reconstructing = set()
     for plan, end in zip(modules, ends, strict=True):
         levels = [without_memory(build) for build in levels_of(plan, count, end.shape, task, config).values()]
-        if any(level.needs_image for level in levels):
+        if any(IMAGE in level.asks for level in levels):
             reconstructing.add(plan.index)
-    schedules = stage_schedules(modules, stages, config.schedule.micro_batches, _delay(config))
-    return Plan(config, task, cut, modules, stages, schedules, inputs, boundaries, frozenset(reconstructing))
+    upstream = plan_upstream(config, blocks, modules, cut.modules)
+    schedules = _schedules(config, modules, stages, upstream)
+    return Plan(config, task, cut, modules, stages, schedules, inputs, boundaries, frozenset(reconstructing), upstream)
+
+
+def _schedules(
+    config: Config, modules: tuple[ModulePlan, ...], stages: tuple[range, ...], upstream: UpstreamPlan | None
+) -> tuple[tuple[Action, ...], ...]:
+    declared = upstream.declared if upstream is not None else None
+    return stage_schedules(modules, stages, config.schedule.micro_batches, _delay(config), declared)
 
 
 def _delay(config: Config) -> int:
@@ -204,7 +217,10 @@ def build_modules(
         with torch.random.fork_rng(devices=[]):
             for name, build in builders.items():
                 levels[name] = _seeded(build, seed, "head", index, name)
-        built.append(LocalModule(plan.modules[index], mine, levels, plan.config, numerics, late[index]))
+        role, mailbox = plan.modules[index], None
+        if plan.upstream is not None:
+            mailbox = plan.upstream.mailbox(index, numerics)
+        built.append(LocalModule(role, mine, levels, plan.task, plan.config, numerics, late[index], mailbox))
     return built
 
 
@@ -242,6 +258,8 @@ def describe(plan: Plan, numerics: Numerics, devices: list[str]) -> list[str]:
         f"schedule {_schedule_name(plan)}, {config.schedule.micro_batches} micro-batch(es) of "
         f"{plan.micro_batch_rows} images, {dtype}{', channels last' if numerics.channels_last else ''}",
     ]
+    if plan.upstream is not None:
+        lines.append(f"heads see the weights of the next module's first block: {plan.upstream.declared}")
     for rank, device in enumerate(devices):
         lines.append(f"rank {rank} ({device}): {plan.stage_label(rank)}")
     return lines

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from pipeline.base.config import Config, ModelConfig, PrecisionConfig, ScheduleConfig
 from pipeline.base.numerics import resolve_numerics
 from pipeline.edges.connect import Edges
-from pipeline.local.methods import Task
+from pipeline.local.task import Classification, Task
 from pipeline.models.backbones import build_blocks
 from pipeline.models.layers import PairedConv2d
 from pipeline.models.upsampling import UpsampledConv2d
@@ -122,7 +122,7 @@ def step_cost(config: Config, image_shape: tuple[int, ...], classes: int, plain:
     Raises:
         ConfigError: the plan does not exist (see :func:`pipeline.plan.assembly.make_plan`).
     """
-    task = Task(classes, image_shape)
+    task = Classification(classes, image_shape)
     bp = _flops(dataclasses.replace(config, model=ModelConfig(config.model.name, modules=1)), task, plain)
     unit = sum(bp.values())
     step = _flops(config, task, plain)

@@ -21,7 +21,8 @@ from pipeline.base.paths import path_of
 from pipeline.base.validation import validate
 from pipeline.data import CATALOGUE, open_data
 from pipeline.local.compilation import refuse_without_compiler
-from pipeline.local.methods import Task, levels_of
+from pipeline.local.methods import levels_of
+from pipeline.local.task import Classification, Task
 from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import planned_blocks, without_memory
 from pipeline.plan.assembly import Plan, describe, make_plan
@@ -162,11 +163,11 @@ def _task(config: Config) -> Task:
     """Classes and image shape; only of an image folder they are not known without opening it."""
     data = config.data
     if data.name in CATALOGUE:
-        return Task(CATALOGUE[data.name].classes, CATALOGUE[data.name].image_shape)
+        return Classification(CATALOGUE[data.name].classes, CATALOGUE[data.name].image_shape)
     root = Path(path_of(data.root)).expanduser()
     cache_gib = 0.0 if root.is_dir() else data.cache_gib  # decode no more than is needed
     opened = open_data(data.name, data.root, image_size=data.image_size, cache_gib=cache_gib)
-    return Task(len(opened.classes), opened.image_shape)
+    return Classification(len(opened.classes), opened.image_shape)
 
 
 @contextmanager

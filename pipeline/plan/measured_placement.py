@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.base.config import Config
 from pipeline.base.flow import Specs
 from pipeline.base.numerics import Numerics
-from pipeline.local.methods import Task
+from pipeline.local.task import Task
 from pipeline.models.backbones import Blocks
 from pipeline.plan.assembly import Plan, make_plan
 from pipeline.plan.cost_profile import Profile

@@ -34,6 +34,7 @@ def rank_memory(plan: Plan, costs: Sequence[ModuleCost], numerics: Numerics) -> 
         if rank < last:
             total += depth * plan.activation_spec(rank, *wire).nbytes
             total += plan.gradient_slots(rank) * plan.gradient_spec(rank + 1, *wire).nbytes
+        total += plan.upstream.memory_bytes(stage, numerics.weight_dtype, depth) if plan.upstream is not None else 0
         needed.append(total)
     return tuple(needed)
 

@@ -67,6 +67,8 @@ class ModuleCost:
         """Seconds of one action on one of ``micro_batches`` parts of a batch."""
         if action.kind is Kind.UPDATE:
             return self.update_s
+        if action.kind in (Kind.SHARE, Kind.ADOPT):
+            return 0.0  # a copy of a block every n steps; that somebody waits for it is simulated
         whole_s: float = getattr(self, f"{action.kind.name.lower()}_s")
         return whole_s / micro_batches
 
@@ -218,6 +220,7 @@ def simulate(
         _Rank(_work_of(schedule, plans, costs, steps, micro_batches, rank, len(schedules)))
         for rank, schedule in enumerate(schedules)
     ]
+    shared: dict[tuple[int, int], float] = {}
     runners = [
         _Runner(
             rank,
@@ -226,6 +229,8 @@ def simulate(
             gradients=up[index] if index + 1 < len(ranks) else None,
             upstream=up[index - 1] if index > 0 else None,
             replay=replay,
+            shared=shared,
+            latency_s=latency_s,
         )
         for index, rank in enumerate(ranks)
     ]
@@ -280,7 +285,10 @@ def _work_of(
 
 
 class _Runner:
-    """Carries the actions of one rank out as far as what they need is known."""
+    """Carries the actions of one rank out as far as what they need is known.
+
+    ``shared``: by batch and module that gets them, when weights upstream arrive; of all ranks.
+    """
 
     def __init__(
         self,
@@ -290,8 +298,13 @@ class _Runner:
         gradients: _Edge | None,
         upstream: _Edge | None,
         replay: bool,
+        shared: dict[tuple[int, int], float],
+        latency_s: float,
     ) -> None:
         self._rank = rank
+        self._first = min(step.action.module for _, step in rank.work)
+        self._shared = shared
+        self._latency_s = latency_s
         self._inputs = inputs
         self._gradients = gradients
         self._targets = {1: outputs, -1: upstream}
@@ -325,6 +338,11 @@ class _Runner:
             if place is None or place >= len(self._gradients.arrived):
                 return False
             start = max(start, self._gradients.arrived[place])
+        if step.action.kind is Kind.ADOPT:
+            arrived = self._shared.get((batch, step.action.module))
+            if arrived is None:
+                return False
+            start = max(start, arrived)
         self._rank.start.append(start)
         self._now = start + step.seconds
         self._rank.end.append(self._now)
@@ -346,5 +364,8 @@ class _Runner:
         if step.frees_input:
             assert self._inputs is not None
             self._inputs.release(self._now, 1)
+        if step.action.kind is Kind.SHARE:
+            module = step.action.module
+            self._shared[batch, module - 1] = self._now + (self._latency_s if module == self._first else 0.0)
         self._rank.left.append(self._now)
         return True

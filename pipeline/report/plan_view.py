@@ -41,8 +41,10 @@ def show_plan(report: PlanReport, console: Console | None = None) -> None:
 
 def schedule_text(report: PlanReport) -> str:
     """Every rank's actions of one step, a line per rank, under a legend of one line."""
-    letters = ", ".join(f"{letter} {name}" for letter, name in NAMES.items() if letter not in (WAIT, SEND))
+    rare = {action[0] for actions in report.schedules for action in actions} & {"S", "A"}
+    letters = ", ".join(f"{k} {name}" for k, name in NAMES.items() if k not in {WAIT, SEND, "S", "A"} - rare)
     lines = [f"{letters}; F2.1 = module 2, micro-batch 1; ->k sends the gradient of key k; @-1 of the step before"]
+    lines[0] += "; /n of every n-th step" if rare else ""
     width = len(str(len(report.schedules) - 1))
     lines += [f"rank {rank:>{width}}  {' '.join(actions)}" for rank, actions in enumerate(report.schedules)]
     return "\n".join(lines)

@@ -25,9 +25,11 @@ _COLOURS = {
     "L": "#cc79a7",
     "B": "#009e73",
     "U": "#333333",
+    "S": "#0072b2",
+    "A": "#999999",
     WAIT: "#f4f4f4",
 }
-_DARK = ("R", "B", "U")
+_DARK = ("R", "B", "U", "S")
 _RANKS = 16
 """More rows are not legible."""
 _FORWARD_ARROW, _GRADIENT_ARROW = "#0072b2", "#b03a00"

@@ -80,8 +80,11 @@ class View(ABC):
             self._line(title, style="bold")
             self._console.print(table)
         self._console.print()
+        pct, others = summary["test_error_pct"], summary.get("test_metrics")
         facts = {
-            "test error": "not measured" if (pct := summary["test_error_pct"]) is None else f"{pct:.2f} %",
+            "test": summary["test_text"]
+        } if others else {"test error": "not measured" if pct is None else f"{pct:.2f} %"}
+        facts |= {
             "epochs": f"{summary['epochs']} ({summary['steps']:,} steps)",
             "training time": f"{duration(summary['train_wall_s'])} (tests not included)",
             "throughput": f"{number(summary['images_per_s'], ',.0f')} images/s",

@@ -21,7 +21,7 @@ from pipeline.data.image_source import ImageSource
 from pipeline.data.loader_source import LoaderData, LoaderSource
 from pipeline.data.source import DataSpec, Source
 from pipeline.local.compilation import refuse_without_compiler
-from pipeline.local.methods import Task
+from pipeline.local.task import Classification, Task
 from pipeline.models.backbones import Blocks
 from pipeline.models.custom import network_blocks
 from pipeline.models.unbuilt import planned_blocks
@@ -104,13 +104,14 @@ def asked_to_stop(runtime: Runtime) -> str | None:
 
 
 def open_source(
-    config: Config, data: LoaderData | None, numerics: Numerics, runtime: Runtime
+    config: Config, data: LoaderData | None, numerics: Numerics, runtime: Runtime, task: Task | None = None
 ) -> tuple[Source | None, DataSpec]:
     """The data on rank 0, and what all ranks must know of it. Collective."""
     source: Source | None = None
     if runtime.team.leads:
         if data is not None:
-            source = LoaderSource(data, config, numerics, runtime.failures.progress)
+            expected = (task.inputs, task.target) if task is not None else ()
+            source = LoaderSource(data, config, numerics, runtime.failures.progress, *expected)
         else:
             source = ImageSource(config, numerics)
     data_spec = runtime.team.broadcast(source.data_spec if source is not None else None)
@@ -118,15 +119,22 @@ def open_source(
     return source, data_spec
 
 
-def blocks_and_task(config: Config, network: nn.Module | None, data_spec: DataSpec) -> tuple[Blocks, Task]:
+def blocks_and_task(
+    config: Config, network: nn.Module | None, data_spec: DataSpec, task: Task | None = None
+) -> tuple[Blocks, Task]:
     """The network in blocks, without weights unless it is the user's own, and what it is for."""
+    if task is not None:
+        if network is None:
+            raise ConfigError("a task of your own needs your own network and loaders: pass network=... and data=...")
+        shape = task.image_shape if len(task.image_shape) == 3 else None
+        return network_blocks(network, config.model.cuts, shape), task
     if network is None:
         if data_spec.classes == 0:
             raise ConfigError("your own loaders need your own network: pass network=..., an nn.Module")
         blocks = planned_blocks(config.model.name, data_spec.image_shape[0], data_spec.classes, config.train.seed)
-        return blocks, Task(data_spec.classes, data_spec.image_shape)
+        return blocks, Classification(data_spec.classes, data_spec.image_shape)
     blocks = network_blocks(network, config.model.cuts, data_spec.image_shape)
-    return blocks, Task(data_spec.classes or _classes_of(blocks), data_spec.image_shape)
+    return blocks, Classification(data_spec.classes or _classes_of(blocks), data_spec.image_shape)
 
 
 def show_beginning(view: View, warnings: Sequence[str], lines: Sequence[str], labels: Sequence[str]) -> None:

@@ -45,11 +45,17 @@ def connect_stage(plan: Plan, numerics: Numerics, runtime: Runtime) -> Edges:
     def gradients(sender: int) -> MessageSpec | None:
         return plan.gradient_spec(sender, *wire) if plan.gradient_order(sender) else None
 
+    def weights(receiver: int) -> MessageSpec | None:
+        module = plan.stages[receiver][-1]
+        return plan.upstream.spec(module, numerics.weight_dtype) if plan.upstream is not None else None
+
     specs = EdgeSpecs(
         activation_in=plan.activation_spec(rank - 1, *wire) if rank > 0 else None,
         activation_out=plan.activation_spec(rank, *wire) if rank < last else None,
         gradient_in=gradients(rank + 1) if rank < last else None,
         gradient_out=gradients(rank) if rank > 0 else None,
+        weights_in=weights(rank) if rank < last else None,
+        weights_out=weights(rank - 1) if rank > 0 else None,
     )
     config = plan.config
     return connect(
@@ -57,6 +63,7 @@ def connect_stage(plan: Plan, numerics: Numerics, runtime: Runtime) -> Edges:
         specs,
         activation_slots=plan.activation_slots(rank),
         gradient_slots=plan.gradient_slots(rank),
+        weights_slots=plan.upstream.declared.copies if plan.upstream is not None else 0,
         depth=config.runtime.queue_depth,
         device=runtime.device,
         backend=runtime.backend,

@@ -38,7 +38,7 @@ from pipeline.data.loader_source import LoaderData, LoaderSource
 from pipeline.data.source import DataSpec
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.local_module import LocalModule
-from pipeline.local.methods import Task
+from pipeline.local.task import Classification, Task
 from pipeline.local.weights import below, networks
 from pipeline.models.backbones import Blocks, build_blocks
 from pipeline.models.boundaries import blank
@@ -131,7 +131,7 @@ def evaluate(
     threads = torch.get_num_threads()
     try:
         set_threads(config.runtime.threads, 1)
-        task = Task(saved.classes, saved.image_shape)
+        task = Classification(saved.classes, saved.image_shape)
         blocks = network_blocks(network, config.model.cuts, task.image_shape) if network is not None else (
             build_blocks(config.model.name, task.image_shape[0], task.classes)
         )
@@ -213,6 +213,10 @@ def _refuse_what_is_missing(
 ) -> None:
     """Nothing but the caller has a user's own network and loaders."""
     where = f"checkpoint '{saved.path}'"
+    if (task := saved.manifest.get("task")) is not None:
+        raise CheckpointError(
+            f"{where} is of the task {task}; evaluations are of classifications, its metrics are in metrics.jsonl"
+        )
     if saved.custom_network and network is None:
         raise CheckpointError(
             f"{where} is of a network of your own, which no name can rebuild; call pipeline.evaluate(..., network=...) "

@@ -29,6 +29,7 @@ from pipeline.edges.connect import Edges
 from pipeline.edges.wire import Directive
 from pipeline.local.module_state import BUSY, module_state
 from pipeline.local.optimiser import learning_rate
+from pipeline.local.task import Classification
 from pipeline.plan.assembly import Plan, write_plan
 from pipeline.ranks.runtime import Runtime
 from pipeline.report.view import View
@@ -230,10 +231,19 @@ class Loop:
                 "custom_network": run.custom_network,
                 "config_sha256": run.config.fingerprint(),
                 "test_error_pct": tested,
+                **self._of_another_task(records[-1] if records and position.finished_epochs == epoch else None),
             }
             return manifest, [dataclasses.asdict(record) for record in records]
 
         return Document(to_toml(run.config), contents)
+
+    def _of_another_task(self, tested: EpochRecord | None) -> dict[str, Any]:
+        """What the manifest of a task other than classification says besides."""
+        task = self._run.plan.task
+        if isinstance(task, Classification):
+            return {}
+        value = tested.test_metrics.get(task.metrics[0].name) if tested is not None else None
+        return {"task": type(task).__name__, "test_cost": None if value is None else task.metrics[0].cost(value)}
 
     # --- reporting ----------------------------------------------------------------------------------------------------
 
@@ -268,6 +278,7 @@ class Loop:
                     return
                 record = merge(
                     reports,
+                    run.plan.task.metrics,
                     epoch=epoch,
                     epochs=self.epochs,
                     step=min(epoch * run.data_spec.train_batches, self.total),

@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from pipeline.local.task import ERROR, Metric
 from pipeline.plan.assembly import Plan
 from pipeline.ranks.keys import Key
 from pipeline.ranks.resources import peak_memory_bytes
@@ -32,7 +34,7 @@ class StageReport:
     modules: list[dict[str, Any]]
     images: int
     tested: int
-    wrong_final: int | None
+    test_metrics: dict[str, float]
     test_loss_sum: float
 
 
@@ -83,19 +85,29 @@ class Telemetry:
     def post(self, epoch: int, stage: Stage, counters: Counters, wait_s: float, wall_s: float, sent: int) -> None:
         """Publish this rank's numbers of a finished epoch. ``sent``: bytes sent since the run began."""
         index_of_last = len(self._plan.modules) - 1
-        wrong = {key: int(count) for key, count in counters.wrong.items()}
+        measured = {
+            (index, level, metric.name): metric.value(counters.statistics[index, level, metric.name], counters.tested)
+            for index, level, name in counters.statistics
+            for metric in self._plan.task.metrics
+            if metric.name == name
+        }
         modules = []
         for index, module in stage.modules.items():
             errors: dict[str, float | None] = {}
             for level in [*module.levels, *(["final"] if module.plan.final else [])]:
-                count = wrong.get((index, level))
-                errors[level] = 100.0 * count / counters.tested if count is not None and counters.tested else None
+                errors[level] = measured.get((index, level, ERROR.name))
+            others = {
+                f"{level}.{name}": value
+                for (of, level, name), value in measured.items()
+                if of == index and name != ERROR.name
+            }
             module_record = ModuleRecord(
                 index=index,
                 rank=self._team.rank,
                 blocks=self._plan.cut.label(index),
                 losses=module.take_losses(),
                 head_error_pct=errors,
+                head_metrics=others,
                 busy_s=counters.busy_s.get(index, 0.0),
                 skipped_steps=module.losses.take_skipped(),
             )
@@ -121,7 +133,9 @@ class Telemetry:
             modules=modules,
             images=counters.images,
             tested=counters.tested,
-            wrong_final=wrong.get((index_of_last, "final")),
+            test_metrics={
+                name: value for (*where, name), value in measured.items() if where == [index_of_last, "final"]
+            },
             test_loss_sum=counters.test_loss_sum,
         )
         self._team.set(Key.EPOCH(epoch=epoch, rank=self._team.rank), json.dumps(dataclasses.asdict(report)))
@@ -140,7 +154,7 @@ class Telemetry:
 
 
 def merge(
-    reports: list[StageReport], *, epoch: int, epochs: int, step: int, learning_rate: float
+    reports: list[StageReport], metrics: Sequence[Metric], *, epoch: int, epochs: int, step: int, learning_rate: float
 ) -> EpochRecord:
     """One record of the whole pipeline from the reports of all ranks, in order of ranks."""
     last = reports[-1]
@@ -158,8 +172,10 @@ def merge(
         images_per_s=images / wall_s if wall_s > 0 else 0.0,
         learning_rate=learning_rate,
         train_loss=modules[-1].losses.get("final", float("nan")),
-        test_error_pct=100.0 * (last.wrong_final or 0) / tested if tested else None,
+        test_error_pct=last.test_metrics.get(ERROR.name),
         test_loss=last.test_loss_sum / tested if tested else None,
         stages=stages,
         modules=modules,
+        test_metrics={name: value for name, value in last.test_metrics.items() if name != ERROR.name},
+        test_text=f"{metrics[0].title} {metrics[0].text(last.test_metrics.get(metrics[0].name))}",
     )

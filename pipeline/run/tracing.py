@@ -19,7 +19,8 @@ def attach(runtime: Runtime, plan: Plan, edges: Edges) -> Recorder:
     rank = runtime.team.rank
     recorder = Recorder(rank, runtime.device, clock_offset_s(runtime.team))
     stage = plan.stages[rank]
-    for sender, module in ((edges.activation_out, stage[-1]), (edges.gradient_out, stage[0])):
+    upstream = ((edges.gradient_out, stage[0]), (edges.weights_out, stage[0]))
+    for sender, module in ((edges.activation_out, stage[-1]), *upstream):
         if sender is not None:
             sender.on_taken = functools.partial(recorder.sent, module)
     return recorder

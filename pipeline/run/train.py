@@ -21,6 +21,7 @@ from pipeline.base.validation import validate
 from pipeline.data.loader_source import LoaderData
 from pipeline.edges.wire import Directive
 from pipeline.local.local_module import LocalModule
+from pipeline.local.task import Task
 from pipeline.plan.assembly import build_modules, describe, write_plan
 from pipeline.plan.measured_placement import placed_plan
 from pipeline.ranks.runtime import Runtime
@@ -55,6 +56,7 @@ def train(
     *,
     network: nn.Module | None = None,
     data: LoaderData | None = None,
+    task: Task | None = None,
     run_dir: Path | str | None = None,
     resume: str = "auto",
     quiet: bool = False,
@@ -69,6 +71,7 @@ def train(
         network: a network of your own, cut where one tensor flows or before the modules that ``model.cuts`` names
             (see :mod:`pipeline.models.custom`); its weights are kept and updated in place on the rank that owns them.
             Without it ``config.model.name`` is built and initialised from ``config.train.seed``.
+        task: what your own network is for; without it, classification of the data's classes.
         data: your own loaders; only rank 0 reads from them. Without it ``config.data.name`` is opened.
         run_dir: where config.toml, metrics.jsonl, checkpoints, summary.json, model.pt, heads.pt go; default
             ``runs/<name>-<time>``.
@@ -107,9 +110,9 @@ def train(
             return stopped(team, Outcome(directory, reason, 0, None))
 
         failures.progress(-1, -1, "opening the data")
-        source, data_spec = open_source(config, data, numerics, runtime)
+        source, data_spec = open_source(config, data, numerics, runtime, task)
         failures.progress(-1, -1, "placing the local modules")
-        blocks, task = blocks_and_task(config, network, data_spec)
+        blocks, task = blocks_and_task(config, network, data_spec, task)
         plan, placement = placed_plan(config, blocks, task, numerics, runtime, data_spec.inputs)
         if team.leads:
             write_plan(plan, directory.path / PLAN)

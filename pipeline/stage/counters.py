@@ -9,8 +9,9 @@ from torch import Tensor
 
 @dataclass
 class Counters:
-    """Sums since the last :meth:`pipeline.stage.stage.Stage.take_counters`. Seconds of host time; ``wrong`` counts
-    wrong test images; ``reused``, ``skipped`` and ``held_back`` as in :class:`pipeline.edges.replay.ReplayCounts`."""
+    """Sums since the last :meth:`pipeline.stage.stage.Stage.take_counters`. Seconds of host time; ``statistics``
+    of the task's metrics by (module, level, metric); ``reused``, ``skipped`` and ``held_back`` as in
+    :class:`pipeline.edges.replay.ReplayCounts`."""
 
     busy_s: dict[int, float] = field(default_factory=dict)
     queue_depth_sum: int = 0
@@ -19,7 +20,7 @@ class Counters:
     images: int = 0
     tested: int = 0
     test_loss_sum: float = 0.0
-    wrong: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    statistics: dict[tuple[int, str, str], Tensor] = field(default_factory=dict)
     reused: int = 0
     skipped: int = 0
     held_back: int = 0

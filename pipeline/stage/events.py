@@ -19,6 +19,8 @@ WAIT = "wait"
 """Kind of an event in which a stage has nothing to do: it waits for a message, for data or for room in a queue."""
 SEND = "send"
 """Kind of an event in which a message is on its way; the stage works on meanwhile."""
+ADOPT = "A"
+"""Kind of the one action that belongs to a step long after the one whose batch it names."""
 NAMES = {
     "F": "forward",
     "C": "cascade head",
@@ -27,6 +29,8 @@ NAMES = {
     "R": "cascade backward",
     "B": "backward",
     "U": "update",
+    "S": "share weights",
+    ADOPT: "adopt weights",
     WAIT: "wait",
     SEND: "send",
 }
@@ -99,7 +103,7 @@ def steady_state(events: Sequence[Event], first: int, last: int) -> SteadyState:
         raise ValueError(f"steps {first}..{last} are no window; the last must be larger")
     by_rank: dict[int, list[Event]] = defaultdict(list)
     for event in events:
-        if event.kind not in (WAIT, SEND):
+        if event.kind not in (WAIT, SEND, ADOPT):
             by_rank[event.rank].append(event)
     step_s, busy, stage_s = [], [], []
     for rank in sorted(by_rank):

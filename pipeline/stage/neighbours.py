@@ -1,7 +1,8 @@
 """What a stage asks of the edges to its neighbours, so that something else can stand in for them.
 
     stage r-1  <-- gradient_out --  stage r  -- activation_out -->  stage r+1
-                                             <-- gradient_in ----
+               <-- weights_out --            <-- gradient_in ----
+                                             <-- weights_in -----
 """
 
 from __future__ import annotations
@@ -61,3 +62,11 @@ class Neighbours(Protocol):
     @property
     def gradient_out(self) -> Outgoing | None:
         """To the previous stage."""
+
+    @property
+    def weights_in(self) -> Incoming | None:
+        """From the next stage, where the method declares weights upstream."""
+
+    @property
+    def weights_out(self) -> Outgoing | None:
+        """To the previous stage, likewise."""

@@ -65,7 +65,7 @@ class Recorder:
 
     def sent(self, module: int, header: Header, posted_s: float, taken_s: float) -> None:
         """A message of ``module`` was on its way from ``posted_s`` to ``taken_s``, host time. From any thread."""
-        if header.kind in (MessageKind.TRAIN, MessageKind.GRADIENT) and len(self._sent) < LIMIT:
+        if header.kind in (MessageKind.TRAIN, MessageKind.GRADIENT, MessageKind.WEIGHTS) and len(self._sent) < LIMIT:
             start, end = posted_s + self._offset_s, taken_s + self._offset_s
             self._sent.append(Event(self._rank, SEND, module, header.micro_batch, header.step, start, end))
 

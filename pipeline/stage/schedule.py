@@ -17,6 +17,11 @@ step before. Modules that receive no gradient are never late; with d = 0 it is `
 
     F C R I  B@-1 U@-1          d steps per hop of a gradient that travels further (k > 2)
 
+Where a method wants weights upstream (see local.upstream), a module shares those of its first block after the update of
+every n-th batch ("/n"), and the module before adopts them for its heads, a declared number of steps later:
+
+    module m + 1   F C R I  B U S/4            module m   F A@-2/4 C R I  B U
+
 Schedule `free` (no cascade, so no gradient between modules) does the actions of `exact`; there a stage's input comes
 from a replay ring and not from the next message in line (see transport).
 """
@@ -28,6 +33,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from pipeline.local.roles import ModulePlan
+from pipeline.local.upstream import Upstream, adopts
 
 
 class Kind(Enum):
@@ -40,13 +46,17 @@ class Kind(Enum):
     RELAY = "R"
     BACKWARD = "B"
     UPDATE = "U"
+    SHARE = "S"
+    ADOPT = "A"
 
 
 @dataclass(frozen=True)
 class Action:
-    """One action. ``micro_batch`` is -1 for UPDATE; ``key`` is set for RELAY and for a BACKWARD that also sends.
+    """One action. ``micro_batch`` is -1 for UPDATE, SHARE and ADOPT, which come once a step; ``key`` is set for RELAY
+    and for a BACKWARD that also sends.
 
-    In step t it works on the batch of step t - ``lag``, and is left out where that step does not exist.
+    In step t it works on the batch of step t - ``lag``, and is left out where that step does not exist or its number is
+    no multiple of ``every``.
     """
 
     kind: Kind
@@ -54,12 +64,19 @@ class Action:
     micro_batch: int = -1
     key: int | None = None
     lag: int = 0
+    every: int = 1
 
     def __str__(self) -> str:
         where = f"{self.kind.value}{self.module}"
         if self.micro_batch >= 0:
             where += f".{self.micro_batch}"
-        return where + (f"->{self.key}" if self.key is not None else "") + (f"@-{self.lag}" if self.lag else "")
+        where += (f"->{self.key}" if self.key is not None else "") + (f"@-{self.lag}" if self.lag else "")
+        return where + (f"/{self.every}" if self.every > 1 else "")
+
+    def in_step(self, step: int, first: int, end: int | None = None) -> bool:
+        """Whether it is done in ``step``, where the batches are those from ``first`` on, before ``end``."""
+        batch = step - self.lag
+        return batch >= first and (end is None or batch < end) and batch % self.every == 0
 
 
 Message = tuple[int, int, int]  # (receiving module, micro-batch, key) of a gradient
@@ -112,27 +129,38 @@ def lags(plans: Sequence[ModulePlan], delay: int) -> Lags:
 
 
 def stage_schedules(
-    plans: Sequence[ModulePlan], stages: Sequence[range], micro_batches: int, delay: int = 0
+    plans: Sequence[ModulePlan],
+    stages: Sequence[range],
+    micro_batches: int,
+    delay: int = 0,
+    upstream: Upstream | None = None,
 ) -> tuple[tuple[Action, ...], ...]:
     """:func:`stage_schedule` of every stage."""
     late = lags(plans, delay)
-    return tuple(_schedule(plans, modules, micro_batches, late) for modules in stages)
+    return tuple(_schedule(plans, modules, micro_batches, late, upstream) for modules in stages)
 
 
 def stage_schedule(
-    plans: Sequence[ModulePlan], modules: range, micro_batches: int, delay: int = 0
+    plans: Sequence[ModulePlan],
+    modules: range,
+    micro_batches: int,
+    delay: int = 0,
+    upstream: Upstream | None = None,
 ) -> tuple[Action, ...]:
-    """One training step of the stage that owns ``modules``: `exact` for ``delay`` 0, else `async`.
+    """One training step of the stage that owns ``modules``: `exact` for ``delay`` 0, else `async`. ``upstream``: what
+    the method declares.
 
     Work that needs only this stage is done as early as possible. What needs a gradient of the next stage is left until
     the next micro-batch's forward and heads are done, and the update until the last backward. Work that is late by
     declaration follows the forward and heads of its micro-batch.
     """
-    return _schedule(plans, modules, micro_batches, lags(plans, delay))
+    return _schedule(plans, modules, micro_batches, lags(plans, delay), upstream)
 
 
-def _schedule(plans: Sequence[ModulePlan], modules: range, micro_batches: int, late: Lags) -> tuple[Action, ...]:
-    builder = _StageBuilder(plans, modules, micro_batches, late)
+def _schedule(
+    plans: Sequence[ModulePlan], modules: range, micro_batches: int, late: Lags, upstream: Upstream | None
+) -> tuple[Action, ...]:
+    builder = _StageBuilder(plans, modules, micro_batches, late, upstream)
     for micro_batch in range(micro_batches):
         for module in modules:
             builder.heads_of(module, micro_batch)
@@ -146,11 +174,14 @@ def _schedule(plans: Sequence[ModulePlan], modules: range, micro_batches: int, l
 class _StageBuilder:
     """Emits actions in order and keeps track of which gradients are there."""
 
-    def __init__(self, plans: Sequence[ModulePlan], modules: range, micro_batches: int, lag: Lags) -> None:
+    def __init__(
+        self, plans: Sequence[ModulePlan], modules: range, micro_batches: int, lag: Lags, upstream: Upstream | None
+    ) -> None:
         self._plans = plans
         self._modules = modules
         self._last_micro_batch = micro_batches - 1
         self._lag = lag
+        self._upstream = upstream
         self._there: set[Message] = set()
         self._pending: list[Action] = []
         self.actions: list[Action] = []
@@ -160,6 +191,9 @@ class _StageBuilder:
         plan = self._plans[module]
         emit = self.actions.append
         emit(Action(Kind.FORWARD, module, micro_batch))
+        if self._upstream is not None and micro_batch == 0 and adopts(plan):
+            lag = self._lag.backward[module + 1] + self._upstream.lag
+            emit(Action(Kind.ADOPT, module, lag=lag, every=self._upstream.every))
         if plan.final:
             emit(Action(Kind.FINAL, module, micro_batch))
         if plan.cascade:
@@ -208,6 +242,8 @@ class _StageBuilder:
         self._there |= set(messages_sent(action))
         if action.kind is Kind.BACKWARD and action.micro_batch == self._last_micro_batch:
             self.actions.append(Action(Kind.UPDATE, action.module, lag=action.lag))
+            if self._upstream is not None and action.module > 0 and adopts(self._plans[action.module - 1]):
+                self.actions.append(Action(Kind.SHARE, action.module, lag=action.lag, every=self._upstream.every))
 
     def _possible(self, action: Action) -> bool:
         if action.lag:
@@ -233,14 +269,14 @@ def steps_of(schedule: Sequence[Action], first: int, end: int) -> Iterator[tuple
     In each, only actions whose batch, step - lag, lies in ``first`` .. ``end`` - 1: a pipe that fills and is drained.
     """
     for step in range(first, end):
-        yield step, [action for action in schedule if step - action.lag >= first]
+        yield step, [action for action in schedule if action.in_step(step, first)]
     yield from late_steps(schedule, first, end)
 
 
 def late_steps(schedule: Sequence[Action], first: int, end: int) -> Iterator[tuple[int, list[Action]]]:
     """The steps of :func:`steps_of` after the last batch."""
     for step in range(end, end + max(action.lag for action in schedule)):
-        yield step, [action for action in schedule if first <= step - action.lag < end]
+        yield step, [action for action in schedule if action.in_step(step, first, end)]
 
 
 def check_schedules(plans: Sequence[ModulePlan], schedules: Sequence[Sequence[Action]], steps: int = 1) -> int:
@@ -250,7 +286,8 @@ def check_schedules(plans: Sequence[ModulePlan], schedules: Sequence[Sequence[Ac
     every stage that can does one action).
 
     Raises:
-        ValueError: the stages wait for each other for ever, or a gradient is sent and never used.
+        ValueError: the stages wait for each other for ever, or a gradient is sent and never used, or weights are shared
+            and never adopted.
     """
     work = [
         [(step - action.lag, action) for step, actions in steps_of(schedule, 0, steps) for action in actions]
@@ -260,6 +297,8 @@ def check_schedules(plans: Sequence[ModulePlan], schedules: Sequence[Sequence[Ac
     forwarded: set[tuple[int, int, int]] = set()
     there: set[tuple[int, Message]] = set()
     used: set[tuple[int, Message]] = set()
+    shared: set[tuple[int, int]] = set()  # (batch, module that gets the weights)
+    adopted: set[tuple[int, int]] = set()
     rounds = 0
     while any(at < len(actions) for at, actions in zip(position, work, strict=True)):
         done: list[tuple[int, int, Action]] = []
@@ -270,6 +309,8 @@ def check_schedules(plans: Sequence[ModulePlan], schedules: Sequence[Sequence[Ac
             needed = {(batch, message) for message in messages_needed(action, plans[action.module])}
             if action.kind is Kind.FORWARD:
                 ready = action.module == 0 or (batch, action.module - 1, action.micro_batch) in forwarded
+            elif action.kind is Kind.ADOPT:
+                ready = (batch, action.module) in shared
             else:
                 ready = needed <= there
             if ready:
@@ -284,8 +325,14 @@ def check_schedules(plans: Sequence[ModulePlan], schedules: Sequence[Sequence[Ac
             position[stage] += 1
             if action.kind is Kind.FORWARD:
                 forwarded.add((batch, action.module, action.micro_batch))
+            elif action.kind is Kind.SHARE:
+                shared.add((batch, action.module - 1))
+            elif action.kind is Kind.ADOPT:
+                adopted.add((batch, action.module))
             there |= {(batch, message) for message in messages_sent(action)}
         rounds += 1
     if used != there:
         raise ValueError(f"gradients sent and never used: {sorted(there - used)}")
+    if adopted != shared:
+        raise ValueError(f"weights shared and never adopted: {sorted(shared - adopted)}")
     return rounds

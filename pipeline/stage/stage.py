@@ -29,6 +29,7 @@ from pipeline.stage.inlet import ACTIVATION, IMAGE, LABELS, Inlet, Input, payloa
 from pipeline.stage.neighbours import Neighbours
 from pipeline.stage.schedule import Action, Kind, Message, messages_sent
 from pipeline.stage.watch import Watch
+from pipeline.stage.weights_upstream import WeightsUpstream
 
 
 class Stage:
@@ -64,6 +65,7 @@ class Stage:
         self.counters = Counters()
         self._first, self._last = min(self.modules), max(self.modules)
         self._gradients = GradientInlet(edges.gradient_in, gradient_order, self.modules)
+        self._weights = WeightsUpstream(edges, schedule, self.modules)
         self._forward_image = forward_image
         self._marks_epochs = marks_epochs
         self._inputs: dict[BatchKey, Input] = {}
@@ -88,6 +90,7 @@ class Stage:
             if action.kind is Kind.FORWARD and action.module == self._first:
                 self._take_input(epoch, batch)
             self._gradients.wait_for(action, epoch, batch[0])  # of the next stage, where the action needs any
+            self._weights.wait_for(action, epoch, batch[0])  # likewise
             with self.watch.working(action, batch[0], self.wait_s):
                 match action.kind:
                     case Kind.FORWARD:
@@ -107,12 +110,17 @@ class Stage:
                         self._close(module, batch)
                     case Kind.UPDATE:
                         self._update(module, batch[0])
+                    case Kind.SHARE:
+                        self._weights.share(module, epoch, batch[0])
+                    case Kind.ADOPT:
+                        module.adopt(batch[0])
         self.counters.steps += self._end_step is None
 
     def begin_epoch(self, first_step: int, began: int) -> None:
         """Start an epoch whose batches are numbered from ``first_step``; its next step is ``began``."""
         self._first_step, self._end_step = first_step, None
         self._gradients.begin_epoch(first_step, began)
+        self._weights.begin_epoch(first_step, began)
         self._waited_before_epoch = self.wait_s()
 
     def end_epoch(self, epoch: int, end_step: int) -> int:
@@ -129,9 +137,10 @@ class Stage:
         return ended_at
 
     def catch_up(self, epoch: int, step: int) -> None:
-        """Take every gradient that the next stage sends up to the end of its ``step``, so that between two steps all
-        that is on its way to this stage is in this stage. Only late work leaves any."""
+        """Take all gradients and weights that the next stage sends up to the end of its ``step``, so that between two
+        steps all that is on its way to this stage is in this stage. Only late work leaves any."""
         self._gradients.catch_up(epoch, step)
+        self._weights.catch_up(epoch, step)
 
     def late_since(self, step: int) -> int:
         """The first batch whose late work may be open before ``step``."""
@@ -149,9 +158,7 @@ class Stage:
     def _due(self, step: int) -> Iterator[Action]:
         """The actions of a step whose batch is one of this epoch."""
         for action in self.schedule:
-            batch = step - action.lag
-            begun = not action.lag or batch >= self._first_step
-            if begun and (self._end_step is None or batch < self._end_step):
+            if action.in_step(step, self._first_step if action.lag else step, self._end_step):
                 yield action
 
     @property
@@ -239,14 +246,15 @@ class Stage:
         for index, module in self.modules.items():
             h, scores = module.evaluate(h)
             for level, logits in scores.items():
-                wrong = (logits.argmax(dim=1) != labels).sum()
-                self.counters.wrong[index, level] = self.counters.wrong.get((index, level), 0) + wrong
+                for metric in module.task.metrics:
+                    key, counted = (index, level, metric.name), metric.count(logits, labels)
+                    known = self.counters.statistics.get(key)
+                    self.counters.statistics[key] = counted if known is None else known + counted
         if self.edges.activation_out is not None:
             header = Header(MessageKind.EVAL, epoch, step, 0, 0, item.rows, item.rows, self.directive)
             self.edges.activation_out.send(header, **payload(h, ACTIVATION), labels=labels)
         else:
-            loss = torch.nn.functional.cross_entropy(h[MAIN].float(), labels, reduction="sum")
-            self.counters.test_loss_sum += float(loss)
+            self.counters.test_loss_sum += self.modules[self._last].task.total_loss(h[MAIN], labels)
         self.counters.tested += item.rows
         item.release()
 
@@ -254,7 +262,8 @@ class Stage:
 
     def wait_s(self) -> float:
         """Seconds spent waiting for neighbours and data so far."""
-        ends = (self.edges.gradient_in, self.edges.activation_out, self.edges.gradient_out)
+        edges = self.edges
+        ends = (edges.gradient_in, edges.activation_out, edges.gradient_out, edges.weights_in, edges.weights_out)
         return self.inlet.wait_s + sum(end.wait_s for end in ends if end is not None)
 
     def wait_since_epoch(self) -> float:

@@ -131,14 +131,15 @@ def set_aside(path: Path) -> Path:
 
 def remove_old(checkpoints: Path, newest: int, keep: int, keep_best: bool) -> None:
     """Remove all but the ``keep`` last ones up to that of step ``newest``, which is on the disk, and, with
-    ``keep_best``, the one with the smallest test error. Raises OSError."""
+    ``keep_best``, the one with the best test: the smallest error, or the best value of the task's first metric.
+    Raises OSError."""
     steps, errors = {}, {}
     for path in step_folders(checkpoints):
         try:
             manifest = read_manifest(path)
         except CheckpointError:
             continue  # not ours to remove
-        steps[path], errors[path] = manifest["step"], manifest["test_error_pct"]
+        steps[path], errors[path] = manifest["step"], manifest.get("test_cost", manifest["test_error_pct"])
     stay = set([path for path, step in steps.items() if step <= newest][:keep])
     tested = [path for path, error in errors.items() if error is not None]
     if keep_best and tested:

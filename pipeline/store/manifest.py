@@ -125,13 +125,21 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "custom_network": (lambda value: isinstance(value, bool), "true or false"),
     "config_sha256": _TEXT,
     "test_error_pct": (lambda value: value is None or _number(value, 0, 100), "null or a number from 0 to 100"),
+    "task": _TEXT,
+    "test_cost": (lambda value: value is None or _number(value, -math.inf), "null or a number"),
     "files": (_files, "a table of at least one file, each with its SHA-256 and its bytes"),
 }
+
+
+_OPTIONAL = ("task", "test_cost")
+"""Of tasks other than classification: their name, and the first metric so that lower is better."""
 
 
 def _wrong_entry(manifest: Mapping[str, Any]) -> str | None:
     for name, (fits, wanted) in _ENTRIES.items():
         if name not in manifest:
+            if name in _OPTIONAL:
+                continue
             return f"{name} is missing"
         if not fits(manifest[name]):
             return f"{name} = {json.dumps(manifest[name])[:80]}, which must be {wanted}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class ModuleRecord:
     ``losses`` are epoch means, named ``level.loss`` (``"independent.reconstruction"``, ``"cascade.task"``) or
     ``"final"`` for the last module. ``head_error_pct`` holds test-set errors in percent by level
     (``"independent"``, ``"cascade"``, ``"final"``), None where a head does not classify or was not tested.
+    ``head_metrics`` holds other metrics of the task, by ``level.metric``.
     ``busy_s`` is the time its forward, heads, backward and update took in this epoch.
     ``blocks`` names the network blocks in the module, first to last, such as ``"stem-layer1.2"``.
     ``skipped_steps`` counts updates left out because a loss or gradient was not finite; the losses are means without
@@ -29,6 +30,7 @@ class ModuleRecord:
     blocks: str
     losses: dict[str, float]
     head_error_pct: dict[str, float | None]
+    head_metrics: dict[str, float] = field(default_factory=dict)
     busy_s: float = 0.0
     skipped_steps: int = 0
 
@@ -79,7 +81,8 @@ class EpochRecord:
 
     ``epoch`` counts from 1 to ``epochs``; ``step`` is the number of optimiser steps since the run began.
     ``images`` were trained in ``wall_s`` seconds, testing excluded. ``train_loss`` is the final module's.
-    ``test_error_pct`` (percent) and ``test_loss`` are None in an epoch without a test.
+    ``test_error_pct`` (percent) and ``test_loss`` are None in an epoch without a test, the error also for a task that
+    counts none. ``test_metrics`` holds other metrics of the task by name, ``test_text`` is its first one for people.
     """
 
     epoch: int
@@ -94,6 +97,8 @@ class EpochRecord:
     test_loss: float | None
     stages: tuple[StageRecord, ...]
     modules: tuple[ModuleRecord, ...]
+    test_metrics: dict[str, float] = field(default_factory=dict)
+    test_text: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,10 +138,11 @@ class EpochProgress:
 def epoch_parts(record: EpochRecord, eta_s: float) -> list[str]:
     """The line about a finished epoch in parts, the most important first; all epochs of a run align."""
     last_step = record.step / record.epoch * record.epochs
+    error = f"test error {number(record.test_error_pct, '.2f'):>5} %"
     parts = [
         f"epoch {record.epoch:>{len(str(record.epochs))}}/{record.epochs}",
         f"step {record.step:>{len(f'{last_step:.0f}')}}",
-        f"test error {number(record.test_error_pct, '.2f'):>5} %",
+        f"test {record.test_text}" if record.test_metrics else error,
         f"train loss {loss_text(record.train_loss):>5}",
         f"{number(record.images_per_s, ',.0f'):>5} img/s",
         f"lr {record.learning_rate:.3g}".ljust(10),

@@ -133,6 +133,8 @@ def summarise(epochs: Sequence[EpochRecord], *, settings: Mapping[str, Any]) -> 
         **settings,
         "test_error_pct": last.test_error_pct,
         "best_test_error_pct": min(errors, default=None),
+        "test_metrics": last.test_metrics,
+        "test_text": last.test_text,
         "test_loss": last.test_loss,
         "train_loss": last.train_loss,
         "epochs": last.epoch,

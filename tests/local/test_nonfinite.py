@@ -218,7 +218,8 @@ def test_a_buffer_that_was_never_finite_is_left_alone() -> None:
     _, modules, _ = tiny_stage(config)
     block, mask = modules[0].blocks["stem"], torch.tensor([0.0, -float("inf")])
     block.register_buffer("mask", mask.clone())
-    again = LocalModule(modules[0].plan, modules[0].blocks, modules[0].levels, config, modules[0].numerics)
+    first = modules[0]
+    again = LocalModule(first.plan, first.blocks, first.levels, first.task, config, first.numerics)
     again.guard.mend_buffers()
     assert torch.equal(block.mask, mask)
 

@@ -12,7 +12,7 @@ from torch import nn
 from pipeline import UncutModel, build_blocks, load_config, load_model, register_backbone
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, resolve_numerics
-from pipeline.local.methods import Task
+from pipeline.local.task import Classification
 from pipeline.local.weights import model_state, module_weights
 from pipeline.models.backbones import blocks_of, initialise
 from pipeline.plan.assembly import build_modules, make_plan
@@ -55,7 +55,7 @@ def test_initial_weights_depend_on_seed_and_block_only() -> None:
         state = {}
         for rank in range(ranks):
             blocks = build_blocks("resnet20", 3, 10)
-            plan = make_plan(config, blocks, Task(10, (3, 32, 32)), ranks)
+            plan = make_plan(config, blocks, Classification(10, (3, 32, 32)), ranks)
             for module in build_modules(plan, rank, blocks, CPU, fresh=True):
                 state.update(model_state([module_weights(module)]))
         found.append(state)

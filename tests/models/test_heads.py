@@ -11,8 +11,10 @@ from torch import nn
 
 from pipeline.base.config import MethodConfig
 from pipeline.base.errors import ConfigError
-from pipeline.local.methods import Task, method_terms
-from pipeline.models.heads import ClassifierHead, DecoderHead, PatchedHead, dgl_head, patch_slices, pooled_linear, xcyf
+from pipeline.local.methods import method_terms
+from pipeline.local.task import Classification
+from pipeline.models.heads import DecoderHead, Given, TaskHead, dgl_head, pooled_linear, xcyf
+from pipeline.models.patches import PatchedHead, patch_slices
 
 
 def layers(network: nn.Module, kind: type) -> list[nn.Module]:
@@ -51,21 +53,21 @@ def test_predsim_pools_until_512_inputs_are_left(shape: tuple[int, ...], kernel:
 
 def test_unknown_heads_are_refused() -> None:
     with pytest.raises(ConfigError, match="method.head = 'mpl' is no head of dgl; did you mean 'mlp'"):
-        method_terms(MethodConfig(name="dgl", head="mpl"), Task(10, (3, 32, 32)), 0.0)
+        method_terms(MethodConfig(name="dgl", head="mpl"), Classification(10, (3, 32, 32)), 0.0)
     with pytest.raises(ConfigError, match="'3c2f' is no XcYf head"):
         xcyf((16, 8, 8), 10, "3c2f", 128, 1)
     with pytest.raises(ConfigError, match="remove method.head"):
-        method_terms(MethodConfig(name="predsim", head="mlp"), Task(10, (3, 32, 32)), 0.0)
+        method_terms(MethodConfig(name="predsim", head="mlp"), Classification(10, (3, 32, 32)), 0.0)
 
 
 def test_infopro_weights_are_interpolated() -> None:
     config = MethodConfig(name="infopro", reconstruction=(5.0, 1.0), task=(0.0, 2.0))
-    weights = {term.name: term.weight for term in method_terms(config, Task(10, (3, 32, 32)), 0.25)}
+    weights = {term.name: term.weight for term in method_terms(config, Classification(10, (3, 32, 32)), 0.25)}
     assert weights == {"reconstruction": pytest.approx(4.0), "task": pytest.approx(0.5)}
 
 
-def small_head() -> ClassifierHead:
-    return ClassifierHead(
+def small_head() -> TaskHead:
+    return TaskHead(
         nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
                       nn.Flatten(), nn.Linear(3, 4))
     )
@@ -80,13 +82,13 @@ def test_patches_give_the_mean_of_a_shared_head_or_the_sum_of_separate_heads(sep
     feature = torch.randn(4, 2, size, size, dtype=torch.float64)
     labels = torch.tensor([0, 1, 2, 3])
     gradient = torch.zeros_like(feature)
-    _, value = patched.backward(feature, labels, None, 0.5, gradient)
+    _, value = patched.backward(feature, Given(labels), 0.5, gradient)
 
     leaf = feature.clone().requires_grad_()
     half = size // 2
     parts = [leaf[:, :, a, b] for a in (slice(0, half), slice(half, None)) for b in (slice(0, half), slice(half, None))]
     heads = reference.heads if separate else [reference.heads[0]] * 4
-    terms = torch.stack([head.loss(part, labels, None) for head, part in zip(heads, parts, strict=True)])
+    terms = torch.stack([head.loss(part, Given(labels)) for head, part in zip(heads, parts, strict=True)])
     total = terms.sum() if separate else terms.mean()
     (0.5 * total).backward()
     assert float(value) == pytest.approx(float(total.detach()), rel=1e-12)
@@ -97,7 +99,7 @@ def test_patches_give_the_mean_of_a_shared_head_or_the_sum_of_separate_heads(sep
 
 def test_batchnorm_in_a_shared_head_sees_one_patch_at_a_time() -> None:
     patched = PatchedHead(small_head, 2)
-    patched.backward(torch.randn(4, 2, 6, 6), torch.tensor([0, 1, 2, 3]), None, 1.0, torch.zeros(4, 2, 6, 6))
+    patched.backward(torch.randn(4, 2, 6, 6), Given(torch.tensor([0, 1, 2, 3])), 1.0, torch.zeros(4, 2, 6, 6))
     assert int(patched.heads[0].head[1].num_batches_tracked) == 4
 
 
@@ -121,7 +123,7 @@ def test_only_one_patch_has_a_graph_at_a_time() -> None:
         patched = PatchedHead(small_head, grid)
         feature = torch.randn(4, 2, 32, 32)
         with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
-            patched.backward(feature, torch.tensor([0, 1, 2, 3]), None, 1.0, torch.zeros_like(feature))
+            patched.backward(feature, Given(torch.tensor([0, 1, 2, 3])), 1.0, torch.zeros_like(feature))
         return most
 
     assert peak(2) < 0.35 * peak(1)
@@ -152,10 +154,10 @@ def test_pooling_the_whole_map_once_changes_nothing(
     patch = (4, -(-size // grid), -(-size // grid))
     torch.manual_seed(0)
 
-    def make() -> ClassifierHead:
+    def make() -> TaskHead:
         if kind == "predsim":
-            return ClassifierHead(pooled_linear(patch, 3, 16))
-        return ClassifierHead(xcyf(patch, 3, "0c1f", 8, 1) if kind == "greedy" else dgl_head(patch, 3, kind))
+            return TaskHead(pooled_linear(patch, 3, 16))
+        return TaskHead(xcyf(patch, 3, "0c1f", 8, 1) if kind == "greedy" else dgl_head(patch, 3, kind))
 
     if kind == "predsim" and size % grid:
         pytest.skip("a linear layer needs patches of one size")
@@ -164,16 +166,16 @@ def test_pooling_the_whole_map_once_changes_nothing(
     feature = torch.randn(6, 4, size, size, dtype=torch.float64).contiguous(memory_format=layout)
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     start = torch.randn_like(feature)
-    gradient, value = patched.backward(feature, labels, None, 0.5, start.clone())
+    gradient, value = patched.backward(feature, Given(labels), 0.5, start.clone())
 
     leaf = feature.clone().requires_grad_()
     parts = [leaf[:, :, a, b] for a in patch_slices(size, grid) for b in patch_slices(size, grid)]
-    total = torch.stack([reference.heads[0].loss(part, labels, None) for part in parts]).mean()
+    total = torch.stack([reference.heads[0].loss(part, Given(labels)) for part in parts]).mean()
     (0.5 * total).backward()
     assert float(value) == pytest.approx(float(total.detach()), rel=1e-12)
     torch.testing.assert_close(gradient, start + leaf.grad, rtol=1e-10, atol=1e-13)
-    torch.testing.assert_close(patched.backward(feature, labels, None, 0.5)[0], leaf.grad, rtol=1e-10, atol=1e-13)
-    reference.heads[0].loss(parts[0], labels, None)  # as many BatchNorm updates in both
+    torch.testing.assert_close(patched.backward(feature, Given(labels), 0.5)[0], leaf.grad, rtol=1e-10, atol=1e-13)
+    reference.heads[0].loss(parts[0], Given(labels))  # as many BatchNorm updates in both
     for mine, other in zip(patched.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(mine.grad / 2.0, other.grad, rtol=1e-9, atol=1e-12)  # two backward passes
 
@@ -182,11 +184,11 @@ def test_pooling_the_whole_map_once_changes_nothing(
 def test_pooling_first_is_the_heads_own_pooling_at_every_size(size: int) -> None:
     """At 21, say, a head pools to 6 x 6 with windows that overlap; windows of 3 would give 7 x 7."""
     torch.manual_seed(0)
-    patched = PatchedHead(lambda: ClassifierHead(dgl_head((2, size, size), 3, "mlp-sr")), 1).double()
+    patched = PatchedHead(lambda: TaskHead(dgl_head((2, size, size), 3, "mlp-sr")), 1).double()
     reference = copy.deepcopy(patched)
     feature, labels = torch.randn(4, 2, size, size, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
-    _, value = patched.backward(feature, labels, None, 1.0)
-    expected = reference.heads[0].loss(feature, labels, None)
+    _, value = patched.backward(feature, Given(labels), 1.0)
+    expected = reference.heads[0].loss(feature, Given(labels))
     assert float(value) == pytest.approx(float(expected.detach()), rel=1e-10)
 
 
@@ -202,7 +204,7 @@ def test_the_decoder_is_upsampling_convolution_batchnorm_relu_convolution_entrop
     feature = torch.randn(3, 16, *size, dtype=torch.float64).contiguous(memory_format=layout)
     image = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     mine, other = feature.clone().requires_grad_(), feature.clone().requires_grad_()
-    loss = head.loss(mine, torch.zeros(3, dtype=torch.int64), image)
+    loss = head.loss(mine, Given(torch.zeros(3, dtype=torch.int64), image))
     up = F.interpolate(other, size=(16, 16), mode="bilinear", align_corners=True)
     expected = F.binary_cross_entropy(torch.sigmoid(plain(up)), image.double() / 255)
     loss.backward()

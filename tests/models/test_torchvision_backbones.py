@@ -17,7 +17,7 @@ from pipeline import UncutModel, backbone_names, build_blocks
 from pipeline.base.numerics import resolve_numerics
 from pipeline.base.validation import from_dict, validate
 from pipeline.edges.connect import Edges
-from pipeline.local.methods import Task
+from pipeline.local.task import Classification
 from pipeline.local.weights import model_state, module_weights
 from pipeline.models.torchvision import NAMES, torchvision_name
 from pipeline.plan.assembly import build_modules, make_plan
@@ -93,7 +93,7 @@ def test_two_local_modules_train_on_larger_images(method: str) -> None:
             }
         )
     )
-    blocks, task = build_blocks("resnet18", 3, 4), Task(4, (3, 64, 64))
+    blocks, task = build_blocks("resnet18", 3, 4), Classification(4, (3, 64, 64))
     plan = make_plan(config, blocks, task, ranks=1)
     assert [len(names) for names in plan.cut.modules] == [5, 5]
     numerics = resolve_numerics(config.precision, torch.device("cpu"), blocks.values())

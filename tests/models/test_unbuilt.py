@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, stable_hash
 from pipeline.base.recipes import load_config
-from pipeline.local.methods import Task
+from pipeline.local.task import Classification
 from pipeline.local.weights import module_weights, weights_sha256
 from pipeline.models import backbones
 from pipeline.models.backbones import Blocks, build_blocks, initialise, register_backbone
@@ -69,7 +69,7 @@ def test_planning_makes_no_tensor_and_changes_no_random_state(method: str) -> No
     state = torch.get_rng_state()
     with RealTensors() as real:
         blocks = planned_blocks("resnet32", 3, 10)
-        make_plan(config, blocks, Task(10, (3, 32, 32)), 4)
+        make_plan(config, blocks, Classification(10, (3, 32, 32)), 4)
     assert not real.found
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -77,7 +77,7 @@ def test_planning_makes_no_tensor_and_changes_no_random_state(method: str) -> No
 def test_a_rank_makes_only_its_own_blocks_real() -> None:
     config = load_config(assignments=["model.modules=4"])
     blocks = planned_blocks("resnet32", 3, 10)
-    plan = make_plan(config, blocks, Task(10, (3, 32, 32)), 4)
+    plan = make_plan(config, blocks, Classification(10, (3, 32, 32)), 4)
     build_modules(plan, 1, blocks, CPU, fresh=True)
     for module, names in enumerate(plan.cut.modules):
         for name in names:
@@ -126,7 +126,7 @@ def test_unusual_networks_get_the_same_weights_on_every_placement(
     for ranks, unrelated in ((1, 1), (3, 2)):
         torch.manual_seed(unrelated)
         config = load_config(assignments=[f"model.name={name}", "model.modules=3", "method.name=greedy"])
-        plan = make_plan(config, planned_blocks(name, 3, 10), Task(10, (3, 8, 8)), ranks)
+        plan = make_plan(config, planned_blocks(name, 3, 10), Classification(10, (3, 8, 8)), ranks)
         modules = []
         for rank in range(ranks):  # each rank has a network of its own
             blocks = planned_blocks(name, 3, 10, config.train.seed)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.base.config import Config
 from pipeline.local.local_module import LocalModule
+from pipeline.models.heads import Given
 
 
 def literal_backward(modules: list[LocalModule], config: Config, x: Tensor, labels: Tensor, image: Tensor) -> None:
@@ -72,7 +73,7 @@ def _level(
     else:
         position = (m - 1) / (count - 3) if count > 3 else 0.0
     method = config.method
-    if method.name in ("dgl", "greedy"):
+    if method.name in ("dgl", "greedy") or method.name.startswith("mirror"):
         weights = {"task": 1.0}
     elif method.name == "predsim":
         weights = {"similarity": method.similarity, "prediction": 1 - method.similarity}
@@ -96,7 +97,7 @@ def _level(
                 patch = h[:, :, i * size : (i + 1) * size, j * size : (j + 1) * size]
                 crop = image[:, :, i * full : (i + 1) * full, j * full : (j + 1) * full]
                 head = heads[i * n + j] if released and n > 1 else heads[0]
-                losses.append(head.loss(patch, labels, crop))
+                losses.append(head.loss(patch, Given(labels, crop)))
         together = torch.stack(losses)
         total = total + weight * (together.sum() if released and n > 1 else together.mean())
     return total

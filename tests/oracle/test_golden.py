@@ -29,7 +29,7 @@ from pipeline.base.numerics import Numerics
 from pipeline.base.validation import from_dict, validate
 from pipeline.edges.connect import Edges
 from pipeline.local.local_module import LocalModule
-from pipeline.local.methods import Task
+from pipeline.local.task import Classification
 from pipeline.models.backbones import build_blocks
 from pipeline.plan.assembly import build_modules, make_plan
 from pipeline.stage.inlet import Batch, BatchInlet
@@ -154,7 +154,7 @@ def build(meta: dict[str, Any], dtype: torch.dtype = torch.float32) -> list[Loca
         values["patches"] = {"grid": 2}
     config = validate(from_dict(values))
     blocks = build_blocks("resnet32", 3, 10)
-    plan = make_plan(config, blocks, Task(10, (3, 32, 32)), 1)
+    plan = make_plan(config, blocks, Classification(10, (3, 32, 32)), 1)
     return build_modules(plan, 0, blocks, Numerics(torch.device("cpu"), dtype, False), fresh=True)
 
 

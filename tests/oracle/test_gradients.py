@@ -12,6 +12,7 @@ from tiny import METHODS, VARIANTS, gradients, tiny_batch, tiny_config, tiny_sta
 
 from pipeline.local.weights import model_state, module_weights
 from pipeline.models.backbones import UncutModel
+from pipeline.models.heads import Given
 
 MODULES = 5
 SPANS = (1, 2, 3, MODULES)
@@ -103,9 +104,9 @@ def test_span_k_is_backpropagation_plus_the_local_losses() -> None:
         for block in module.blocks.values():
             h, inner = block(h), block(inner)
         if "cascade" in module.levels:
-            total = total + module.levels["cascade"].terms["task"].heads[0].loss(h, batch.labels, None)
+            total = total + module.levels["cascade"].terms["task"].heads[0].loss(h, Given(batch.labels))
         if "independent" in module.levels:
-            total = total + module.levels["independent"].terms["task"].heads[0].loss(inner, batch.labels, None)
+            total = total + module.levels["independent"].terms["task"].heads[0].loss(inner, Given(batch.labels))
     (total + F.cross_entropy(h, batch.labels)).backward()
     assert_same(gradients(modules), gradients(reference))
 

@@ -19,7 +19,7 @@ from pipeline.data.loader_source import input_specs
 from pipeline.edges.connect import Edges
 from pipeline.local import methods
 from pipeline.local.local_module import LocalModule
-from pipeline.local.methods import Task
+from pipeline.local.task import Classification
 from pipeline.plan.assembly import build_modules, make_plan
 from pipeline.stage.inlet import Batch, BatchInlet
 from pipeline.stage.stage import Stage
@@ -74,7 +74,8 @@ def test_gradients_flow_back_through_the_skip_connection_too(span: int) -> None:
     config = configuration(span, hierarchy=weights, precision={"compute": "fp64"})
     inputs, labels = batches()[0]
     network = blocks()
-    plan = make_plan(config, dict(network.named_children()), Task(CLASSES, (LONGEST,)), 1, input_specs(inputs, LONGEST))
+    task = Classification(CLASSES, (LONGEST,))
+    plan = make_plan(config, dict(network.named_children()), task, 1, input_specs(inputs, LONGEST))
     assert [sorted(boundary) for boundary in plan.boundaries] == [["mask", "x"], *[["mask", "skip", "x"]] * 3, ["x"]]
     numerics = Numerics(torch.device("cpu"), torch.float64, False)
     modules = build_modules(plan, 0, dict(network.named_children()), numerics, fresh=False)

@@ -14,7 +14,7 @@ from tiny import CLASSES, IMAGE, Batches, network, tiny_blocks, tiny_config
 
 from pipeline import ConfigError, LoaderData, train
 from pipeline.base.numerics import Numerics
-from pipeline.local.methods import Task
+from pipeline.local.task import Classification
 from pipeline.plan import measured_placement
 from pipeline.plan.profiling import profile_modules
 from pipeline.ranks.team import Team
@@ -70,7 +70,7 @@ def test_a_plan_larger_than_the_device_is_refused(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("pipeline.plan.profiling.device_memory", lambda device, sharing=1: 2**16)
     config = tiny_config("dgl", "plain", 1, 4, partition=KINDS["measured"])
     with pytest.raises(ConfigError, match="rank 0 needs .* GiB, its device has .* start more processes"):
-        measured_placement.placed_plan(config, tiny_blocks(), Task(CLASSES, IMAGE), CPU, one_rank())
+        measured_placement.placed_plan(config, tiny_blocks(), Classification(CLASSES, IMAGE), CPU, one_rank())
 
 
 def test_measuring_leaves_the_network_and_the_random_state_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,7 @@ def test_measuring_leaves_the_network_and_the_random_state_alone(monkeypatch: py
     seen = []
     monkeypatch.setattr(measured_placement, "profile_modules", lambda *a: seen.append(profile_modules(*a)) or seen[-1])
     config = tiny_config("infopro", "hpff", 2, 4, partition=KINDS["measured"])
-    measured_placement.placed_plan(config, blocks, Task(CLASSES, IMAGE), CPU, one_rank())
+    measured_placement.placed_plan(config, blocks, Classification(CLASSES, IMAGE), CPU, one_rank())
     assert len(seen[0].modules) == 4
     assert torch.equal(torch.get_rng_state(), state)
     for name, block in blocks.items():

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.base.config import HierarchyConfig
 from pipeline.local.roles import ModulePlan, plan_hierarchy
+from pipeline.local.upstream import Upstream
 from pipeline.plan.placement import place
 from pipeline.plan.simulate import ModuleCost, Simulation, simulate
 from pipeline.stage.capacity import activations_held, gradients_held
@@ -21,6 +22,7 @@ from pipeline.stage.schedule import (
     messages_needed,
     messages_sent,
     stage_schedule,
+    stage_schedules,
     steps_of,
 )
 
@@ -262,3 +264,15 @@ def test_missing_steps_and_too_few_slots_are_refused() -> None:
     plans, schedules = setting(6, 3, 4, micro_batches=3)
     with pytest.raises(ValueError, match="the stages wait for each other: stage 0 at "):
         simulate(plans, schedules, [EQUAL] * 6, 4, depth=1, slots=1)
+
+
+def test_weights_upstream_cost_time_only_where_they_are_due_before_they_come() -> None:
+    plans, without = setting(4, 4, 1)
+    costs = [EQUAL] * 4
+    free = step_s(simulate(plans, without, costs, 16, latency_s=0.5))
+    period = {}
+    for lag in (1, 4):
+        schedules = stage_schedules(plans, place(4, 4), 1, upstream=Upstream(1, lag))
+        period[lag] = step_s(simulate(plans, schedules, costs, 16, latency_s=0.5))
+    assert period[4] == pytest.approx(free)
+    assert free + 0.5 < period[1] <= free + 1.0  # there and back: a stage waits for the next one's step before

@@ -13,8 +13,8 @@ from tiny import tiny_config, tiny_plan
 
 from pipeline.base.config import HierarchyConfig
 from pipeline.base.recipes import load_config
-from pipeline.local.methods import Task
 from pipeline.local.roles import ModulePlan, plan_hierarchy
+from pipeline.local.task import Classification
 from pipeline.models.backbones import build_blocks
 from pipeline.plan.assembly import make_plan
 from pipeline.plan.placement import place
@@ -165,7 +165,7 @@ def test_where_no_gradient_crosses_there_is_no_room_for_any() -> None:
 def test_a_span_between_two_and_all_needs_less_than_activations_times_keys() -> None:
     """K = 8, k = 3: every open activation was once counted once per gradient key, on both edges."""
     config = load_config(assignments=["hierarchy.cascade_span=3", "model.modules=8", "schedule.kind=async"])
-    plan = make_plan(config, build_blocks("resnet32", 3, 10), Task(10, (3, 32, 32)), 8)
+    plan = make_plan(config, build_blocks("resnet32", 3, 10), Classification(10, (3, 32, 32)), 8)
     depth = config.runtime.queue_depth
     product = depth + max(map(activations_held, plan.schedules)) * max(len(role.incoming) for role in plan.modules)
     before = now = 0

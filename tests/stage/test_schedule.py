@@ -8,9 +8,10 @@ import pytest
 
 from pipeline.base.config import HierarchyConfig
 from pipeline.local.roles import ModulePlan, plan_hierarchy
+from pipeline.local.upstream import Upstream
 from pipeline.plan.placement import place
 from pipeline.stage.capacity import activations_held
-from pipeline.stage.schedule import Kind, check_schedules, lags, stage_schedule, steps_of
+from pipeline.stage.schedule import Kind, check_schedules, lags, stage_schedule, stage_schedules, steps_of
 
 PAPER = HierarchyConfig(cascade_span=2, independent_weight=1.0, cascade_weight=1.0)
 
@@ -171,3 +172,40 @@ def test_the_pipe_fills_and_is_drained() -> None:
     assert steps[0] == steps[1] == "F1.0 C1.0 R1.0->0 I1.0"
     assert steps[2] == "F1.0 C1.0 R1.0->0 I1.0 B1.0@-2 U1@-2"
     assert steps[3:] == ["B1.0@-2 U1@-2"] * 2
+
+
+def test_weights_upstream_are_shared_after_an_update_and_adopted_before_the_heads() -> None:
+    middle = stage_schedule(plans(4, 2), range(1, 2), 2, delay=1, upstream=Upstream(every=4, lag=2))
+    assert " ".join(map(str, middle)) == (
+        "F1.0 A1@-2/4 C1.0 R1.0->0 I1.0 B1.0@-1 F1.1 C1.1 R1.1->0 I1.1 B1.1@-1 U1@-1 S1@-1/4"
+    )
+    last = stage_schedule(plans(4, 2), range(3, 4), 1, upstream=Upstream(every=4, lag=2))
+    assert " ".join(map(str, last)) == "F3.0 L3.0 B3.0 U3 S3/4"
+
+
+def test_who_has_no_head_before_it_shares_nothing() -> None:
+    first = stage_schedule(plans(3, 2, "released"), range(0, 2), 1, upstream=Upstream())
+    assert {str(action) for action in first if action.kind in (Kind.SHARE, Kind.ADOPT)} == {"A1@-1"}
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2])
+@pytest.mark.parametrize("upstream", [Upstream(1, 1), Upstream(2, 1), Upstream(3, 4)])
+def test_no_set_of_stages_waits_for_itself_with_weights_upstream(upstream: Upstream, delay: int) -> None:
+    for modules in (2, 3, 5):
+        for span in (1, 2, modules):
+            roles = plans(modules, span)
+            for ranks in range(1, modules + 1):
+                for micro_batches in (1, 2):
+                    stages = stage_schedules(roles, place(modules, ranks), micro_batches, delay, upstream)
+                    check_schedules(roles, stages, steps=7)
+
+
+def test_the_check_notices_weights_that_are_needed_before_they_can_be_there() -> None:
+    roles = plans(3, 1)
+    first, *others = stage_schedules(roles, [range(m, m + 1) for m in range(3)], 1, upstream=Upstream())
+    at_once = [dataclasses.replace(a, lag=0) if a.kind is Kind.ADOPT else a for a in first]
+    at_once.sort(key=lambda a: a.kind is Kind.FORWARD)  # of the batch whose forward comes after it
+    with pytest.raises(ValueError, match="wait for each other: stage 0 at A0"):
+        check_schedules(roles, [at_once, *others])
+    with pytest.raises(ValueError, match="weights shared and never adopted"):
+        check_schedules(roles, [[a for a in first if a.kind is not Kind.ADOPT], *others])

@@ -34,7 +34,7 @@ def test_evaluation_counts_the_errors_of_every_head_in_short_batches_too() -> No
                     expected[key] = expected.get(key, 0) + int((scores.argmax(dim=1) != batch.labels).sum())
             key = (modules[-1].plan.index, "final")
             expected[key] = expected.get(key, 0) + int((h.argmax(dim=1) != batch.labels).sum())
-    assert {key: int(value) for key, value in counted.wrong.items()} == expected
+    assert {key[:2]: int(value) for key, value in counted.statistics.items()} == expected
 
 
 def test_evaluation_changes_nothing() -> None:

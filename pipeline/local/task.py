@@ -1,0 +1,170 @@
+"""A task says what is asked of a network: what goes in, what comes out, what is wanted, how good that is.
+
+                    Classification              for example: one class per pixel   for example: the next token
+    in              images (B, C, H, W)         images (B, C, H, W)                ids (B, T)
+    out             logits (B, classes)         logits (B, classes, H, W)          logits (B, T, classes)
+    target          classes (B,)                classes (B, H, W)                  ids (B, T)
+    head            the method's own network    1x1 convolution, upsampling        linear layer
+    metric          error, percent              mean intersection over union       perplexity
+
+Local losses and the loss of the last module are the task's; a method says where heads stand and with which weights.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.base.errors import ConfigError
+from pipeline.base.flow import LABEL, MAIN, Specs, TensorSpec
+from pipeline.models import losses
+from pipeline.models.heads import AuxiliaryHead, FeatureShape, TaskHead, VectorInput, xcyf
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number for people, from what is counted batch by batch.
+
+    Attributes:
+        name: key in files, such as "error_pct".
+        title: for people, such as "error".
+        count: (output (B, ...), target (B, ...)) -> statistics of any shape, summed over the test set. Outputs are
+            those of the network or of a head.
+        value: (sum of the statistics, number of rows) -> the number.
+        unit: behind the number, such as "%".
+        digits: behind the point.
+        better: whether a lower or a higher number is better.
+    """
+
+    name: str
+    title: str
+    count: Callable[[Tensor, Tensor], Tensor]
+    value: Callable[[Tensor, int], float]
+    unit: str = ""
+    digits: int = 2
+    better: Literal["lower", "higher"] = "lower"
+
+    def text(self, value: float | None) -> str:
+        """``5.21 %``; without the unit and aligned with others, "-" where nothing was measured."""
+        number = "-" if value is None else f"{value:.{self.digits}f}"
+        return f"{number} {self.unit}".rstrip()
+
+    def cost(self, value: float) -> float:
+        """The same number so that lower is better."""
+        return value if self.better == "lower" else -value
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """What is asked of a network. Subclass it for a task of your own and pass it to :func:`pipeline.train` as ``task``,
+    with a network and loaders of your own.
+
+    Attributes:
+        classes: what there is to choose from: classes of an image or a pixel, the vocabulary.
+        image_shape: of one raw input, without the batch: (C, H, W) of an image, (T,) of a sequence of ids.
+    """
+
+    classes: int
+    image_shape: tuple[int, ...]
+
+    @property
+    def inputs(self) -> Specs:
+        """What the network takes, by name; "x" is an image in floating point unless you say otherwise."""
+        return {MAIN: TensorSpec(self.image_shape)}
+
+    @property
+    def image(self) -> TensorSpec:
+        """The raw input, for heads that ask for it: uint8 pixels of an image, else "x" as it is."""
+        main = self.inputs[MAIN]
+        return TensorSpec(self.image_shape, torch.uint8) if main.dtype.is_floating_point else main
+
+    @property
+    @abstractmethod
+    def target(self) -> TensorSpec:
+        """What is wanted of each row."""
+
+    @property
+    @abstractmethod
+    def output_shape(self) -> tuple[int, ...]:
+        """What a network must end in, without the batch."""
+
+    @property
+    @abstractmethod
+    def metrics(self) -> tuple[Metric, ...]:
+        """The first one is shown everywhere and chooses the best checkpoint."""
+
+    @abstractmethod
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """Scalar, the mean over the batch, in full precision whatever the dtype of the output (B, ...)."""
+
+    @abstractmethod
+    def head(self, shape: FeatureShape, pooled: Callable[[FeatureShape], nn.Sequential] | None = None) -> AuxiliaryHead:
+        """A head that does the task on features of ``shape``; its logits have the form of the network's output.
+
+        Args:
+            shape: (C, H, W), (T, D) or (D,), of a feature or of its largest patch.
+            pooled: builds the method's own network for a map (C, H, W), which pools it and ends in ``classes`` values;
+                a task whose output is more than that brings a network of its own. Without it: the plainest head.
+
+        Raises:
+            ConfigError: there is none for such features.
+        """
+
+    def total_loss(self, output: Tensor, target: Tensor) -> float:
+        """The loss of a test batch, summed over its rows."""
+        return float(self.loss(output, target)) * len(target)
+
+    def probabilities(self, output: Tensor) -> Tensor | None:
+        """Of the classes, from the output: float64, of its shape. Several exits say together the mean of them, which
+        the metrics then count as an output. None: there are no such ensembles."""
+        return None
+
+
+class Classification(Task):
+    """One class per image: (B, classes) logits against int64 (B,) classes, by cross-entropy."""
+
+    @property
+    def target(self) -> TensorSpec:
+        return LABEL
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        return (self.classes,)
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return (ERROR,)
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return losses.cross_entropy(output, target)
+
+    def total_loss(self, output: Tensor, target: Tensor) -> float:
+        return float(F.cross_entropy(output.float(), target, reduction="sum"))
+
+    def head(self, shape: FeatureShape, pooled: Callable[[FeatureShape], nn.Sequential] | None = None) -> AuxiliaryHead:
+        build = pooled or (lambda size: xcyf(size, self.classes, "0c1f", 0, 1))
+        if len(shape) == 1:
+            return TaskHead(nn.Sequential(VectorInput(), *build((shape[0], 1, 1))))
+        if len(shape) == 2:
+            raise ConfigError(
+                f"a local module ends in features {shape}, which no head of a classification takes; pass a task of "
+                "your own that brings one, or let the module end in maps or vectors"
+            )
+        return TaskHead(build(shape))
+
+    def probabilities(self, output: Tensor) -> Tensor:
+        return output.double().softmax(dim=1)
+
+
+def _wrong(output: Tensor, target: Tensor) -> Tensor:
+    return (output.argmax(dim=1) != target).sum()
+
+
+ERROR = Metric("error_pct", "error", _wrong, lambda wrong, rows: 100.0 * int(wrong) / rows, "%")
+"""Share of the rows that get the wrong class, in percent."""

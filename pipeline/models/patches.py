@@ -1,0 +1,206 @@
+"""Patch feature fusion: a head on each patch of a feature, one patch after another (HPFF, eq. 6-7).
+
+    map (B, C, H, W)         sequence (B, T, D)        vector (B, D)
+    +----+----+
+    | 0  | 1  |              | 0 | 1 |                 one patch
+    +----+----+              contiguous parts of T
+    | 2  | 3  |
+    +----+----+
+
+What a head is given is cut like the feature where it has the same sides: of a map the last two dimensions of an image,
+of inputs and of a target with three dimensions or more; of a sequence the dimension after the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given
+
+Autocast = Callable[[], contextlib.AbstractContextManager[None]]
+Patch = tuple[slice, ...]
+"""Index of a patch in a tensor."""
+
+
+def patch_slices(size: int, grid: int) -> list[slice]:
+    """Cut ``size`` positions into ``grid`` consecutive ranges that differ by at most one."""
+    edges = [index * size // grid for index in range(grid + 1)]
+    return [slice(low, high) for low, high in zip(edges, edges[1:], strict=False)]
+
+
+def patch_shape(shape: FeatureShape, grid: int) -> FeatureShape:
+    """Shape of the largest patch; heads size their first pooling by it."""
+    match shape:
+        case (channels, height, width):
+            return (channels, -(-height // grid), -(-width // grid))
+        case (length, depth):
+            return (-(-length // grid), depth)
+    return shape
+
+
+def patches_of(x: Tensor, feature: Tensor, grid: int) -> list[Patch]:
+    """Where the patches of ``feature`` are in ``x``, which is that feature or goes with it; of what has no such sides,
+    everything."""
+    if grid > 1 and feature.dim() == 4 and x.dim() >= 3:
+        rows, columns = patch_slices(x.size(-2), grid), patch_slices(x.size(-1), grid)
+        return [(..., row, column) for row in rows for column in columns]  # type: ignore[misc]
+    if grid > 1 and feature.dim() == 3 and x.dim() >= 2 and x.size(1) == feature.size(1):
+        return [(slice(None), part) for part in patch_slices(x.size(1), grid)]
+    whole: list[Patch] = [(slice(None),)]
+    return whole * {4: grid * grid, 3: grid}.get(feature.dim(), 1)
+
+
+class PatchedHead(nn.Module):
+    """A head on ``grid`` x ``grid`` patches of a map, or ``grid`` patches of a sequence.
+
+    Each patch: loss, backward, graph freed; so only one patch's graph is alive and BatchNorm inside the head sees one
+    patch at a time.
+
+        shared      one head for all patches, average of losses  (paper)
+        separate    a head per patch of a map, sum of losses     (released code, decoder only)
+
+    Args:
+        make: builds one head for a patch.
+        grid: patches along each side; 1 is the plain head.
+        separate: one head per patch and the sum of losses instead of a shared head and their average.
+    """
+
+    def __init__(self, make: Callable[[], AuxiliaryHead], grid: int, separate: bool = False) -> None:
+        super().__init__()
+        self.grid = grid
+        self.separate = separate
+        self.heads = nn.ModuleList(make() for _ in range(grid * grid if separate else 1))
+
+    @property
+    def asks(self) -> frozenset[str]:
+        """What its head asks for."""
+        return self._head(0).asks
+
+    def _head(self, patch: int) -> AuxiliaryHead:
+        head = self.heads[patch if self.separate else 0]
+        assert isinstance(head, AuxiliaryHead)
+        return head
+
+    def backward(
+        self,
+        feature: Tensor,
+        given: Given,
+        weight: float,
+        gradient: Tensor | None = None,
+        autocast: Autocast = contextlib.nullcontext,
+    ) -> tuple[Tensor, Tensor]:
+        """Run the head and its backward pass on a feature (B, C, H, W), (B, T, D) or (B, D) that does not require grad.
+
+        ``autocast`` makes the context of the forward pass; a backward pass chooses its dtypes from the forward's and
+        runs outside. The heads' own gradients are added to their ``.grad``.
+
+        Returns:
+            ``weight * d loss / d feature``, added to ``gradient`` in place where one is given, and the un-weighted
+            loss (float64 scalar, detached).
+        """
+        window = self._window(feature)
+        if window == (1, 1):
+            return self._by_patches(feature, given, weight, gradient, autocast, pooled=False)
+        means = F.avg_pool2d(feature, window)
+        means_gradient, total = self._by_patches(means, given, weight, None, autocast, pooled=True)
+        spread = _spread(means_gradient, window)
+        if not feature.is_contiguous(memory_format=torch.channels_last):
+            spread = spread.contiguous()
+        return spread if gradient is None else gradient.add_(spread), total
+
+    def _window(self, feature: Tensor) -> tuple[int, int]:
+        """Windows by which the whole map may be pooled before it is cut; (1, 1) where patches do not allow it."""
+        if feature.dim() != 4 or feature.size(2) % self.grid or feature.size(3) % self.grid:
+            return 1, 1
+        return self._head(0).window(feature.size(2) // self.grid, feature.size(3) // self.grid)
+
+    def _by_patches(
+        self,
+        feature: Tensor,
+        given: Given,
+        weight: float,
+        gradient: Tensor | None,
+        autocast: Autocast,
+        pooled: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """The work of :meth:`backward`; ``pooled``: the feature holds the means of the head's windows."""
+        patches = patches_of(feature, feature, self.grid)
+        share = 1.0 if self.separate else 1.0 / len(patches)
+        total = feature.new_zeros((), dtype=torch.float64)
+        whole = len(patches) == 1
+        result = gradient if gradient is not None or whole else torch.empty_like(feature)
+        for index, (patch, its) in enumerate(zip(patches, self._cut(given, feature), strict=True)):
+            leaf = feature.detach() if whole else _dense(feature[patch])
+            leaf.requires_grad_()
+            head = self._head(index)
+            with torch.enable_grad(), autocast():
+                loss = head.loss_of_means(leaf, its) if pooled else head.loss(leaf, its)
+            (loss * (weight * share)).backward()
+            total += loss.detach() * share
+            assert leaf.grad is not None
+            if result is None:
+                result = leaf.grad
+            elif gradient is not None:
+                (result if whole else result[patch]).add_(leaf.grad)
+            else:  # the patches cover the feature once, so nothing needs to be zeroed first
+                result[patch].copy_(leaf.grad)
+        assert result is not None
+        return result, total
+
+    def _cut(self, given: Given, feature: Tensor) -> list[Given]:
+        """What the head is given with every patch: what it asks for, cut like the feature."""
+        if len(patches_of(feature, feature, self.grid)) == 1:
+            return [given]
+
+        def parts(x: Tensor) -> list[Tensor]:
+            return [x[patch] for patch in patches_of(x, feature, self.grid)]
+
+        targets = parts(given.target)
+        images = [None] * len(targets) if given.image is None else parts(given.image)
+        inputs = {name: parts(x) for name, x in (given.inputs or {}).items()}
+        return [
+            Given(
+                target,
+                image,
+                None if given.inputs is None else {name: cut[index] for name, cut in inputs.items()},
+                given.step,
+            )
+            for index, (target, image) in enumerate(zip(targets, images, strict=True))
+        ]
+
+    def logits(self, feature: Tensor) -> Tensor | None:
+        """Of a head that gives one output per row, the mean over patches; of one that gives a map or a sequence, the
+        patches' outputs put together again. None where it has none."""
+        patches = patches_of(feature, feature, self.grid)
+        scores = []
+        for index, patch in enumerate(patches):
+            score = self._head(index).logits(feature[patch])
+            if score is None:
+                return None
+            scores.append(score)
+        if len(scores) > 1 and scores[0].dim() == feature.dim():
+            if feature.dim() == 3:
+                return torch.cat(scores, dim=1)
+            rows = [torch.cat(scores[start : start + self.grid], dim=3) for start in range(0, len(scores), self.grid)]
+            return torch.cat(rows, dim=2)
+        return torch.stack(scores).mean(dim=0)
+
+
+def _dense(patch: Tensor) -> Tensor:
+    """A copy of a slice (B, C, h, w) of a map, or of another feature, without gaps, in its layout."""
+    nhwc = patch.dim() == 4 and patch.stride(1) == 1
+    return patch.clone(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
+
+
+def _spread(means_gradient: Tensor, window: tuple[int, int]) -> Tensor:
+    """The gradient of a map (B, C, H, W), channels last, from that of its means over windows (B, C, h, w)."""
+    batch, channels, h, w = means_gradient.shape
+    share = (means_gradient / (window[0] * window[1])).permute(0, 2, 3, 1)
+    lines = share[:, :, :, None].expand(-1, -1, -1, window[1], -1).reshape(batch, h, 1, -1)
+    full = lines.expand(-1, -1, window[0], -1).reshape(batch, h * window[0], w * window[1], channels)
+    return full.permute(0, 3, 1, 2)
