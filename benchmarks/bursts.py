@@ -151,17 +151,13 @@ def local_systems(
 def sections(system: System, batch: int) -> Sections:
     """The configuration of a burst of one of our systems: one epoch at a constant learning rate, fp32, one thread."""
     return {
-        "model": {"modules": system.modules},
-        "method": {"name": system.method},
-        "hierarchy": {"cascade_span": system.span},
+        "model": {"modules": system.modules}, "method": {"name": system.method},
+        "hierarchy": {"cascade_span": system.span}, "data": {"batch_size": batch},
         "schedule": {"kind": system.schedule, "micro_batches": system.micro_batches},
-        "data": {"batch_size": batch},
         "optim": {"name": "sgd", "schedule": "constant", "warmup_epochs": 0, **SGD},
-        "train": {"epochs": 1},
-        "checkpoint": {"every_epochs": 0},
-        "precision": {"compute": "fp32"},
+        "train": {"epochs": 1}, "checkpoint": {"every_epochs": 0}, "precision": {"compute": "fp32"},
         "runtime": {"device": "cpu", "threads": 1, "deadline_s": 300.0},
-    }
+    }  # fmt: skip
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterable, Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,12 +17,8 @@ from pipeline import build_blocks
 CLASSES = 10
 IMAGE = (3, 32, 32)
 SGD: dict[str, Any] = {"lr": 0.02, "momentum": 0.9, "nesterov": True, "weight_decay": 1e-4}
-"""Of every optimiser; ours takes these numbers from its configuration."""
-
-
-def sgd(parameters: Iterable[Tensor]) -> torch.optim.SGD:
-    """The optimiser of every baseline."""
-    return torch.optim.SGD(parameters, **SGD)
+sgd: Callable[..., torch.optim.SGD] = partial(torch.optim.SGD, **SGD)
+"""The optimiser of every baseline; ours takes the same numbers from its configuration."""
 
 
 def network(model: str) -> nn.Sequential:

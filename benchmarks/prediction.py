@@ -81,9 +81,10 @@ def work(rank: Rank, settings: Settings) -> dict[tuple[System, str], list[Sample
     return found
 
 
-def row_of(settings: Settings, system: System, placement: str, samples: Sequence[Sample]) -> Row:
+def row_of(settings: Settings, key: tuple[System, str], samples: Sequence[Sample]) -> Row:
     """One system and placement. ``predicted_s`` and ``ratio`` (measured / predicted) are medians over all rounds,
     ``sizes`` are the modules of every rank in the last one."""
+    system, placement = key
     steps_s, predicted_s = [burst.step_s for *_, burst in samples], [seconds for _, seconds, _ in samples]
     return make_row(
         settings.batch, steps_s, medians([burst.work_s for *_, burst in samples]), **system.row,
@@ -98,10 +99,7 @@ def measure(settings: Settings) -> Report:
     if settings.ranks > (cores := len(available_cores())):
         raise ConfigError(f"--ranks {settings.ranks} on {cores} cores: every rank needs one of its own; use fewer")
     found = run_ranks(work, settings.ranks, settings, deadline_s=settings.deadline_s)[0]
-    rows = {
-        (system, placement): row_of(settings, system, placement, samples)
-        for (system, placement), samples in found.items()
-    }
+    rows = {key: row_of(settings, key, samples) for key, samples in found.items()}
     ratios = {f"{row['method']}, {row['schedule']}, {row['placement']}": row["ratio"] for row in rows.values()}
     gains = {}
     for system in settings.systems:

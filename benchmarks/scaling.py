@@ -50,14 +50,10 @@ LEGEND = (
 )
 SIMULATED_COLUMNS = (Column("schedule", "schedule"), P, SPEED[0], Column("of bound", "efficiency", ".3f"))
 CURVES = {
-    "dgl, exact": ("#1f6fb2", "o"),
-    "dgl + hpff, async": ("#1b9e77", "s"),
-    "dgl + hpff, exact": ("#66b3a1", "D"),
-    "torch ZBVZeroBubble, M = 8": ("#8c6bb1", "v"),
-    "torch GPipe, M = 8": ("#e08214", "^"),
-    "torch GPipe, M = 4": ("#d9534f", "<"),
-    "torch GPipe, M = 1": ("#7f7f7f", "x"),
-}
+    "dgl, exact": ("#1f6fb2", "o"), "dgl + hpff, async": ("#1b9e77", "s"), "dgl + hpff, exact": ("#66b3a1", "D"),
+    "torch ZBVZeroBubble, M = 8": ("#8c6bb1", "v"), "torch GPipe, M = 8": ("#e08214", "^"),
+    "torch GPipe, M = 4": ("#d9534f", "<"), "torch GPipe, M = 1": ("#7f7f7f", "x"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,9 @@ def work(rank: Rank, settings: Settings) -> dict[tuple[str, float], Records]:
     return found
 
 
-def row_of(settings: Settings, kind: str, factor: float, records: Records) -> Row:
+def row_of(settings: Settings, key: tuple[str, float], records: Records) -> Row:
     """One schedule, with or without the slow stage."""
+    kind, factor = key
 
     def per_stage(key: str) -> list[float]:
         return medians([[stage[key] for stage in record["stages"]] for record in records])
@@ -88,9 +89,7 @@ def measure(settings: Settings) -> Report:
     if settings.slow >= settings.ranks:
         raise ConfigError(f"--slow {settings.slow}: there are ranks 0 to {settings.ranks - 1}; choose one of them")
     found = run_ranks(work, settings.ranks, settings, deadline_s=settings.deadline_s)[0]
-    rows = {
-        (kind, factor): row_of(settings, kind, factor, records) for (kind, factor), records in found.items()
-    }
+    rows = {key: row_of(settings, key, records) for key, records in found.items()}
     kept = {kind: rows[kind, settings.factor]["images_per_s"] / rows[kind, 1.0]["images_per_s"] for kind in KINDS}
     shares = ", ".join(f"{kind} keeps {100 * share:.0f} %" for kind, share in kept.items())
     about = (

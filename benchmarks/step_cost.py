@@ -35,12 +35,10 @@ METHODS = {
     "HPFF as released, 2c2f": [*HPFF, "method.name=infopro", "method.head=2c2f", "hierarchy.variant=released"],
     "InfoPro + HPFF, 2c2f": [*HPFF, "method.name=infopro", "method.head=2c2f"],
     "InfoPro + HPFF, 1c2f": [*HPFF, "method.name=infopro", "method.head=1c2f"],
-    "DGL + HPFF": [*HPFF, "method.name=dgl"],
-    "PredSim + HPFF": [*HPFF, "method.name=predsim"],
+    "DGL + HPFF": [*HPFF, "method.name=dgl"], "PredSim + HPFF": [*HPFF, "method.name=predsim"],
     "InfoPro, 1c2f": [*LOCAL, "method.name=infopro", "method.head=1c2f"],
-    "DGL": [*LOCAL, "method.name=dgl"],
-    "PredSim": [*LOCAL, "method.name=predsim"],
-}
+    "DGL": [*LOCAL, "method.name=dgl"], "PredSim": [*LOCAL, "method.name=predsim"],
+}  # fmt: skip
 SHAPES = {"stl10": (3, 96, 96)}  # of the data sets with other images than IMAGE
 RUN = ["runtime.device=cpu", "runtime.threads=1", "optim.warmup_epochs=0", "optim.schedule=constant", "train.epochs=1"]
 

@@ -34,15 +34,11 @@ heads and the input gradient that the first part does not need are not in the ti
 CHECKED_STEPS = 2
 TOLERANCE = 5e-3  # relative, of losses of systems that compute the same: they differ in the order of sums only
 EXPECTED = {
-    "BP, 2 threads": {1: 1.71},
-    "DDP": {1: 1.90},
-    "naive model parallel": {1: 0.99},
-    "torch GPipe": {2: 1.35, 4: 1.57, 8: 1.82},
-    "torch 1F1B": {2: 1.43, 4: 1.66, 8: 1.78},
+    "BP, 2 threads": {1: 1.71}, "DDP": {1: 1.90}, "naive model parallel": {1: 0.99},
+    "torch GPipe": {2: 1.35, 4: 1.57, 8: 1.82}, "torch 1F1B": {2: 1.43, 4: 1.66, 8: 1.78},
     "torch Interleaved1F1B": {2: 1.54, 4: 1.74, 8: 1.83},
-    "torch InterleavedZeroBubble": {2: 1.62, 4: 1.68, 8: 1.66},
-    "torch ZBVZeroBubble": {2: 1.61, 4: 1.68, 8: 1.73},
-}
+    "torch InterleavedZeroBubble": {2: 1.62, 4: 1.68, 8: 1.66}, "torch ZBVZeroBubble": {2: 1.61, 4: 1.68, 8: 1.73},
+}  # fmt: skip
 """Ratios to one device by M in an earlier, separate measurement: ResNet-32, batch 256, two pinned cores."""
 COLUMNS = (
     Column("system", system_name), P, Column("K", lambda row: None if row["method"] == "bp" else row["modules"]), M,
@@ -153,8 +149,7 @@ class Bench:
             self.cuts[cut_key(system)] = candidate
             burst = system.burst and system.burst(self, system)
             times[candidate].append(burst.step_s if burst is not None else 0.0)
-        fastest: tuple[Any, ...]
-        fastest = rank.share(min(different, key=lambda candidate: statistics.median(times[candidate])))
+        fastest: tuple[Any, ...] = rank.share(min(different, key=lambda each: statistics.median(times[each])))
         return fastest
 
     def ours(self, system: System) -> Burst | None:
