@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from schedules import check_schedules
 
 from pipeline.base.config import HierarchyConfig
 from pipeline.local.roles import ModulePlan, plan_hierarchy
 from pipeline.local.upstream import Upstream
 from pipeline.plan.placement import place
 from pipeline.stage.capacity import activations_held
-from pipeline.stage.schedule import Kind, check_schedules, lags, stage_schedule, stage_schedules, steps_of
+from pipeline.stage.schedule import Kind, lags, stage_schedule, stage_schedules, steps_of
 
 PAPER = HierarchyConfig(cascade_span=2, independent_weight=1.0, cascade_weight=1.0)
 
