@@ -17,92 +17,21 @@ already here costs nothing.
 from __future__ import annotations
 
 import queue
-import re
-import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from pipeline.base.errors import DeadlineExceeded, PeerLost, WireError
+from pipeline.base.errors import PeerLost, WireError
+from pipeline.edges.end import End
 from pipeline.edges.wire import MAGIC, Directive, Header, MessageKind, MessageSpec, Slot
 from pipeline.ranks.team import Team
 
-T = TypeVar("T")
 
-
-class _End:
-    """What both ends of an edge share: who they are, how they wait, how they word a failure."""
-
-    _thread: threading.Thread
-
-    def __init__(
-        self,
-        team: Team,
-        group: dist.ProcessGroup,
-        peer_rank: int,
-        spec: MessageSpec,
-        device: torch.device,
-        label: str,
-    ) -> None:
-        self.wait_s = 0.0
-        self.spec = spec
-        self._team = team
-        self._group = group
-        self._peer = peer_rank
-        self._device = device
-        self._label = label
-        self._gloo = dist.get_backend(group) == "gloo"
-        self._fingerprint = spec.fingerprint()
-
-    def _start(self, loop: str) -> threading.Thread:
-        thread = threading.Thread(target=getattr(self, loop), name=f"{self._label}-{self._peer}", daemon=True)
-        thread.start()
-        return thread
-
-    def _bind_device(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # the current device is per thread
-
-    def _wait(self, look: Callable[[float], T], what: str, left_s: float | None = None) -> T:
-        """What ``look(seconds)`` returns. It raises queue.Empty when the seconds are over; when ``left_s`` of the
-        deadline are, it is called again as long as patience lasts."""
-        awaited = (self._peer, what)
-        return self._team.wait(look, lambda: awaited, lambda *why: self._late(what, *why), left_s=left_s)
-
-    def _late(self, what: str, waited_s: float, verdict: str) -> DeadlineExceeded:
-        deadline_s = self._team.deadline_s
-        limit = f" (deadline {deadline_s:g} s)" if waited_s > deadline_s else ""
-        return DeadlineExceeded(
-            f"rank {self._team.rank} has waited {waited_s:g} s{limit} {what}{self._history()}; {verdict}"
-        )
-
-    def _history(self) -> str:
-        """What this end has seen of its peer, for a message."""
-        return ""
-
-    def _join(self, what: str, left_s: float | None = None) -> None:
-        """Wait until the thread has ended."""
-
-        def look(seconds: float) -> None:
-            self._thread.join(seconds)
-            if self._thread.is_alive():
-                raise queue.Empty
-
-        self._wait(look, what, left_s)
-
-    def _lost(self, doing: str, cause: BaseException) -> PeerLost:
-        # gloo: "[<path of its build>] Connection closed by peer [127.0.0.1]:37112. This is typically ..."
-        text = re.sub(r"^\[[^]]*\] ", "", str(cause)).split(". ")[0].splitlines()[:1]
-        reason = "".join(text) or type(cause).__name__
-        return PeerLost(self._peer, f"rank {self._team.rank} was {doing} when the connection was lost ({reason})")
-
-
-class Sender(_End):
+class Sender(End):
     """Sending end of an edge.
 
     ``depth`` messages can be on their way; ``send`` then blocks until the peer takes the oldest, and adds the
@@ -265,7 +194,7 @@ class Received:
         self._receiver._release(self._slot)
 
 
-class Receiver(_End):
+class Receiver(End):
     """Receiving end of an edge: ``slots`` receives are posted ahead, each again once its message is released.
 
     Counters: ``messages`` taken, ``wait_s`` seconds ``take`` has blocked.
