@@ -55,12 +55,16 @@ def command(main: Callable[[], int], *, trains: bool = False) -> int:
 
 def _leave_to_the_first(start_up: StartUp) -> int:
     """The exit code of a rank where all refuse the same. torchrun lists every rank that fails, in seven lines each: the
-    others let the first one do, and leave when torchrun tells them to."""
+    others let the first one do, and leave when torchrun tells them to. The first one waits until all of them can be
+    told: torchrun's signal would end one that has no handler yet, and that one would be listed."""
     end = time.monotonic() + SIGTERM_S
-    waits = launcher.watches() and os.environ.get("LOCAL_RANK", "0") != "0"
-    while waits and time.monotonic() < end:
-        if start_up.noted:
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    others = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1
+    while launcher.watches() and time.monotonic() < end:
+        if start_up.noted and not first:
             return 0
+        if first and len(launcher.siblings()) >= others:
+            break
         time.sleep(0.02)
     return 2
 

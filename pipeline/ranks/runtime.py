@@ -17,6 +17,7 @@ import ctypes
 import ctypes.util
 import functools
 import os
+import signal
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -24,12 +25,13 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
-from pipeline.base.errors import ConfigError
+from pipeline.base.errors import ConfigError, DeadlineExceeded
 from pipeline.ranks import launcher
 from pipeline.ranks.attempt import Job, launcher_serves
 from pipeline.ranks.failure import FailureReporter
 from pipeline.ranks.keys import Key
 from pipeline.ranks.resources import usable_cores
+from pipeline.ranks.start_up import take_noted
 from pipeline.ranks.team import Team
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
@@ -161,8 +163,19 @@ class Runtime:
             if self._size > 1:
                 self._init_groups()
         except BaseException as exc:
+            if isinstance(exc, DeadlineExceeded):
+                self._stop_in_start_up()
             self.failures.report(exc)
         return self
+
+    def _stop_in_start_up(self) -> None:
+        """Where a signal has come meanwhile, the rank that is missing has got it too, before it could handle it."""
+        noted = take_noted()
+        if noted:
+            if launcher.elected():
+                what = f"{signal.Signals(noted[0]).name} on rank {self._rank}"
+                print(f"localpipe: stopped by {what} before step 0; nothing was trained", flush=True)
+            os._exit(0)
 
     def __exit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None

@@ -77,7 +77,8 @@ def test_named_tensors_are_given_on_as_they_are_and_their_lengths_known() -> Non
         "table": TensorSpec((5,), torch.float64),
     }
     first, second = data.train(1)
-    assert torch.equal(first.x["x"], ids) and first.x["mask"] is not None and first.image is None
+    assert torch.equal(first.x["x"], ids) and first.x["mask"] is not None
+    assert torch.equal(first.image, ids)  # the raw input, for heads that ask for it
     assert first.x["table"].dtype == torch.float32 and second.x["x"].shape == (8, 6)
 
 

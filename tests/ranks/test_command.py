@@ -32,12 +32,15 @@ assert "torch" not in sys.modules
 assert pipeline.train.__module__ == "pipeline.run.train" and "torch" in sys.modules
 """
 IN_START_UP = """
-import os, signal, sys
+import os, signal, sys, time
 sys.argv = [sys.argv[1], *sys.argv[2:]]
 import pipeline
+from pipeline.ranks import launcher
 
 def act() -> None:
     if os.environ["RANK"] == "1":
+        while not launcher.siblings():  # a rank that has no handler yet can say nothing
+            time.sleep(0.01)
         os.kill({target}, signal.{signal})
 
 load_config = pipeline.load_config
