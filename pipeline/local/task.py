@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.base.errors import ConfigError
 from pipeline.base.flow import LABEL, MAIN, Specs, TensorSpec
 from pipeline.models import losses
 from pipeline.models.heads import AuxiliaryHead, FeatureShape, TaskHead, VectorInput, xcyf
@@ -149,13 +148,8 @@ class Classification(Task):
 
     def head(self, shape: FeatureShape, pooled: Callable[[FeatureShape], nn.Sequential] | None = None) -> AuxiliaryHead:
         build = pooled or (lambda size: xcyf(size, self.classes, "0c1f", 0, 1))
-        if len(shape) == 1:
-            return TaskHead(nn.Sequential(VectorInput(), *build((shape[0], 1, 1))))
-        if len(shape) == 2:
-            raise ConfigError(
-                f"a local module ends in features {shape}, which no head of a classification takes; pass a task of "
-                "your own that brings one, or let the module end in maps or vectors"
-            )
+        if len(shape) < 3:  # a vector, or a sequence of tokens, of which the mean counts
+            return TaskHead(nn.Sequential(VectorInput(), *build((shape[-1], 1, 1))))
         return TaskHead(build(shape))
 
     def probabilities(self, output: Tensor) -> Tensor:

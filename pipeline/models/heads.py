@@ -252,7 +252,9 @@ def pooled_linear(shape: FeatureShape, classes: int, max_features: int) -> nn.Se
 
 
 class VectorInput(nn.Module):
-    """Views a vector feature (B, D) as a map (B, D, 1, 1), so that heads for maps serve flat modules too."""
+    """Views a vector feature (B, D) as a map (B, D, 1, 1), so that heads for maps serve flat modules too; of a sequence
+    (B, T, D) the mean over its T tokens."""
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.mean(dim=1) if x.dim() == 3 else x
         return x[:, :, None, None] if x.dim() == 2 else x

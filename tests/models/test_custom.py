@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +86,8 @@ def resnet() -> nn.Module:
     return seeded(models.resnet18, num_classes=CLASSES)
 
 
-def vit() -> nn.Module:
-    sizes = {"hidden_dim": 16, "mlp_dim": 32, "num_heads": 2, "num_layers": 2, "image_size": 32, "patch_size": 16}
+def vit(image: int = 32, patch: int = 16) -> nn.Module:
+    sizes = {"hidden_dim": 16, "mlp_dim": 32, "num_heads": 2, "num_layers": 2, "image_size": image, "patch_size": patch}
     return seeded(models.VisionTransformer, dropout=0.1, num_classes=CLASSES, **sizes)
 
 
@@ -281,11 +284,23 @@ def test_a_cut_by_names_trains_alike_on_one_rank_and_on_two(tmp_path: Path) -> N
     assert [row.blocks for row in tested.rows if row.exit == "independent"] == ["conv", "layers.0", "layers.1"]
 
 
-def test_a_torchvision_network_trains_as_it_is(tmp_path: Path) -> None:
-    network = resnet()
-    chosen = settings("layer2", "layer3.1")
-    train(chosen, network=network, data=LoaderData(Batches(), Batches()), run_dir=tmp_path, quiet=True)
-    resnet().load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True), strict=True)
+@pytest.mark.parametrize(
+    ("network", "cuts"),
+    [
+        (resnet, ("layer2", "layer3.1")),
+        (functools.partial(vit, IMAGE[1], 4), ("encoder.layers.encoder_layer_1", "encoder.ln")),
+    ],
+    ids=["resnet18", "ViT"],
+)
+def test_a_torchvision_network_trains_as_it_is(
+    network: Callable[[], nn.Module], cuts: tuple[str, ...], tmp_path: Path
+) -> None:
+    """A ViT's local modules end in tokens (B, T, D), of which a head takes the mean."""
+    summary = train(
+        settings(*cuts), network=network(), data=LoaderData(Batches(), Batches()), run_dir=tmp_path, quiet=True
+    )
+    assert all(math.isfinite(value) for head in summary["heads"] for value in head["losses"].values())
+    network().load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True), strict=True)
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
