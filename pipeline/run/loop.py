@@ -84,6 +84,7 @@ class Loop:
         self._finished = min(start.finished_epochs, self._epoch_at_work() - 1)
         self.records = records[: self._finished]
         self._saved = (start.step, start.finished_epochs) if saved else None
+        self._told_of_directory = False  # that it was gone, which is said once
         self._unwritten = False  # whether metrics.jsonl lacks a record
         self._record_lock = threading.RLock()  # the saver's thread collects records as well
         self._last_shown = 0.0
@@ -317,6 +318,9 @@ class Loop:
             run.directory.write_config(to_toml(run.config))
             write_plan(run.plan, run.directory.path / PLAN)
             run.directory.begin_metrics(self.records)
+            told, self._told_of_directory = self._told_of_directory, True
+        if told:  # a deletion that takes its time meets a directory that is made anew
+            return True
         print(
             f"localpipe warning: run directory '{run.directory.path}' was deleted or renamed; the run goes on in a new "
             "one with its configuration, plan and metrics so far; the next checkpoint is complete",
