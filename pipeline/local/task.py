@@ -119,11 +119,6 @@ class Task(ABC):
         """The loss of a test batch, summed over its rows."""
         return float(self.loss(output, target)) * len(target)
 
-    def probabilities(self, output: Tensor) -> Tensor | None:
-        """Of the classes, from the output: float64, of its shape. Several exits say together the mean of them, which
-        the metrics then count as an output. None: there are no such ensembles."""
-        return None
-
 
 class Classification(Task):
     """One class per image: (B, classes) logits against int64 (B,) classes, by cross-entropy."""
@@ -151,9 +146,6 @@ class Classification(Task):
         if len(shape) < 3:  # a vector, or a sequence of tokens, of which the mean counts
             return TaskHead(nn.Sequential(VectorInput(), *build((shape[-1], 1, 1))))
         return TaskHead(build(shape))
-
-    def probabilities(self, output: Tensor) -> Tensor:
-        return output.double().softmax(dim=1)
 
 
 def _wrong(output: Tensor, target: Tensor) -> Tensor:
