@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.base.errors import PeerLost, WireError
+from pipeline.edges.end import Edge
 from pipeline.edges.replay import ReplayReceiver
 from pipeline.edges.transport import Receiver, Sender
 from pipeline.edges.wire import FOREVER, MessageSpec
@@ -110,13 +111,12 @@ def connect(
             assert isinstance(group, dist.ProcessGroup)
             _warm_up(group, rank, source, target, device if backend != "gloo" else torch.device("cpu"))
             if rank == source:
-                spec = getattr(specs, f"{label}_out")
-                theirs = everyone[target]["slots"][label]
-                setattr(edges, f"{label}_out", Sender(team, group, target, spec, depth, theirs, device, label))
+                edge = Edge(team, group, target, getattr(specs, f"{label}_out"), device, label)
+                setattr(edges, f"{label}_out", Sender(edge, depth, everyone[target]["slots"][label]))
             else:
-                spec = getattr(specs, f"{label}_in")
-                common = (team, group, source, spec, slots[label], device, label)
-                end = ReplayReceiver(*common, ring, max_uses) if ring else Receiver(*common)
+                edge = Edge(team, group, source, getattr(specs, f"{label}_in"), device, label)
+                posted = slots[label]
+                end = ReplayReceiver(edge, posted, ring, max_uses) if ring else Receiver(edge, posted)
                 setattr(edges, f"{label}_in", end)
     return edges
 

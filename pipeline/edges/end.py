@@ -6,6 +6,7 @@ import queue
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -18,29 +19,42 @@ from pipeline.ranks.team import Team
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Edge:
+    """A directed edge as one of its two ranks sees it.
+
+    Attributes:
+        team: this rank among all.
+        group: of the two ranks alone.
+        peer: the other rank.
+        spec: of its messages.
+        device: where this rank packs or unpacks them.
+        label: what flows, for messages: "activation", "gradient" or "weights".
+    """
+
+    team: Team
+    group: dist.ProcessGroup
+    peer: int
+    spec: MessageSpec
+    device: torch.device
+    label: str
+
+
 class End:
     """One end of an edge, not yet a sending or a receiving one."""
 
     _thread: threading.Thread
 
-    def __init__(
-        self,
-        team: Team,
-        group: dist.ProcessGroup,
-        peer_rank: int,
-        spec: MessageSpec,
-        device: torch.device,
-        label: str,
-    ) -> None:
+    def __init__(self, edge: Edge) -> None:
         self.wait_s = 0.0
-        self.spec = spec
-        self._team = team
-        self._group = group
-        self._peer = peer_rank
-        self._device = device
-        self._label = label
-        self._gloo = dist.get_backend(group) == "gloo"
-        self._fingerprint = spec.fingerprint()
+        self.spec = edge.spec
+        self._team = edge.team
+        self._group = edge.group
+        self._peer = edge.peer
+        self._device = edge.device
+        self._label = edge.label
+        self._gloo = dist.get_backend(edge.group) == "gloo"
+        self._fingerprint = edge.spec.fingerprint()
 
     def _start(self, loop: str) -> threading.Thread:
         thread = threading.Thread(target=getattr(self, loop), name=f"{self._label}-{self._peer}", daemon=True)

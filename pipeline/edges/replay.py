@@ -18,13 +18,10 @@ import time
 from collections import deque
 from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
-
 from pipeline.base.errors import WireError
+from pipeline.edges.end import Edge
 from pipeline.edges.transport import Received, Receiver
-from pipeline.edges.wire import Header, MessageKind, MessageSpec, Slot
-from pipeline.ranks.team import Team
+from pipeline.edges.wire import Header, MessageKind, Slot
 
 
 @dataclass
@@ -53,18 +50,7 @@ class ReplayReceiver(Receiver):
     ``slots`` must be larger than ``ring`` + 1: the rest is posted ahead.
     """
 
-    def __init__(
-        self,
-        team: Team,
-        group: dist.ProcessGroup,
-        peer_rank: int,
-        spec: MessageSpec,
-        slots: int,
-        device: torch.device,
-        label: str,
-        ring: int,
-        max_uses: int,
-    ) -> None:
+    def __init__(self, edge: Edge, slots: int, ring: int, max_uses: int) -> None:
         assert slots > ring + 1, (slots, ring)
         self.counts = ReplayCounts()
         self._size = ring
@@ -74,7 +60,7 @@ class ReplayReceiver(Receiver):
         self._epoch_marks = 0
         self._failed: Exception | None = None
         self._last_arrival = time.monotonic()
-        super().__init__(team, group, peer_rank, spec, slots, device, label)
+        super().__init__(edge, slots)
 
     def ready(self, epoch: int, started: bool) -> bool:
         """Whether there is a batch to train on in ``epoch``; False: the epoch is over.

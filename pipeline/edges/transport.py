@@ -26,9 +26,8 @@ import torch
 import torch.distributed as dist
 
 from pipeline.base.errors import PeerLost, WireError
-from pipeline.edges.end import End
-from pipeline.edges.wire import MAGIC, Directive, Header, MessageKind, MessageSpec, Slot
-from pipeline.ranks.team import Team
+from pipeline.edges.end import Edge, End
+from pipeline.edges.wire import MAGIC, Directive, Header, MessageKind, Slot
 
 
 class Sender(End):
@@ -41,18 +40,8 @@ class Sender(End):
     class.
     """
 
-    def __init__(
-        self,
-        team: Team,
-        group: dist.ProcessGroup,
-        peer_rank: int,
-        spec: MessageSpec,
-        depth: int,
-        peer_slots: int,
-        device: torch.device,
-        label: str,
-    ) -> None:
-        super().__init__(team, group, peer_rank, spec, device, label)
+    def __init__(self, edge: Edge, depth: int, peer_slots: int) -> None:
+        super().__init__(edge)
         self.bytes_sent = 0
         self._sequence = 0
         self._peer_slots = peer_slots
@@ -64,7 +53,7 @@ class Sender(End):
         self._finished = False
         self._depth = depth
         for _ in range(depth):
-            self._free.put(Slot(spec, device, self._gloo))
+            self._free.put(Slot(edge.spec, edge.device, self._gloo))
         self._thread = self._start("_drain")
 
     def send(self, header: Header, **tensors: torch.Tensor) -> None:
@@ -200,17 +189,8 @@ class Receiver(End):
     Counters: ``messages`` taken, ``wait_s`` seconds ``take`` has blocked.
     """
 
-    def __init__(
-        self,
-        team: Team,
-        group: dist.ProcessGroup,
-        peer_rank: int,
-        spec: MessageSpec,
-        slots: int,
-        device: torch.device,
-        label: str,
-    ) -> None:
-        super().__init__(team, group, peer_rank, spec, device, label)
+    def __init__(self, edge: Edge, slots: int) -> None:
+        super().__init__(edge)
         self.messages = 0
         self._slots = slots
         self._posted: queue.SimpleQueue[tuple[dist.Work, Slot]] = queue.SimpleQueue()
@@ -220,7 +200,7 @@ class Receiver(End):
         self._last_time = 0.0
         self._ended: Exception | None = None
         for _ in range(slots):
-            self._post(Slot(spec, device, self._gloo))
+            self._post(Slot(edge.spec, edge.device, self._gloo))
         self._thread = self._start("_listen")
 
     def take(self, expected_kind: MessageKind, epoch: int, step: int, micro_batch: int, key: int = 0) -> Received:

@@ -10,6 +10,7 @@ from helpers_edges import CPU, SMALL, start_group, train
 from helpers_spawn import run_ranks
 
 from pipeline.base.errors import WireError
+from pipeline.edges.end import Edge
 from pipeline.edges.transport import Receiver, Sender
 from pipeline.edges.wire import HEADER_BYTES, FieldSpec, MessageKind, MessageSpec
 from pipeline.ranks.team import Team
@@ -44,7 +45,7 @@ def exchange(rank: int) -> Any:
     start_group(rank, 2)
     team, group = Team(rank, 2, deadline_s=20.0), dist.new_group([0, 1])
     if rank == 0:
-        sender = Sender(team, group, 1, SEQUENCE, 2, 2, CPU, "activation")
+        sender = Sender(Edge(team, group, 1, SEQUENCE, CPU, "activation"), 2, 2)
         refusals = []
         for odd in (
             {"activation": torch.zeros(4, 6, 3)},
@@ -61,7 +62,7 @@ def exchange(rank: int) -> Any:
         sender.send(train(len(LENGTHS)), labels=torch.arange(4))  # fields may be left out as ever
         sender.close()
         return refusals
-    receiver = Receiver(team, group, 0, SEQUENCE, 2, CPU, "activation")
+    receiver = Receiver(Edge(team, group, 0, SEQUENCE, CPU, "activation"), 2)
     addresses, right = set(), []
     for step, (length, rows) in enumerate(LENGTHS):
         got = receiver.take(MessageKind.TRAIN, 0, step, 0)

@@ -19,6 +19,7 @@ from helpers_spawn import RankResult, run_ranks
 
 from pipeline.base.errors import ConfigError, DeadlineExceeded, PeerLost, WireError
 from pipeline.edges.connect import Edges, EdgeSpecs, connect
+from pipeline.edges.end import Edge
 from pipeline.edges.transport import Receiver, Sender
 from pipeline.edges.wire import HEADER_BYTES, FieldSpec, Header, MessageKind, MessageSpec
 from pipeline.ranks.team import Team
@@ -54,8 +55,8 @@ def edge(rank: int, spec: MessageSpec, deadline_s: float = 20, slots: int = 2, d
     team = Team(rank, 2, deadline_s=deadline_s)
     group = dist.new_group([0, 1], timeout=timedelta(seconds=1))  # far shorter than some waits below
     if rank == 0:
-        return Sender(team, group, 1, spec, depth, slots, CPU, "activation")
-    return Receiver(team, group, 0, spec, slots, CPU, "activation")
+        return Sender(Edge(team, group, 1, spec, CPU, "activation"), depth, slots)
+    return Receiver(Edge(team, group, 0, spec, CPU, "activation"), slots)
 
 
 def check_round_trip(rank: int) -> Any:
@@ -166,7 +167,7 @@ def check_foreign_bytes(rank: int) -> Any:
         dist.send(torch.ones(SMALL.nbytes, dtype=torch.uint8), 1, group=group)
         dist.barrier()
         return None
-    end = Receiver(Team(rank, 2, deadline_s=5.0), group, 0, SMALL, 1, CPU, "activation")
+    end = Receiver(Edge(Team(rank, 2, deadline_s=5.0), group, 0, SMALL, CPU, "activation"), 1)
     try:
         end.take(MessageKind.TRAIN, 0, 0, 0)
     except WireError as exc:
@@ -177,8 +178,8 @@ def check_foreign_bytes(rank: int) -> Any:
 def check_both_directions(rank: int) -> Any:
     down, up = dist.new_group([0, 1]), dist.new_group([0, 1])
     peer, team = 1 - rank, Team(rank, 2, deadline_s=20.0)
-    sender = Sender(team, down if rank == 0 else up, peer, BIG, 1, 2, CPU, "activation")
-    receiver = Receiver(team, up if rank == 0 else down, peer, BIG, 2, CPU, "activation")
+    sender = Sender(Edge(team, down if rank == 0 else up, peer, BIG, CPU, "activation"), 1, 2)
+    receiver = Receiver(Edge(team, up if rank == 0 else down, peer, BIG, CPU, "activation"), 2)
     tensor = torch.full((6, 1024, 1024), float(rank))
     right = True
     for step in range(5):
