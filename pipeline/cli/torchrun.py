@@ -33,7 +33,7 @@ def become_torchrun(nproc: str, modules: int, words: list[str]) -> NoReturn:
     """
     started = os.environ.get("LOCAL_WORLD_SIZE")
     if started is not None:
-        raise pipeline.ConfigError(f"--nproc {nproc}: torchrun has started {started} processes already; leave --nproc out")
+        raise pipeline.ConfigError(f"--nproc {nproc}: torchrun has started {started} processes; leave --nproc out")
     processes = count_processes(nproc, modules)
     sys.stdout.flush()
     sys.stderr.flush()

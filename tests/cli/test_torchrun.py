@@ -77,7 +77,7 @@ def test_other_numbers_are_refused(nproc: str) -> None:
 
 def test_torchrun_does_not_start_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="torchrun has started 2 processes already"):
+    with pytest.raises(ConfigError, match="torchrun has started 2 processes"):
         torchrun.become_torchrun("2", 4, ["train"])
 
 
