@@ -60,7 +60,7 @@ class View(ABC):
 
     @abstractmethod
     def due(self, epoch: int, batch: int, batches: int) -> bool:
-        """Whether progress would be shown now. Ask first: other ranks' live numbers need not be collected for nothing."""
+        """Whether progress would be shown now; cheap. Ask first: the other ranks' live numbers are not."""
 
     @abstractmethod
     def progress(self, progress: EpochProgress) -> None:
