@@ -29,7 +29,7 @@ from pipeline.edges.connect import Edges
 from pipeline.edges.wire import Directive
 from pipeline.local.module_state import BUSY, module_state
 from pipeline.local.optimiser import learning_rate
-from pipeline.local.task import Classification
+from pipeline.local.task import Classification, task_name
 from pipeline.plan.assembly import Plan, write_plan
 from pipeline.ranks.runtime import Runtime
 from pipeline.report.view import View
@@ -241,10 +241,10 @@ class Loop:
     def _of_another_task(self, tested: EpochRecord | None) -> dict[str, Any]:
         """What the manifest of a task other than classification says besides."""
         task = self._run.plan.task
-        if isinstance(task, Classification):
+        if type(task) is Classification:
             return {}
-        value = tested.test_metrics.get(task.metrics[0].name) if tested is not None else None
-        return {"task": type(task).__name__, "test_cost": None if value is None else task.metrics[0].cost(value)}
+        value = tested.measured if tested is not None else None
+        return {"task": task_name(task), "test_cost": task.metrics[0].cost(value)}
 
     # --- reporting ----------------------------------------------------------------------------------------------------
 

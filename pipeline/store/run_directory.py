@@ -120,8 +120,9 @@ def summarise(epochs: Sequence[EpochRecord], *, settings: Mapping[str, Any]) -> 
 
     ``settings`` gives what epochs cannot tell (world_size, modules, method, schedule, weights_sha256,
     run_directory, ...); where a name is in both, the measured value stands. ``test_error_pct`` is the
-    last epoch's: ``best_test_error_pct`` was picked by looking at the test set and is no result. ``heads`` are the
-    last epoch's modules, with the ``skipped_steps`` of all epochs.
+    last epoch's: ``best_test_error_pct`` was picked by looking at the test set and is no result. ``metric`` says what
+    the first metric of the task is and how it reads. ``heads`` are the last epoch's modules, with the
+    ``skipped_steps`` of all epochs.
     ``images_per_s`` is the median over epochs, without the first (warm-up) when there are others. Raises
     ConfigError when no epoch finished.
     """
@@ -135,6 +136,7 @@ def summarise(epochs: Sequence[EpochRecord], *, settings: Mapping[str, Any]) -> 
         "best_test_error_pct": min(errors, default=None),
         "test_metrics": last.test_metrics,
         "test_text": last.test_text,
+        "metric": asdict(last.metric),
         "test_loss": last.test_loss,
         "train_loss": last.train_loss,
         "epochs": last.epoch,

@@ -13,6 +13,8 @@ from harness import line_of, run_forked
 from pipeline import read_metrics
 from pipeline.store.checkpoint import open_checkpoint, step_folders
 
+pytestmark = pytest.mark.long
+
 
 def steps_of(folder: Path) -> list[int]:
     return [int(path.name[5:]) for path in step_folders(folder / "run" / "checkpoints")]

@@ -20,6 +20,8 @@ from pipeline.base.errors import ConfigError, InUseError
 from pipeline.ranks import launcher
 from pipeline.ranks.command import command
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 WITHOUT_TORCH = """
 import sys, pipeline
@@ -30,6 +32,7 @@ except pipeline.ConfigError:
     pass
 assert "torch" not in sys.modules
 assert pipeline.train.__module__ == "pipeline.run.train" and "torch" in sys.modules
+assert "torchvision" not in sys.modules  # which takes a second, and most jobs do without
 """
 IN_START_UP = """
 import os, signal, sys, time
@@ -84,7 +87,7 @@ def torchrun(*arguments: str, restarts: int = 0) -> Ended:
     return Ended(agent.returncode, output, time.monotonic() - began)
 
 
-def test_a_configuration_is_refused_without_torch() -> None:
+def test_a_configuration_is_refused_without_torch_and_training_needs_no_torchvision() -> None:
     subprocess.run([sys.executable, "-c", WITHOUT_TORCH], check=True, cwd=ROOT, timeout=60)
 
 

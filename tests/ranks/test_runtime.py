@@ -32,6 +32,8 @@ from pipeline.ranks.failure import FailureReporter
 from pipeline.ranks.forks import SIGNALS
 from pipeline.ranks.runtime import Runtime, choose_device, set_threads
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 WORLD = 3
 DEADLINE_S = 20.0
