@@ -21,7 +21,7 @@ from rich.text import Text
 
 from pipeline.base.metric import ERROR, MetricForm
 from pipeline.base.units import mebibytes
-from pipeline.report.console import output_console
+from pipeline.report.console import arrow, output_console
 from pipeline.store.records import (
     EpochProgress,
     EpochRecord,
@@ -281,7 +281,7 @@ def _module_table(
         kind = keys[0].partition(".")[2]
         kind = kind or ("sum" if any(len(record.losses_under(keys)) > 1 for record in records) else "loss")
         table.add_column(_heading(keys, kind, brief), justify="right", overflow=clip, min_width=7)
-    kind = "err %" if metric == ERROR else f"{metric.heading} {_arrow(metric, console)}"
+    kind = "err %" if metric == ERROR else f"{metric.heading} {arrow(metric, console)}"
     _numeric(table, *(_heading(keys, kind, brief) for keys in tested))
     skips = any(record.skipped_steps for record in records)
     if skips:
@@ -335,12 +335,6 @@ def _rank_table(ranks: Sequence[Mapping[str, Any]]) -> Table:
 def _numeric(table: Table, *headings: str) -> None:
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-
-
-def _arrow(metric: MetricForm, console: Console) -> str:
-    """Where better is."""
-    up, down = ("^", "v") if console.options.ascii_only else ("↑", "↓")
-    return up if metric.better == "higher" else down
 
 
 def _heading(keys: Sequence[str], kind: str, brief: bool) -> str:
