@@ -71,6 +71,7 @@ def _module_table(modules: Sequence[PlannedModule], width: int) -> Table:
     about.append(("all", 0, lambda m: _ms(m.step_s)))
     if all(module.bp_units is not None for module in modules):
         about.append(("BP\nunits", 100, lambda m: f"{m.bp_units:.3f}"))
+        about.append(("opera-\ntions", 110, lambda m: f"{m.operations:,}"))
     about += [("memory\nMiB", 90, lambda m: mebibytes(m.memory_bytes))]
     columns = [(heading, cell) for heading, least, cell in about if width >= least]
     table = _table(*(heading for heading, _ in columns), gap=2 if width >= 120 else 1)
@@ -103,8 +104,11 @@ def _totals(report: PlanReport) -> list[tuple[str, str]]:
         ("bound", f"{_ms(report.bound_s)} ms (work of the busiest rank); bubble {100 * report.bubble:.1f} %"),
         ("one rank alone", f"{_ms(report.alone_s)} ms; {len(report.ranks)} ranks are {gain:.2f} times as fast"),
     ]
-    if units:
-        totals.append(("operations", f"{sum(units):.2f} units of one BP step of the whole network"))
+    if report.bp_operations is not None:
+        calls = sum(module.operations or 0 for module in report.modules)
+        ratio = f"{calls / report.bp_operations:.2f} times those of a BP step"
+        totals.append(("FLOPs", f"{sum(units):.2f} units of one BP step of the whole network"))
+        totals.append(("operations", f"{calls:,} calls for a step of one micro-batch, {ratio}"))
     for placement in report.placements:
         sizes = _sizes(placement.sizes)
         totals.append((f"by {placement.kind}", f"{_ms(placement.step_s)} ms a step with {sizes} modules per rank"))
