@@ -319,7 +319,7 @@ def test_a_module_by_itself_is_measured_on_what_the_task_gives_it(name: str) -> 
     task = TASKS[name]
     plan = make_plan(config("greedy", 1), blocks_of(own_tasks.network(task)), task, 1, task.inputs)
     module = types.SimpleNamespace(plan=plan.modules[1], asks=frozenset({IMAGE}))
-    batch = random_batch(plan, module, Numerics(torch.device("cpu"), torch.float32, False))
+    batch = random_batch(plan, [module], Numerics(torch.device("cpu"), torch.float32, False))
     assert batch.image is not None and batch.image.dtype == (torch.uint8 if name == "segmentation" else torch.int64)
     assert batch.image.shape == (8, *task.image_shape)
     assert (len(batch.image.unique()) > 50) == (name == "segmentation")
@@ -337,7 +337,7 @@ def test_targets_of_floating_point_are_measured_as_such() -> None:
     task = Depth(3, (3, 8, 8))
     plan = make_plan(config("greedy", 1), blocks_of(own_tasks.network(SEGMENTATION)), task, 1, task.inputs)
     module = types.SimpleNamespace(plan=plan.modules[0], asks=frozenset())
-    batch = random_batch(plan, module, Numerics(torch.device("cpu"), torch.float32, False))
+    batch = random_batch(plan, [module], Numerics(torch.device("cpu"), torch.float32, False))
     assert batch.labels.dtype == torch.float32 and batch.labels.std() > 0.5 and batch.image is None
 
 
