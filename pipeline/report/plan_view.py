@@ -57,6 +57,8 @@ def _time_of(kind: str) -> Callable[[PlannedModule], str]:
 def _module_table(modules: Sequence[PlannedModule], width: int) -> Table:
     """``width``: columns of the console; on a narrow one the less important columns are left out."""
     kinds = [kind for kind in NAMES if any(kind in module.seconds for module in modules)]
+    counted = all(module.bp_units is not None for module in modules)
+    room = width - 16 if counted else width
     about: list[tuple[str, int, Callable[[PlannedModule], str]]] = [
         ("#", 0, lambda m: str(m.index)),
         ("rank", 0, lambda m: str(m.rank)),
@@ -69,12 +71,12 @@ def _module_table(modules: Sequence[PlannedModule], width: int) -> Table:
         heading = f"{NAMES[kind]} {kind}".replace("independent", "indep.").replace(" ", "\n")
         about.append((heading, 90 if kind == "U" else 0, _time_of(kind)))
     about.append(("all", 0, lambda m: _ms(m.step_s)))
-    if all(module.bp_units is not None for module in modules):
-        about.append(("BP\nunits", 100, lambda m: f"{m.bp_units:.3f}"))
-        about.append(("opera-\ntions", 110, lambda m: f"{m.operations:,}"))
+    if counted:
+        about.append(("BP\nunits", 84, lambda m: f"{m.bp_units:.3f}"))
+        about.append(("opera-\ntions", 94, lambda m: f"{m.operations:,}"))
     about += [("memory\nMiB", 90, lambda m: mebibytes(m.memory_bytes))]
-    columns = [(heading, cell) for heading, least, cell in about if width >= least]
-    table = _table(*(heading for heading, _ in columns), gap=2 if width >= 120 else 1)
+    columns = [(heading, cell) for heading, least, cell in about if room >= least]
+    table = _table(*(heading for heading, _ in columns), gap=2 if room >= (144 if counted else 120) else 1)
     for module in modules:
         table.add_row(*(Text(cell(module)) for _, cell in columns))
     return table
