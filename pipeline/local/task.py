@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from pipeline.base.flow import LABEL, MAIN, Specs, TensorSpec
 from pipeline.models import losses
-from pipeline.models.heads import AuxiliaryHead, FeatureShape, TaskHead, VectorInput, xcyf
+from pipeline.models.heads import AuxiliaryHead, FeatureShape, TaskHead, xcyf
+from pipeline.models.layers import VectorInput
 
 
 @dataclass(frozen=True)
