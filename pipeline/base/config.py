@@ -228,7 +228,7 @@ class CheckpointConfig:
         at_least=0, at_most=YEAR_MIN,
     )
     keep: int = key(2, "newest checkpoints that stay", at_least=1, at_most=10**6)
-    keep_best: bool = key(True, "the one with the smallest test error stays as well")
+    keep_best: bool = key(True, "the one with the best test (error, or the first metric of your task) stays as well")
 
 
 @dataclass(frozen=True)

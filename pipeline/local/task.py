@@ -12,6 +12,7 @@ Local losses and the loss of the last module are the task's; a method says where
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.base import metric as forms
+from pipeline.base.errors import ConfigError
 from pipeline.base.flow import LABEL, MAIN, Specs, TensorSpec
+from pipeline.base.metric import MetricForm
 from pipeline.models import losses
 from pipeline.models.heads import AuxiliaryHead, FeatureShape, TaskHead, xcyf
 from pipeline.models.layers import VectorInput
@@ -50,13 +54,22 @@ class Metric:
     digits: int = 2
     better: Literal["lower", "higher"] = "lower"
 
-    def text(self, value: float | None) -> str:
-        """``5.21 %``; without the unit and aligned with others, "-" where nothing was measured."""
-        number = "-" if value is None else f"{value:.{self.digits}f}"
-        return f"{number} {self.unit}".rstrip()
+    @property
+    def form(self) -> MetricForm:
+        """How it reads, without how it is counted."""
+        return MetricForm(self.name, self.title, self.unit, self.digits, self.better)
 
-    def cost(self, value: float) -> float:
-        """The same number so that lower is better."""
+    def of(self, statistics: Tensor, rows: int) -> float:
+        """The number; infinity where it is too large for one, as the perplexity of a network that has diverged."""
+        try:
+            return float(self.value(statistics, rows))
+        except OverflowError:
+            return math.inf
+
+    def cost(self, value: float | None) -> float | None:
+        """The same number so that lower is better; None where it is none that could be compared."""
+        if value is None or not math.isfinite(value):
+            return None
         return value if self.better == "lower" else -value
 
 
@@ -153,5 +166,55 @@ def _wrong(output: Tensor, target: Tensor) -> Tensor:
     return (output.argmax(dim=1) != target).sum()
 
 
-ERROR = Metric("error_pct", "error", _wrong, lambda wrong, rows: 100.0 * int(wrong) / rows, "%")
+ERROR = Metric(
+    forms.ERROR.name, forms.ERROR.title, _wrong, lambda wrong, rows: 100.0 * int(wrong) / rows, forms.ERROR.unit
+)
 """Share of the rows that get the wrong class, in percent."""
+
+
+def task_name(task: Task | None) -> str:
+    """What a checkpoint calls a task; without one it is classification."""
+    return Classification.__name__ if task is None else type(task).__name__
+
+
+def refuse_unusable(task: Task) -> None:
+    """What would else show after the data have been read, or after an epoch. Loss and metrics are tried on two rows of
+    zeros.
+
+    Raises:
+        ConfigError: it is no task; it has no classes, no shape or no metrics; two metrics have one name; the loss or
+            the counting of a metric fails, or the loss is no scalar.
+    """
+    given: object = task
+    if not isinstance(given, Task):
+        what = given.__name__ if isinstance(given, type) else type(given).__name__
+        raise ConfigError(f"the task is {what}; pass an instance of a subclass of pipeline.Task: Mine(classes, shape)")
+    name, metrics = task_name(task), task.metrics
+    if task.classes < 1 or not task.image_shape or any(size < 1 for size in task.image_shape):
+        raise ConfigError(
+            f"task {name} has classes = {task.classes} and image_shape = {tuple(task.image_shape)}; give one class or "
+            "more, and the shape of one input, such as (3, 32, 32)"
+        )
+    if not metrics:
+        raise ConfigError(f"task {name} has no metrics; give at least one, the first chooses the best checkpoint")
+    for metric in metrics:
+        if [other.name for other in metrics].count(metric.name) > 1:
+            raise ConfigError(f"task {name} has two metrics named '{metric.name}'; give each a name of its own")
+        if metric.better not in ("lower", "higher"):
+            raise ConfigError(f"task {name}: '{metric.name}' is better = '{metric.better}'; say lower or higher")
+        _tried(f"task {name}: counting the metric '{metric.name}'", metric.count, task)
+    loss: object = _tried(f"task {name}: the loss", task.loss, task)
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ConfigError(f"task {name}: the loss is {what}; give a scalar tensor, the mean over the batch")
+
+
+def _tried(what: str, function: Callable[[Tensor, Tensor], Tensor], task: Task) -> Tensor:
+    """What a user's function gives for two rows of zeros, which every output and every target may be."""
+    output, target = torch.zeros(2, *task.output_shape), torch.zeros(2, *task.target.shape, dtype=task.target.dtype)
+    try:
+        with torch.no_grad():
+            return function(output, target)
+    except Exception as error:
+        shapes = f"an output of shape {tuple(output.shape)} and a target of shape {tuple(target.shape)}"
+        raise ConfigError(f"{what} fails on {shapes}: {type(error).__name__}: {error}; mend it") from error

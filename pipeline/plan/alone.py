@@ -6,15 +6,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from pipeline.base.flow import Specs, Tensors
+from pipeline.base.flow import MAIN, Specs, Tensors
 from pipeline.base.numerics import Numerics
 from pipeline.edges.wire import Header, MessageKind
 from pipeline.local.local_module import LocalModule
+from pipeline.local.task import Task
 from pipeline.models.boundaries import blank
 from pipeline.models.heads import IMAGE
 from pipeline.plan.assembly import Plan
@@ -60,16 +62,15 @@ class Stands:
     weights_out: None = None
 
 
-def random_batch(plan: Plan, module: LocalModule, numerics: Numerics) -> Batch:
-    """One micro-batch at the entrance of ``module``."""
-    index, rows, task = module.plan.index, plan.micro_batch_rows, plan.task
+def random_batch(plan: Plan, modules: Sequence[LocalModule], numerics: Numerics) -> Batch:
+    """One micro-batch at the entrance of the first of ``modules``."""
+    index, rows, task = modules[0].plan.index, plan.micro_batch_rows, plan.task
     generator = torch.Generator().manual_seed(index)
     x = _random(plan.given(index), rows, generator, numerics)
-    labels = torch.randint(task.classes, (rows, *task.target.shape), generator=generator).to(numerics.device)
+    labels = _random_target(task, rows, generator).to(numerics.device)
     image = None
-    if IMAGE in module.asks:
-        image = torch.randint(256, (rows, *task.image_shape), generator=generator, dtype=torch.uint8)
-        image = image.to(numerics.device)
+    if any(IMAGE in module.asks for module in modules):
+        image = _random({MAIN: task.image}, rows, generator, numerics)[MAIN]
     return Batch(x, labels, image)
 
 
@@ -81,13 +82,23 @@ def random_gradients(plan: Plan, module: LocalModule, numerics: Numerics) -> Ten
     return {name: x / rows for name, x in _random(outputs, rows, generator, numerics).items()}
 
 
+def _random_target(task: Task, rows: int, generator: torch.Generator) -> Tensor:
+    """Any of the classes, or random numbers where the target is of floating point."""
+    shape, dtype = (rows, *task.target.shape), task.target.dtype
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator, dtype=dtype)
+    return torch.randint(task.classes, shape, generator=generator, dtype=dtype)
+
+
 def _random(specs: Specs, rows: int, generator: torch.Generator, numerics: Numerics) -> Tensors:
-    """Of the greatest length: random numbers; ids of 0, which every table has; masks that hide nothing."""
+    """Of the greatest length: random numbers or pixels; ids of 0, which every table has; masks that hide nothing."""
     tensors = {}
     for name, spec in specs.items():
         x = blank(spec, rows, torch.float32, torch.device("cpu"))
         if x.is_floating_point():
             x.normal_(generator=generator)
+        elif x.dtype == torch.uint8:
+            x.random_(generator=generator)
         tensors[name] = numerics.boundary(x.to(numerics.device))
     return tensors
 

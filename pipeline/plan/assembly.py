@@ -21,7 +21,7 @@ from pipeline.edges.wire import FieldSpec, MessageSpec
 from pipeline.local.local_module import LocalModule
 from pipeline.local.methods import Level, levels_of
 from pipeline.local.roles import ModulePlan, plan_hierarchy
-from pipeline.local.task import Classification, Task
+from pipeline.local.task import Classification, Task, task_name
 from pipeline.models.backbones import Blocks
 from pipeline.models.boundaries import boundary_specs
 from pipeline.models.unbuilt import drawn_blocks, real_blocks, without_memory
@@ -260,6 +260,9 @@ def describe(plan: Plan, numerics: Numerics, devices: list[str]) -> list[str]:
     ]
     if plan.upstream is not None:
         lines.append(f"heads see the weights of the next module's first block: {plan.upstream.declared}")
+    if type(plan.task) is not Classification:
+        metric = plan.task.metrics[0].form
+        lines.append(f"{task_name(plan.task)}: {metric.heading} of the test set, {metric.direction}")
     for rank, device in enumerate(devices):
         lines.append(f"rank {rank} ({device}): {plan.stage_label(rank)}")
     return lines

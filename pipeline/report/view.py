@@ -9,6 +9,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich import box
@@ -18,8 +19,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.base.metric import ERROR, MetricForm
 from pipeline.base.units import mebibytes
-from pipeline.report.console import output_console
+from pipeline.report.console import arrow, output_console
 from pipeline.store.records import (
     EpochProgress,
     EpochRecord,
@@ -59,8 +61,12 @@ class View(ABC):
             self._line(line)
 
     @abstractmethod
+    def due(self, epoch: int, batch: int, batches: int) -> bool:
+        """Whether progress would be shown now; cheap. Ask first: the other ranks' live numbers are not."""
+
+    @abstractmethod
     def progress(self, progress: EpochProgress) -> None:
-        """Take the state within an epoch; cheap, since most calls only look at the clock."""
+        """Take the state within an epoch, and show it if that is due."""
 
     def epoch(self, record: EpochRecord) -> None:
         """Print one permanent line about a finished epoch."""
@@ -73,17 +79,20 @@ class View(ABC):
         """Print the final report from the result of ``summarise``; ends the live part."""
         self.close()
         heads = [ModuleRecord(**head) for head in summary["heads"]]
-        losses = f"Local modules (losses: mean of epoch {summary['epochs']}; errors: test set)"
-        modules, ranks = _module_table(heads, self._console), _rank_table(summary["ranks"])
+        metric = MetricForm(**summary["metric"])
+        shown = "errors: test set" if metric == ERROR else f"{metric.title}: test set, {metric.direction}"
+        losses = f"Local modules (losses: mean of epoch {summary['epochs']}; {shown})"
+        modules, ranks = _module_table(heads, metric, self._console), _rank_table(summary["ranks"])
         for title, table in ((losses, modules), ("Ranks (whole run)", ranks)):
             self._console.print()
             self._line(title, style="bold")
             self._console.print(table)
         self._console.print()
-        pct, others = summary["test_error_pct"], summary.get("test_metrics")
-        facts = {
-            "test": summary["test_text"]
-        } if others else {"test error": "not measured" if pct is None else f"{pct:.2f} %"}
+        value = summary["test_error_pct"] if metric.name == ERROR.name else summary["test_metrics"].get(metric.name)
+        measured = "not measured" if value is None else metric.text(value)
+        facts = {"test error": measured} if metric == ERROR else {
+            "test": f"{metric.title} {measured} ({metric.direction})"
+        }
         facts |= {
             "epochs": f"{summary['epochs']} ({summary['steps']:,} steps)",
             "training time": f"{duration(summary['train_wall_s'])} (tests not included)",
@@ -129,12 +138,14 @@ class PlainView(View):
             super().start(header, plan_lines, blocks)
         self._last_line = self._clock()
 
+    def due(self, epoch: int, batch: int, batches: int) -> bool:
+        late = self._clock() - self._last_line >= self._interval_s
+        return not self._quiet and late and _tenth(epoch, batch, batches) > max(self._last_tenth, (epoch, 0))
+
     def progress(self, progress: EpochProgress) -> None:
-        if self._quiet:
-            return
-        now, tenth = self._clock(), (progress.epoch, 10 * progress.batch // max(progress.batches, 1))
-        if now - self._last_line >= self._interval_s and tenth > max(self._last_tenth, (progress.epoch, 0)):
-            self._last_line, self._last_tenth = now, tenth
+        if self.due(progress.epoch, progress.batch, progress.batches):
+            self._last_line = self._clock()
+            self._last_tenth = _tenth(progress.epoch, progress.batch, progress.batches)
             loss = progress.modules[-1].losses.get("final") if progress.modules else None
             self._line("  ".join([*progress_parts(progress), f"train loss {loss_text(loss)}"]))
 
@@ -159,7 +170,7 @@ class LiveView(View):
         super().__init__(console, clock, interval_s)
         self._next_drawing = -math.inf
         self._blocks: dict[int, str] = {}
-        self._errors: dict[int, dict[str, float | None]] = {}
+        self._last: EpochRecord | None = None
         self._progress: EpochProgress | None = None
         self._live: Live | None = None
 
@@ -171,6 +182,9 @@ class LiveView(View):
         )
         self._live.start()
 
+    def due(self, epoch: int, batch: int, batches: int) -> bool:
+        return self._live is not None and self._clock() >= self._next_drawing
+
     def progress(self, progress: EpochProgress) -> None:
         self._progress = progress
         now = self._clock()
@@ -181,7 +195,7 @@ class LiveView(View):
 
     def epoch(self, record: EpochRecord) -> None:
         self._blocks = {module.index: module.blocks for module in record.modules}
-        self._errors = {module.index: module.head_error_pct for module in record.modules}
+        self._last = record
         super().epoch(record)
 
     def close(self) -> None:
@@ -200,9 +214,15 @@ class LiveView(View):
         progress = self._progress
         if progress is None:
             return Text("waiting for the first batch")
+        metric = self._last.metric if self._last is not None else ERROR
+        tested = {module.index: module for module in self._last.modules} if self._last is not None else {}
         records = [
-            ModuleRecord(
-                m.index, m.rank, self._blocks.get(m.index, "-"), m.losses, self._errors.get(m.index, {})
+            replace(
+                tested.get(m.index, ModuleRecord(m.index, m.rank, "-", {}, {})),
+                rank=m.rank,
+                blocks=self._blocks.get(m.index, "-"),
+                losses=m.losses,
+                skipped_steps=0,
             )
             for m in progress.modules
         ]
@@ -214,7 +234,7 @@ class LiveView(View):
         bar.add_row(head, done, "  ".join(tail))
         # Besides its rows the live part has two gaps, the bar, three lines of headings and their rule.
         rows = max(self._console.height - 8, 3)
-        return Group(Text(), bar, Text(), _module_table(records, self._console, progress.modules, rows))
+        return Group(Text(), bar, Text(), _module_table(records, metric, self._console, progress.modules, rows))
 
 
 def open_view(console: Console | None = None, *, quiet: bool = False) -> View:
@@ -228,13 +248,20 @@ def open_view(console: Console | None = None, *, quiet: bool = False) -> View:
     return PlainView(console, quiet=quiet)
 
 
+def _tenth(epoch: int, batch: int, batches: int) -> tuple[int, int]:
+    """Which epoch, and how many tenths of it are done."""
+    return epoch, 10 * batch // max(batches, 1)
+
+
 def _module_table(
     records: Sequence[ModuleRecord],
+    metric: MetricForm,
     console: Console,
     live: Sequence[LiveModule] = (),
     rows: int | None = None,
 ) -> Table:
-    """One row per local module; beyond ``rows`` the middle ones are left out and counted.
+    """One row per local module; beyond ``rows`` the middle ones are left out and counted. ``metric``: the one of the
+    test that is shown.
 
     Every loss has its column, but with the columns for ``live`` a narrow console shows the sums by level.
     """
@@ -246,7 +273,7 @@ def _module_table(
     names = dict.fromkeys(name for record in records for name in record.losses)
     levels = _groups([level_of(name) for name in names])
     losses = levels if narrow and live else [(n,) for group in levels for n in names if level_of(n) in group]
-    errors = _groups([level for record in records for level in record.head_error_pct])
+    tested = _groups([level for record in records for level in record.head_error_pct])
     _numeric(table, "#")
     table.add_column("blocks", overflow=clip, min_width=12, max_width=24)
     _numeric(table, "rank")
@@ -254,7 +281,8 @@ def _module_table(
         kind = keys[0].partition(".")[2]
         kind = kind or ("sum" if any(len(record.losses_under(keys)) > 1 for record in records) else "loss")
         table.add_column(_heading(keys, kind, brief), justify="right", overflow=clip, min_width=7)
-    _numeric(table, *(_heading(keys, "err %", brief) for keys in errors))
+    kind = "err %" if metric == ERROR else f"{metric.heading} {arrow(metric, console)}"
+    _numeric(table, *(_heading(keys, kind, brief) for keys in tested))
     skips = any(record.skipped_steps for record in records)
     if skips:
         _numeric(table, "steps\nskipped")
@@ -270,8 +298,9 @@ def _module_table(
         cells: list[str | Text] = [str(record.index), Text(record.blocks), str(record.rank)]
         sums = [sum(values) if (values := record.losses_under(keys)) else None for keys in losses]
         cells += [loss_text(value) for value in sums]
-        heads = [[record.head_error_pct.get(level) for level in keys] for keys in errors]
-        cells += [number(next((e for e in head if e is not None), None), ".2f") for head in heads]
+        measured = record.measured(metric)
+        heads = [[measured.get(level) for level in keys] for keys in tested]
+        cells += [metric.number(next((value for value in head if value is not None), None)) for head in heads]
         cells += [f"{record.skipped_steps:,}"] if skips else []
         if live:
             now = live[position]

@@ -21,7 +21,7 @@ from pipeline.data.image_source import ImageSource
 from pipeline.data.loader_source import LoaderData, LoaderSource
 from pipeline.data.source import DataSpec, Source
 from pipeline.local.compilation import refuse_without_compiler
-from pipeline.local.task import Classification, Task
+from pipeline.local.task import Classification, Task, refuse_unusable, task_name
 from pipeline.models.backbones import Blocks
 from pipeline.models.custom import network_blocks
 from pipeline.models.unbuilt import planned_blocks
@@ -47,8 +47,13 @@ def named_after(config: Config, network: nn.Module | None, data: LoaderData | No
     return validate(config)
 
 
-def refuse_early(config: Config, network: nn.Module | None, runtime: Runtime) -> Numerics:
-    """Refusals that need no data: more modules than blocks, more ranks than modules, a layout that cannot work."""
+def refuse_early(config: Config, network: nn.Module | None, task: Task | None, runtime: Runtime) -> Numerics:
+    """Refusals that need no data: a task that cannot work, more modules than blocks, more ranks than modules, a layout
+    that cannot work."""
+    if task is not None:
+        if network is None or (config.data.name != "loader" and not isinstance(task, Classification)):
+            raise ConfigError("a task of your own needs your own network and loaders: pass network=... and data=...")
+        refuse_unusable(task)
     blocks = (
         network_blocks(network, config.model.cuts) if network is not None else planned_blocks(config.model.name, 3, 10)
     )
@@ -61,14 +66,16 @@ def refuse_early(config: Config, network: nn.Module | None, runtime: Runtime) ->
     return resolve_numerics(config.precision, runtime.device, blocks.values())
 
 
-def agree_on_all(team: Team, config: Config) -> None:
-    """Refuse to start unless all ranks run the same code and the same configuration. Collective."""
+def agree_on_all(team: Team, config: Config, task: Task | None) -> None:
+    """Refuse to start unless all ranks run the same code for the same task and the same configuration. Collective."""
     team.agree("the version of the code", code_version())
+    shape = "" if task is None else f" ({task.classes} classes, inputs of shape {tuple(task.image_shape)})"
+    team.agree("the task", task_name(task) + shape)
     agree_on_config(team, config)
 
 
 def begin(
-    config: Config, run_dir: Path | str | None, resume: str, runtime: Runtime, held: ExitStack
+    config: Config, task: Task | None, run_dir: Path | str | None, resume: str, runtime: Runtime, held: ExitStack
 ) -> tuple[Start, RunDirectory, RunLock | None]:
     """Choose run directory and checkpoint on rank 0 and tell all ranks. Collective.
 
@@ -85,7 +92,7 @@ def begin(
         lock = RunLock(directory.path.absolute())
         held.callback(lock.close)
         path = str(directory.path.absolute())
-        start = choose_start(resume, directory.path.absolute(), known is not None, config)
+        start = choose_start(resume, directory.path.absolute(), known is not None, config, task)
         directory.write_config(to_toml(config))
         # Not before: what is refused now must not be done by a restart.
         team.remember(Key.RUN_DIRECTORY(), text_of(path))
@@ -124,8 +131,12 @@ def blocks_and_task(
 ) -> tuple[Blocks, Task]:
     """The network in blocks, without weights unless it is the user's own, and what it is for."""
     if task is not None:
-        if network is None:
-            raise ConfigError("a task of your own needs your own network and loaders: pass network=... and data=...")
+        assert network is not None  # refuse_early has seen to it
+        if data_spec.classes not in (0, task.classes):
+            raise ConfigError(
+                f"task {task_name(task)} has {task.classes} classes, '{config.data.name}' has {data_spec.classes}; "
+                "make them equal"
+            )
         shape = task.image_shape if len(task.image_shape) == 3 else None
         return network_blocks(network, config.model.cuts, shape), task
     if network is None:

@@ -29,7 +29,7 @@ from pipeline.edges.connect import Edges
 from pipeline.edges.wire import Directive
 from pipeline.local.module_state import BUSY, module_state
 from pipeline.local.optimiser import learning_rate
-from pipeline.local.task import Classification
+from pipeline.local.task import Classification, task_name
 from pipeline.plan.assembly import Plan, write_plan
 from pipeline.ranks.runtime import Runtime
 from pipeline.report.view import View
@@ -43,7 +43,8 @@ from pipeline.store.run_lock import RunLock
 from pipeline.store.saver import Document, Saver
 
 SHOW_S = 0.25
-"""Between two looks at the other ranks' live numbers: asking for them takes longer, the more ranks there are."""
+"""Between two looks at what there is to show. The other ranks' live numbers are asked for only where it will be shown:
+that takes longer, the more ranks there are."""
 
 
 @dataclass(frozen=True)
@@ -241,10 +242,10 @@ class Loop:
     def _of_another_task(self, tested: EpochRecord | None) -> dict[str, Any]:
         """What the manifest of a task other than classification says besides."""
         task = self._run.plan.task
-        if isinstance(task, Classification):
+        if type(task) is Classification:
             return {}
-        value = tested.test_metrics.get(task.metrics[0].name) if tested is not None else None
-        return {"task": type(task).__name__, "test_cost": None if value is None else task.metrics[0].cost(value)}
+        value = tested.measured if tested is not None else None
+        return {"task": task_name(task), "test_cost": task.metrics[0].cost(value)}
 
     # --- reporting ----------------------------------------------------------------------------------------------------
 
@@ -254,6 +255,8 @@ class Loop:
         now = self._last_shown = time.monotonic()
         self._record(self._finished, wait=False)
         self._warn()
+        if not run.view.due(epoch, step - first, end - first):
+            return
         images = (step - first) * run.data_spec.train_images / run.data_spec.train_batches
         run.view.progress(
             EpochProgress(

@@ -86,7 +86,7 @@ class Telemetry:
         """Publish this rank's numbers of a finished epoch. ``sent``: bytes sent since the run began."""
         index_of_last = len(self._plan.modules) - 1
         measured = {
-            (index, level, metric.name): metric.value(counters.statistics[index, level, metric.name], counters.tested)
+            (index, level, metric.name): metric.of(counters.statistics[index, level, metric.name], counters.tested)
             for index, level, name in counters.statistics
             for metric in self._plan.task.metrics
             if metric.name == name
@@ -177,5 +177,6 @@ def merge(
         stages=stages,
         modules=modules,
         test_metrics={name: value for name, value in last.test_metrics.items() if name != ERROR.name},
-        test_text=f"{metrics[0].title} {metrics[0].text(last.test_metrics.get(metrics[0].name))}",
+        test_text=f"{metrics[0].title} {metrics[0].form.text(last.test_metrics.get(metrics[0].name))}",
+        metric=metrics[0].form,
     )

@@ -102,9 +102,9 @@ def train(
         config = named_after(validate(config), network, data)
 
         failures.progress(-1, -1, "choosing where to start")  # the cheap refusals first
-        numerics = refuse_early(config, network, runtime)
-        agree_on_all(team, config)
-        start, directory, lock = begin(config, run_dir, resume, runtime, held)
+        numerics = refuse_early(config, network, task, runtime)
+        agree_on_all(team, config, task)
+        start, directory, lock = begin(config, task, run_dir, resume, runtime, held)
         reason = asked_to_stop(runtime)
         if reason is not None and start.checkpoint is None:  # before what may take minutes
             return stopped(team, Outcome(directory, reason, 0, None))

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from pipeline.base.config import Config
 from pipeline.base.errors import CheckpointError
 from pipeline.base.validation import from_dict, validate
+from pipeline.local.task import task_name
 from pipeline.store.manifest import (
     CONFIG,
     HISTORY,
@@ -190,6 +191,11 @@ class Checkpoint:
         """Block names of every local module, in order."""
         modules: list[list[str]] = self.manifest["modules"]
         return modules
+
+    @property
+    def task(self) -> str:
+        """The name of the task."""
+        return str(self.manifest.get("task", task_name(None)))
 
     @property
     def classes(self) -> int:

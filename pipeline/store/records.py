@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from pipeline.base.metric import ERROR, MetricForm
+
 
 @dataclass(frozen=True)
 class ModuleRecord:
@@ -33,6 +35,12 @@ class ModuleRecord:
     head_metrics: dict[str, float] = field(default_factory=dict)
     busy_s: float = 0.0
     skipped_steps: int = 0
+
+    def measured(self, metric: MetricForm) -> dict[str, float | None]:
+        """A metric of the task by level; None where a head does not do the task or was not tested."""
+        if metric.name == ERROR.name:
+            return self.head_error_pct
+        return {level: self.head_metrics.get(f"{level}.{metric.name}") for level in self.head_error_pct}
 
     def losses_under(self, keys: Sequence[str]) -> list[float]:
         """The losses whose full name or level is one of ``keys``."""
@@ -82,7 +90,8 @@ class EpochRecord:
     ``epoch`` counts from 1 to ``epochs``; ``step`` is the number of optimiser steps since the run began.
     ``images`` were trained in ``wall_s`` seconds, testing excluded. ``train_loss`` is the final module's.
     ``test_error_pct`` (percent) and ``test_loss`` are None in an epoch without a test, the error also for a task that
-    counts none. ``test_metrics`` holds other metrics of the task by name, ``test_text`` is its first one for people.
+    counts none. ``test_metrics`` holds other metrics of the task by name. ``metric`` says what the first one is and how
+    it reads, ``test_text`` is its value for people.
     """
 
     epoch: int
@@ -99,6 +108,12 @@ class EpochRecord:
     modules: tuple[ModuleRecord, ...]
     test_metrics: dict[str, float] = field(default_factory=dict)
     test_text: str = ""
+    metric: MetricForm = ERROR
+
+    @property
+    def measured(self) -> float | None:
+        """The first metric of the task; None without a test."""
+        return self.test_error_pct if self.metric.name == ERROR.name else self.test_metrics.get(self.metric.name)
 
 
 @dataclass(frozen=True)
@@ -138,11 +153,11 @@ class EpochProgress:
 def epoch_parts(record: EpochRecord, eta_s: float) -> list[str]:
     """The line about a finished epoch in parts, the most important first; all epochs of a run align."""
     last_step = record.step / record.epoch * record.epochs
-    error = f"test error {number(record.test_error_pct, '.2f'):>5} %"
+    metric = record.metric
     parts = [
         f"epoch {record.epoch:>{len(str(record.epochs))}}/{record.epochs}",
         f"step {record.step:>{len(f'{last_step:.0f}')}}",
-        f"test {record.test_text}" if record.test_metrics else error,
+        f"test {metric.title} {metric.number(record.measured):>5} {metric.unit}".rstrip(),
         f"train loss {loss_text(record.train_loss):>5}",
         f"{number(record.images_per_s, ',.0f'):>5} img/s",
         f"lr {record.learning_rate:.3g}".ljust(10),

@@ -15,6 +15,8 @@ from typing import Any
 
 from pipeline.base.config import Config
 from pipeline.base.errors import CheckpointError, ConfigError
+from pipeline.base.metric import ERROR, MetricForm
+from pipeline.local.task import Task, task_name
 from pipeline.store.atomic import remove_temporaries
 from pipeline.store.checkpoint import (
     FOLDER,
@@ -77,11 +79,14 @@ class Start:
     warnings: tuple[str, ...] = ()
 
 
-def choose_start(resume: str, run_dir: Path, restarted: bool, config: Config) -> Start:
-    """Decide on rank 0, and tidy up what killed runs have left in ``run_dir``.
+def choose_start(
+    resume: str, run_dir: Path, restarted: bool, config: Config, task: Task | None = None
+) -> Start:
+    """Decide on rank 0, and tidy up what killed runs have left in ``run_dir``. ``task``: what the network is for,
+    None: classification.
 
     Raises:
-        CheckpointError: ``resume`` is a path without a valid checkpoint.
+        CheckpointError: ``resume`` is a path without a valid checkpoint; the checkpoint is of another task.
         ConfigError: the run directory holds a finished run without checkpoints, or checkpoints that are not to be used;
             a key that may not change differs from the checkpoint's.
     """
@@ -110,6 +115,11 @@ def choose_start(resume: str, run_dir: Path, restarted: bool, config: Config) ->
                 "--run-dir or delete it"
             )
         return Start(None, (), tuple(warnings))
+    if chosen.task != task_name(task):
+        raise CheckpointError(
+            f"checkpoint '{chosen.path}' is of the task {chosen.task}, this run of the task {task_name(task)}; pass "
+            "the task that was trained, or start anew with --resume none and another --run-dir"
+        )
     return Start(chosen.path, tuple(_changes(chosen, config)), tuple(warnings))
 
 
@@ -163,6 +173,7 @@ def records_of(checkpoint: Checkpoint) -> list[EpochRecord]:
                 **entry,
                 "stages": tuple(StageRecord(**{**s, "modules": tuple(s["modules"])}) for s in entry["stages"]),
                 "modules": tuple(ModuleRecord(**m) for m in entry["modules"]),
+                "metric": MetricForm(**entry["metric"]) if "metric" in entry else ERROR,
             }
         )
         for entry in checkpoint.history()

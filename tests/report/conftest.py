@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from pipeline.base.metric import ERROR, MetricForm
 from pipeline.store.records import EpochProgress, EpochRecord, LiveModule, ModuleRecord, StageRecord
 
 GIB = 2**30
@@ -19,6 +20,7 @@ class SampleRun:
     modules: int
     ranks: int
     epochs: int = 20
+    metric: MetricForm = ERROR
 
     def rank_of(self, module: int) -> int:
         return module * self.ranks // self.modules
@@ -59,10 +61,20 @@ class SampleRun:
             )
             for rank in range(self.ranks)
         )
+        is_error = self.metric == ERROR
         modules = tuple(
-            ModuleRecord(m, self.rank_of(m), self.blocks()[m], self.losses(m, epoch), self.errors(m, epoch))
+            ModuleRecord(
+                m,
+                self.rank_of(m),
+                self.blocks()[m],
+                self.losses(m, epoch),
+                errors if is_error else dict.fromkeys(errors),
+                {} if is_error else {f"{level}.{self.metric.name}": value for level, value in errors.items()},
+            )
             for m in range(self.modules)
+            for errors in [self.errors(m, epoch)]
         )
+        measured = self.errors(self.modules - 1, epoch)["final"]
         return EpochRecord(
             epoch=epoch,
             epochs=self.epochs,
@@ -72,10 +84,12 @@ class SampleRun:
             images_per_s=499.2,
             learning_rate=0.0532,
             train_loss=self.losses(self.modules - 1, epoch)["final"],
-            test_error_pct=self.errors(self.modules - 1, epoch)["final"],
+            test_error_pct=measured if is_error else None,
             test_loss=0.21,
             stages=stages,
             modules=modules,
+            test_metrics={} if is_error else {self.metric.name: measured},
+            metric=self.metric,
         )
 
     def progress(self, epoch: int, batch: int, phase: str = "train") -> EpochProgress:

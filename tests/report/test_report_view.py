@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from pipeline.base.metric import MetricForm
 from pipeline.report.console import LOG_WIDTH, output_console
 from pipeline.report.view import LiveView, PlainView, open_view
 from pipeline.store.records import EpochProgress, LiveModule, loss_text
@@ -262,6 +263,47 @@ def test_what_is_not_known_is_said_so(sample_run):
     assert "test error     - %  train loss   nan" in text
     assert "test error     not measured" in text
     assert lines_with(text, "0 stem")[0].split()[3:] == ["nan", "-", "-", "-", "-", "-"]
+
+
+IOU = MetricForm("mean_iou", "mean IoU", digits=3, better="higher")
+LITRES = MetricForm("waste", "waste", "l", digits=1)
+
+
+@pytest.mark.parametrize("metric", [IOU, LITRES])
+def test_the_metric_of_a_task_is_shown_by_name_unit_and_direction(sample_run, metric):
+    run = replace(sample_run(4, 4), metric=metric)
+    values = [metric.number(value) for m in range(4) for value in run.errors(m, 1).values()]
+    target = console(120, 40, terminal=True)
+    view = LiveView(target, clock=FakeClock())
+    view.start(HEADER, (), run.blocks())
+    view.epoch(run.epoch(1))
+    line = written(target)
+    assert f"test {metric.title} {values[-1]:>5} {metric.unit}".rstrip() in line and "error" not in line
+    view.progress(run.progress(2, 65))
+    table = written(target)[len(line) :]
+    assert f"{metric.heading} {'↑' if metric.better == 'higher' else '↓'}" in table
+    assert "err" not in table and all(value in table.split() for value in values)
+    drawn = len(written(target))
+    view.finish(summarise([run.epoch(1)], settings={}))
+    report = written(target)[drawn:]
+    assert f"{metric.title}: test set, {metric.direction}" in report and "error" not in report
+    (said,) = lines_with(report, "test ")
+    assert said == f"test           {metric.title} {metric.text(run.epoch(1).measured)} ({metric.direction})"
+    assert all(value in report.split() for value in values)
+
+
+def test_a_metric_that_was_not_measured_is_a_dash_and_an_ascii_table_can_be_written(sample_run):
+    run = replace(sample_run(4, 4), metric=IOU)
+    record = replace(run.epoch(1), test_metrics={})
+    raw = io.BytesIO()
+    target = Console(file=io.TextIOWrapper(raw, encoding="ascii"), width=120, _environ={})
+    view = PlainView(target, clock=FakeClock())
+    view.epoch(record)
+    view.finish(summarise([record], settings={}))
+    target.file.flush()
+    text = raw.getvalue().decode("ascii")
+    assert "test mean IoU     -  train loss" in text and "test           mean IoU not measured" in text
+    assert "mean IoU ^" in text
 
 
 def test_unknown_levels_single_modules_and_missing_blocks_are_shown():

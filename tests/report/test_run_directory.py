@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.base.errors import ConfigError, LocalpipeError
+from pipeline.base.metric import ERROR, MetricForm
 from pipeline.report.curve import plot_curve
 from pipeline.store.run_directory import RunDirectory, read_metrics, summarise
 from pipeline.store.run_lock import RunLock
@@ -173,6 +174,40 @@ def test_curve_is_drawn_even_with_gaps(tmp_path, sample_run):
         directory.append(replace(record, test_error_pct=record.test_error_pct if epoch % 5 == 0 else None))
     plot_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("metric", "label", "last"),
+    [
+        (ERROR, "test error (%)", "epoch 5: 9.94 %"),
+        (MetricForm("mean_iou", "mean IoU", digits=3, better="higher"), "test mean IoU (higher is better)", ": 9.940"),
+        (MetricForm("waste", "waste", "l", 1), "test waste (l, lower is better)", "epoch 5: 9.9 l"),
+    ],
+)
+def test_curve_is_of_the_metric_of_the_task(tmp_path, sample_run, monkeypatch, metric, label, last):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path: drawn.append(self.axes[0]))
+    run = replace(sample_run(4, 4), metric=metric)
+    for epoch in range(1, 6):
+        RunDirectory(tmp_path).append(run.epoch(epoch))
+    plot_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
+    (axes,) = drawn
+    assert axes.get_ylabel() == label and axes.get_title(loc="left") == f"test {metric.title}"
+    assert axes.get_title(loc="right").endswith(last)
+    assert axes.lines[0].get_ydata().tolist() == [run.epoch(epoch).measured for epoch in range(1, 6)]
+
+
+def test_curve_of_metrics_that_an_older_version_has_written(tmp_path, sample_run, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path: drawn.append(self.axes[0]))
+    record = asdict(sample_run(4, 4).epoch(1))
+    for key in ("metric", "test_metrics", "test_text"):
+        del record[key]
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    plot_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
+    assert drawn[0].get_ylabel() == "test error (%)" and len(drawn[0].lines) == 1
 
 
 def test_curve_without_matplotlib_names_the_fix(tmp_path, monkeypatch):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from pipeline.base.errors import CheckpointError
 from pipeline.base.recipes import load_config
 from pipeline.base.toml import to_toml
+from pipeline.local.task import Metric
 from pipeline.store.checkpoint import (
     newest_valid,
     open_checkpoint,
@@ -38,11 +40,11 @@ DOCUMENT = {
 }
 
 
-def saved(checkpoints: Path, step: int, error: float | None = None) -> Path:
+def saved(checkpoints: Path, step: int, error: float | None = None, **entries: Any) -> Path:
     files = {}
     for index, state in enumerate(STATES):
         files |= write_module(partial_folder(checkpoints, step), index, state)
-    document = {**DOCUMENT, "late_since": step, "test_error_pct": error}
+    document = {**DOCUMENT, "late_since": step, "test_error_pct": error, **entries}
     return publish(checkpoints, step, files, document, to_toml(load_config()), [{"epoch": 1}])
 
 
@@ -250,6 +252,17 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [6, 5, 4, 2, 0]
     remove_old(tmp_path, 5, keep=1, keep_best=False)
     assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [6, 5, 0]
+
+
+@pytest.mark.parametrize(("better", "best"), [("higher", 2), ("lower", 4)])
+def test_the_best_of_another_metric_than_error_stays(
+    tmp_path: Path, better: Literal["lower", "higher"], best: int
+) -> None:
+    metric = Metric("iou", "IoU", lambda output, target: target, lambda sums, rows: 0.0, better=better)
+    for step, value in ((1, 0.5), (2, 0.9), (3, math.nan), (4, 0.1), (5, None), (6, math.inf), (7, 0.5)):
+        saved(tmp_path, step, task="Segmentation", test_cost=metric.cost(value))
+    remove_old(tmp_path, 7, keep=1, keep_best=True)
+    assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [7, best]
 
 
 def test_what_was_just_saved_stays_whatever_else_is_there(tmp_path: Path) -> None:
