@@ -1,9 +1,9 @@
 """Networks of auxiliary heads on many patches at once: every patch is a group of channels.
 
-    map (B, G C, h, w)      rows (B, G F)      sequence (B, t, G D)      G = patches, W of them before the weights repeat
+    map (B, G C, h, w)      rows (B, G F)      sequence (B, t, G D)      G patches, of W networks in turn
 
     convolution       groups = G                             one kernel for all groups, or one for each of W networks
-    BatchNorm         G C channels: statistics of each patch, as if it came alone; running statistics as after all of them
+    BatchNorm         G C channels: statistics of each patch, as if it came alone, and in the end the running ones too
     linear            (B G, F) rows
     pooling, ReLU     as they are
 

@@ -184,11 +184,12 @@ class PatchedHead(nn.Module):
         targets = [given.target[patch] for patch in patches_of(given.target, feature, self.grid)]
         share = 1.0 if self.separate else 1.0 / len(targets)
         total = feature.new_zeros((), dtype=torch.float64)
+        nhwc = feature.dim() == 4 and feature.stride(1) == 1
         for rows, columns in rectangles(cut.size(1), cut.size(2), self.at_once):
             some = [row * self.grid + column for row in rows for column in columns]
             here = (slice(None), slice(rows.start, rows.stop), slice(columns.start, columns.stop))
-            leaf = _packed(cut[here], feature).requires_grad_()
-            its_image = None if image is None else _packed(image[here], given.image)
+            leaf = _packed(cut[here], nhwc).requires_grad_()
+            its_image = None if image is None else _packed(image[here], nhwc=False)
             patches = Patches(leaf, len(some), [targets[patch] for patch in some], its_image, pooled)
             heads = [self._head(patch) for patch in some] if self.separate else [self._head(0)]
             with torch.enable_grad(), autocast():
@@ -259,12 +260,12 @@ def _split(x: Tensor, grid: int) -> Tensor:
     return x.view(batch, channels, grid, height // grid, grid, width // grid).permute(0, 2, 4, 1, 3, 5)
 
 
-def _packed(patches: Tensor, like: Tensor) -> Tensor:
-    """Some of :func:`_split` as groups of channels, dense: (B, G C, h, w) in the layout of ``like``, or (B, t, G D)."""
+def _packed(patches: Tensor, nhwc: bool) -> Tensor:
+    """Some of :func:`_split` as groups of channels, dense: (B, G C, h, w), NHWC if asked for, or (B, t, G D)."""
     if patches.dim() == 5:
         return patches.permute(0, 3, 1, 2, 4).flatten(2)
     batch, *_, height, width = patches.shape
-    if like.stride(1) != 1:
+    if not nhwc:
         return patches.reshape(batch, -1, height, width)
     return patches.permute(0, 4, 5, 1, 2, 3).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
 
