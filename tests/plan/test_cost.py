@@ -116,8 +116,9 @@ def test_a_step_without_values_does_what_the_real_step_does(
     real = cost_module._count(plan, blocks, CPU, plain=False)
     assert computed == [3]
     assert blank.flops == real.flops
-    if method != "predsim":  # on a CPU its one-hot labels are checked by reading them
-        assert before_updates(blank.operations) == before_updates(real.operations)
+    # Not the same to the last one: PyTorch itself asks whether a tensor is real before it writes into a view of it, and
+    # on a CPU reads one-hot labels to check them.
+    assert before_updates(blank.operations) == pytest.approx(before_updates(real.operations), rel=0.02)
 
 
 def before_updates(operations: Mapping[Part, float]) -> dict[Part, float]:
@@ -138,8 +139,8 @@ def test_every_module_has_its_operations() -> None:
 
 
 def test_patches_at_once_are_fewer_operations_and_as_many_flops() -> None:
-    settings = ["model.modules=2", "method.name=infopro", "method.head=1c2f", "patches.grid=3"]
-    one_by_one, together = (cost(*settings, f"patches.at_once={number}") for number in (1, 9))
+    settings = ["model.modules=2", "method.name=infopro", "method.head=1c2f", "patches.grid=4"]
+    one_by_one, together = (cost(*settings, f"patches.at_once={number}") for number in (1, 16))
     assert together.modules[0].operations < one_by_one.modules[0].operations / 3
     assert [module.total for module in together.modules] == [module.total for module in one_by_one.modules]
 
