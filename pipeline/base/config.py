@@ -135,8 +135,8 @@ class PartitionConfig:
 
     kind: str = key(
         "count",
-        "count: equal numbers; auto: fewest FLOPs of the busiest rank, heads included, counted; measured: smallest time "
-        "of the slowest rank; given: as in stages",
+        "count: equal numbers; auto: fewest FLOPs of the busiest rank, heads included, counted; measured: smallest "
+        "time of the slowest rank; given: as in stages",
         choices=("count", "auto", "measured", "given"),
     )
     stages: tuple[int, ...] = key((), "given: number of local modules of every rank", at_least=1, at_most=10_000)

@@ -63,7 +63,7 @@ def test_the_plan_is_stored(runs: tuple[dict[str, str], dict[str, Any]]) -> None
     assert plans["given"]["modules"][0] == ["stem", "a"] and plans["given"]["schedules"][1].startswith("F3.0 L3.0")
 
 
-@pytest.mark.parametrize(("ranks", "stages"), [(1, [4]), (2, [3, 1]), (3, [2, 1, 1]), (4, [1, 1, 1, 1])])
+@pytest.mark.parametrize(("ranks", "stages"), [(1, [4]), (2, [3, 1]), (3, [1, 2, 1]), (4, [1, 1, 1, 1])])
 def test_flops_are_counted_where_the_ranks_leave_a_choice(
     ranks: int, stages: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
