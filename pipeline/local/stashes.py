@@ -60,9 +60,9 @@ class Stashes:
         if step not in self.open:
             stash = self.open[step] = self._spare.pop() if self._spare else self.empty()
             parameters = [p for block in self._blocks.values() for p in block.parameters()]
-            with torch.no_grad():
-                for copy, parameter in zip(stash.leaves(), parameters, strict=True):
-                    copy.copy_(parameter)
+            if parameters:
+                with torch.no_grad():
+                    torch._foreach_copy_(stash.leaves(), parameters)
         return self.open[step]
 
     def run(self, step: int, flow: Flow) -> Flow:

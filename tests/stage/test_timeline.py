@@ -102,7 +102,7 @@ def test_waiting_for_a_message_and_for_room_become_wait_events(monkeypatch: pyte
     recorder = Recorder(3, torch.device("cpu"), offset_s=100.0)
     clock = iter([8.0])
     monkeypatch.setattr(recording.time, "perf_counter", lambda: next(clock))
-    recorder.action(stage.schedule[0], step=7, arrived=1.0, started=3.0, blocked_s=2.0)
+    recorder.actions(stage.schedule[:1], step=7, arrived=1.0, started=3.0, blocked_s=2.0)
     monkeypatch.undo()
     recorder.sent(3, Header(MessageKind.TRAIN, 1, 7, 0), 6.0, 9.0)
     recorder.sent(3, Header(MessageKind.EVAL, 1, 7, 0), 6.0, 9.0)
