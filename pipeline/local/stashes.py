@@ -59,7 +59,7 @@ class Stashes:
         """The stash of ``step``, with the weights as they are when it is first asked for: micro-batches share them."""
         if step not in self.open:
             stash = self.open[step] = self._spare.pop() if self._spare else self.empty()
-            parameters = [p for block in self._blocks.values() for p in block.parameters()]
+            parameters: list[Tensor] = [p for block in self._blocks.values() for p in block.parameters()]
             if parameters:
                 with torch.no_grad():
                     torch._foreach_copy_(stash.leaves(), parameters)
