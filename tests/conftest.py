@@ -1,12 +1,14 @@
 """Settings shared by all tests: one thread per process, so that float32 results are bitwise reproducible; a mark on
 every process and a directory for temporary files, so that what is left behind is found (see leftovers.py).
 
-Tests run in three workers of pytest-xdist, since many of them wait most of their time. Those that are marked ``alone``
-need all cores, or measure:
+Tests run in three workers of pytest-xdist, since many of them wait most of their time; a file stays in one worker.
+Those that are marked ``alone`` need all cores, or measure. Their files come first, and they first within them, one
+after another, so that the workers wait once for each other and not before every one; then the files that take ``long``,
+so that no worker is left with one of them at the end:
 
-    worker 0:  test  test   |      test alone       |  test
-    worker 1:  test     test|                       | test   test
-    worker 2:    test test  |                       |test test
+    worker 0:  alone |       |       | test  long  test |  test test
+    worker 1:        | alone alone   |    long  test  test  test | test
+    worker 2:        |       | alone |test  test   long    | test
 """
 
 import fcntl
@@ -35,15 +37,48 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         shutil.rmtree(os.environ[TOGETHER], ignore_errors=True)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order above, in every worker the same; xdist is told to keep it (--no-loadscope-reorder)."""
+    marks: dict[Path, set[str]] = {}
+    counts: dict[Path, int] = {}
+    for item in items:
+        marks.setdefault(item.path, set()).update(mark.name for mark in item.iter_markers())
+        counts[item.path] = counts.get(item.path, 0) + 1
+
+    def place(item: pytest.Item) -> tuple[bool, bool, int, Path, bool]:
+        of_file = marks[item.path]
+        alone = item.get_closest_marker("alone") is not None
+        return "alone" not in of_file, "long" not in of_file, -counts[item.path], item.path, not alone
+
+    items.sort(key=place)  # stable: what a file has in common is still prepared by its first test
+
+
+held: list[int] = []
+"""The machine, as an open file, while this worker runs a test or several that run alone."""
+
+
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """One test with its fixtures: beside another one, or alone."""
-    together = Path(os.environ[TOGETHER])
-    with open(together / "machine", "w") as machine:
-        with open(together / "gate", "w") as gate:  # who waits for the machine lets nobody pass
-            fcntl.flock(gate, fcntl.LOCK_EX)
-            fcntl.flock(machine, fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    """One test with its fixtures: beside another one, or alone; then with the next one that runs alone as well."""
+    alone = item.get_closest_marker("alone") is not None
+    if not held:
+        held.append(take_machine(alone))
+    try:
         return (yield)
+    finally:
+        if not (alone and nextitem is not None and nextitem.get_closest_marker("alone")):
+            os.close(held.pop())
+
+
+def take_machine(alone: bool) -> int:
+    """Wait until no other worker runs a test, or none that is alone."""
+    together = Path(os.environ[TOGETHER])
+    machine = os.open(together / "machine", os.O_WRONLY | os.O_CREAT)
+    with open(together / "gate", "w") as gate:  # who waits for the machine lets nobody pass
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        fcntl.flock(machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+    return machine
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -32,6 +32,8 @@ from test_architecture import ROOMS
 
 from pipeline import load_config, train
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TRAINED = ROOT / "docs" / "checkpoints.md"
@@ -100,7 +102,6 @@ def run_here(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 @pytest.mark.parametrize("page, command", HERE, ids=[f"{page.stem}: {command}" for page, command in HERE])
 def test_commands_run(
     page: Path, command: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
@@ -134,7 +135,6 @@ def test_commands_that_run_elsewhere_are_tested_there() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_examples_in_python_run(tmp_path: Path) -> None:
     """Those of README: test_readme.py."""
     pages = [page.read_text() for page in PAGES if page.name != "README.md"]

@@ -65,7 +65,6 @@ def test_the_installed_package_is_complete(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_the_python_example_runs(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(code_blocks("python")[0])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", "mine.py"]

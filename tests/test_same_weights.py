@@ -31,6 +31,8 @@ from torch import Tensor, nn
 
 from pipeline import LoaderData, from_dict, train
 
+pytestmark = pytest.mark.long
+
 RECORDS = Path(__file__).with_suffix("").with_name("same_weights.json")
 CLASSES, IMAGE, BATCH = 4, (3, 8, 8), 8
 EPOCH = (BATCH, BATCH, 6)

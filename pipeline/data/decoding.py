@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 from pipeline.base.errors import ConfigError
 
@@ -41,6 +40,8 @@ def decode(content: bytes, image_size: int) -> Tensor:
         pixels = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
     image = torch.from_numpy(pixels).permute(2, 0, 1)
     if image_size:
+        from torchvision.transforms.v2 import functional as TF  # takes a second
+
         image = TF.resize(image, [image_size], antialias=True)
         image = TF.center_crop(image, [image_size, image_size])
     return image

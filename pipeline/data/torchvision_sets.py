@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision import datasets
 
 from pipeline.base.errors import ConfigError
 from pipeline.base.paths import path_of
 from pipeline.data.images import CachedImages
 
-# (root, train, download) -> the data set. Of SVHN and STL-10 only the labelled "train" split is trained on.
-OPENERS: dict[str, Callable[[str, bool, bool], Any]] = {
-    "cifar10": lambda root, train, download: datasets.CIFAR10(root, train=train, download=download),
-    "cifar100": lambda root, train, download: datasets.CIFAR100(root, train=train, download=download),
-    "svhn": lambda root, train, download: datasets.SVHN(root, _split(train), download=download),
-    "stl10": lambda root, train, download: datasets.STL10(root, _split(train), download=download),
+# (torchvision.datasets, root, train, download) -> the data set. Of SVHN and STL-10 only the labelled "train" split is
+# trained on.
+OPENERS: dict[str, Callable[[Any, str, bool, bool], Any]] = {
+    "cifar10": lambda sets, root, train, download: sets.CIFAR10(root, train=train, download=download),
+    "cifar100": lambda sets, root, train, download: sets.CIFAR100(root, train=train, download=download),
+    "svhn": lambda sets, root, train, download: sets.SVHN(root, _split(train), download=download),
+    "stl10": lambda sets, root, train, download: sets.STL10(root, _split(train), download=download),
 }
 
 
@@ -47,8 +47,10 @@ def load_torchvision(
 
 
 def _open(name: str, root: str, train: bool, download: bool) -> Any:
+    from torchvision import datasets  # a second, which other data do without
+
     try:
-        return OPENERS[name](str(Path(path_of(root)).expanduser()), train, download)
+        return OPENERS[name](datasets, str(Path(path_of(root)).expanduser()), train, download)
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"data.name = '{name}' needs the package '{error.name}'; install it (pip install {error.name})"
@@ -68,6 +70,6 @@ def _open(name: str, root: str, train: bool, download: bool) -> Any:
 
 def _cached(found: Any) -> CachedImages:
     pixels = torch.as_tensor(found.data)
-    if isinstance(found, datasets.CIFAR10):  # or CIFAR-100: (N, H, W, C); the others: (N, C, H, W)
+    if hasattr(found, "targets"):  # CIFAR: (N, H, W, C); the others, which have labels: (N, C, H, W)
         return CachedImages(pixels.permute(0, 3, 1, 2).contiguous(), torch.as_tensor(found.targets).long())
     return CachedImages(pixels.contiguous(), torch.as_tensor(found.labels).long())

@@ -157,10 +157,21 @@ def build_level(
                 f"use at most {min(sides)}"
             )
         separate = released and grid > 1 and len(shape) == 3
-        head = PatchedHead(partial(term.make, patch_shape(shape, grid)), grid, separate)
+        head = PatchedHead(partial(_head_of, term, patch_shape(shape, grid)), grid, separate)
         initialise(head)
         built[term.name] = (term.weight, head)
     return Level(weight, built)
+
+
+def _head_of(term: Term, shape: FeatureShape) -> AuxiliaryHead:
+    """The head of a term, which a user may have written."""
+    head: object = term.make(shape)
+    if not isinstance(head, AuxiliaryHead):
+        raise ConfigError(
+            f"the head of the local loss '{term.name}' is a {type(head).__name__}; give an AuxiliaryHead, such as "
+            "TaskHead(network, loss)"
+        )
+    return head
 
 
 def levels_of(

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from torch import nn
-from torchvision import models
 
 from pipeline.models.backbones import BackboneFunction, Blocks, register_backbone
 
@@ -28,6 +27,8 @@ def torchvision_resnet(name: str) -> BackboneFunction:
     """
 
     def build(in_channels: int, classes: int) -> Blocks:
+        from torchvision import models  # a second, which others do without
+
         network = models.get_model(name, weights=None, num_classes=classes)
         first = network.conv1
         if in_channels != first.in_channels:

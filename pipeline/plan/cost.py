@@ -1,7 +1,8 @@
 """What a training step costs in floating-point operations, in units of one backpropagation step of the same network.
 
-The step is really executed, on two images of zeros, and PyTorch's counter sees every matrix product and convolution
-(elementwise work, BatchNorm and losses count nothing). The schedule's actions say what each operation was for:
+The step is really executed, on two images, but without memory or arithmetic (see :mod:`pipeline.plan.blank`), and
+PyTorch's formulas see every matrix product and convolution (elementwise work, BatchNorm and losses count nothing). The
+schedule's actions say what each operation was for:
 
     unit = forward + backward of the uncut network = 1 BP step
     step = trunk forward + relays + trunk backward + cascade heads + independent heads
@@ -12,24 +13,26 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
-from pipeline.base.config import Config, ModelConfig, PrecisionConfig, ScheduleConfig
-from pipeline.base.numerics import resolve_numerics
+from pipeline.base.config import Config, ModelConfig, ScheduleConfig
+from pipeline.base.errors import LocalpipeError
+from pipeline.base.numerics import Numerics, resolve_numerics
 from pipeline.edges.connect import Edges
-from pipeline.local.task import Classification, Task
-from pipeline.models.backbones import build_blocks
+from pipeline.local.local_module import LocalModule
+from pipeline.local.task import Classification
+from pipeline.models.backbones import Blocks
 from pipeline.models.layers import PairedConv2d
+from pipeline.models.unbuilt import planned_blocks
 from pipeline.models.upsampling import UpsampledConv2d
-from pipeline.plan.assembly import build_modules, make_plan
-from pipeline.stage.inlet import Batch, BatchInlet
-from pipeline.stage.schedule import Action, Kind
+from pipeline.plan.alone import random_batch
+from pipeline.plan.assembly import Plan, make_plan
+from pipeline.plan.blank import blank_modules, no_values, real_modules
+from pipeline.plan.counting import Part, Tally
+from pipeline.stage.inlet import BatchInlet
+from pipeline.stage.schedule import Kind
 from pipeline.stage.stage import Stage
-from pipeline.stage.watch import Watch
 
 IMAGES = 2  # BatchNorm needs two
 
@@ -90,26 +93,6 @@ class StepCost:
         return self.bp_units - self.trunk
 
 
-class _Operations(TorchDispatchMode):
-    """Sums the operations of all products and convolutions by PyTorch's formulas.
-
-    ``FlopCounterMode`` itself follows module boundaries with hooks that forbid ``torch.autograd.grad``, which relays
-    use.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch has not annotated it
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
-            self.total += formula(*args, **kwargs, out_val=result)
-        return result
-
-
 def step_cost(config: Config, image_shape: tuple[int, ...], classes: int, plain: bool = False) -> StepCost:
     """Count one step of ``config`` on images (C, S, S).
 
@@ -123,9 +106,24 @@ def step_cost(config: Config, image_shape: tuple[int, ...], classes: int, plain:
         ConfigError: the plan does not exist (see :func:`pipeline.plan.assembly.make_plan`).
     """
     task = Classification(classes, image_shape)
-    bp = _flops(dataclasses.replace(config, model=ModelConfig(config.model.name, modules=1)), task, plain)
+    blocks = planned_blocks(config.model.name, image_shape[0], classes)
+    numerics = resolve_numerics(config.precision, torch.device("cpu"), blocks.values())
+    return planned_cost(make_plan(config, blocks, task, ranks=1), blocks, numerics, plain)
+
+
+def planned_cost(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool = False) -> StepCost:
+    """:func:`step_cost` of a plan, of any task and placement.
+
+    Args:
+        plan: its schedule and its batch size do not matter.
+        blocks: the network, which needs no weights and stays as it is.
+        numerics: of the run.
+        plain: upsample before convolving, as published, instead of the factorised order.
+    """
+    uncut = dataclasses.replace(plan.config, model=ModelConfig(plan.config.model.name, modules=1))
+    bp = _count(make_plan(uncut, blocks, plan.task, 1, plan.inputs), blocks, numerics, plain)
     unit = sum(bp.values())
-    step = _flops(config, task, plain)
+    step = _count(plan, blocks, numerics, plain)
     modules = tuple(
         ModuleUnits(
             module=module,
@@ -135,42 +133,40 @@ def step_cost(config: Config, image_shape: tuple[int, ...], classes: int, plain:
             cascade=step[module, Kind.CASCADE] / unit,
             independent=step[module, Kind.INDEPENDENT] / unit,
         )
-        for module in sorted({module for module, _ in step})
+        for module in range(len(plan.modules))
     )
     return StepCost(unit / IMAGES, modules)
 
 
-def _flops(config: Config, task: Task, plain: bool) -> Counter[tuple[int, Kind]]:
-    """Operations of one step over ``IMAGES`` images, by module and kind of action."""
-    config = dataclasses.replace(config, precision=PrecisionConfig("fp32"), schedule=ScheduleConfig())
-    with torch.random.fork_rng(devices=[]):
-        blocks = build_blocks(config.model.name, task.image_shape[0], task.classes)
-        numerics = resolve_numerics(config.precision, torch.device("cpu"), blocks.values())
-        plan = make_plan(config, blocks, task, ranks=1)
-        modules = build_modules(plan, 0, blocks, numerics, fresh=True)
-        for layer in (layer for module in modules for level in module.levels.values() for layer in level.modules()):
-            if isinstance(layer, UpsampledConv2d):
-                layer.factorise = not plain
-            elif isinstance(layer, PairedConv2d):
-                layer.paired = False  # products with its zeros are no operations of the method
-        counter = _Operations()
-        totals: Counter[tuple[int, Kind]] = Counter()
-        started: list[tuple[Action, int]] = []
+def _count(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool) -> Counter[Part]:
+    """FLOPs of one step over ``IMAGES`` images; what cannot do without values, as a network that decides by them, is
+    computed."""
+    config = plan.config
+    config = dataclasses.replace(
+        config,
+        schedule=ScheduleConfig(),
+        data=dataclasses.replace(config.data, batch_size=IMAGES),
+        precision=dataclasses.replace(config.precision, compile=False),
+    )
+    plan = dataclasses.replace(plan, config=config, stages=()).placed((range(len(plan.modules)),))
+    cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            with no_values():
+                return _flops(plan, blank_modules(plan, blocks, numerics), numerics, plain)
+        except LocalpipeError:
+            raise
+        except Exception:  # whatever it is: the real modules decide
+            return _flops(plan, real_modules(plan, blocks, numerics), numerics, plain)
 
-        def close() -> None:
-            if started:
-                action, before = started.pop()
-                totals[action.module, action.kind] += counter.total - before
 
-        def before_action(_: int, action: Action) -> None:
-            close()
-            started.append((action, counter.total))
-
-        image = torch.zeros(IMAGES, *task.image_shape, dtype=torch.uint8)
-        x = numerics.boundary(torch.zeros(IMAGES, *task.image_shape))
-        inlet = BatchInlet(Batch(x, torch.arange(IMAGES) % task.classes, image))
-        stage = Stage(modules, plan.schedules[0], inlet, Edges(), watch=Watch(before_action=before_action))
-        with counter:
-            stage.train_step(1, 0)
-            close()
-    return totals
+def _flops(plan: Plan, modules: list[LocalModule], numerics: Numerics, plain: bool) -> Counter[Part]:
+    for layer in (layer for module in modules for level in module.levels.values() for layer in level.modules()):
+        if isinstance(layer, UpsampledConv2d):
+            layer.factorise = not plain
+        elif isinstance(layer, PairedConv2d):
+            layer.paired = False  # products with its zeros are no operations of the method
+    tally = Tally()
+    inlet = BatchInlet(random_batch(plan, modules, numerics))
+    Stage(modules, plan.schedules[0], inlet, Edges(), watch=tally).train_step(1, 0)
+    return tally.flops

@@ -26,7 +26,7 @@ from pipeline.local.task import Classification, Task
 from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import planned_blocks, without_memory
 from pipeline.plan.assembly import Plan, describe, make_plan
-from pipeline.plan.cost import StepCost, step_cost
+from pipeline.plan.cost import StepCost, planned_cost
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.placement import choose_stages, given, place, split_by_cost
 from pipeline.plan.profiling import profile_modules, work_of
@@ -107,7 +107,7 @@ def explain(
         bound_s = sum(work[m] for m in stages[0])
         steady = dataclasses.replace(steady, step_s=bound_s)
     memory = rank_memory(plan, costs, numerics)
-    units = step_cost(config, network.task.image_shape, network.task.classes) if count else None
+    units = planned_cost(plan, network.blocks, numerics) if count else None
     first = STEPS // 2
     return PlanReport(
         lines=_lines(plan, numerics, profile, link),

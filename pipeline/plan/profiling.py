@@ -101,7 +101,7 @@ def _profile_one(
     copies = OrderedDict((name, copy.deepcopy(blocks[name])) for name in alone.cut.modules[index])
     (module,) = build_modules(alone, index, copies, numerics, fresh=any(map(is_planned, copies.values())))
     module.set_learning_rate(0.0)  # random labels must not drive the weights to where arithmetic is slow
-    batch, gradients = random_batch(alone, module, numerics), random_gradients(alone, module, numerics)
+    batch, gradients = random_batch(alone, [module], numerics), random_gradients(alone, module, numerics)
     memory = MemoryWatch(numerics.device, module, outside=(*named(batch.x).values(), *gradients.values()))
     stage = stage_alone(alone, module, batch, gradients, memory)
     with torch.compiler.set_stance("force_eager"):  # what watches the tensors must not be compiled into the code

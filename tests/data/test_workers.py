@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from pipeline import LoaderData, train
 from pipeline.stage.schedule import Action
 
+pytestmark = pytest.mark.long
+
 TWO: dict[str, Any] = {"num_workers": 2, "multiprocessing_context": "fork"}  # the fastest to start
 KINDS: dict[str, dict[str, Any]] = {
     "none": {},

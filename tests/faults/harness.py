@@ -63,7 +63,7 @@ def _exists(pid: int) -> bool:
 def write_job(folder: Path, faults: list[dict[str, Any]], **job: Any) -> Path:
     """FOLDER/job.json; see job.py."""
     folder.mkdir(exist_ok=True)
-    defaults = {"settings": {}, "span": 2, "epochs": 2, "steps": 20, "resume": "auto", "run_dir": "run"}
+    defaults = {"settings": {}, "span": 2, "epochs": 2, "steps": 20, "tests": 5, "resume": "auto", "run_dir": "run"}
     defaults |= {"pause_s": 0.0, "test_pause_s": 0.0, "open_pause_s": 0.0}
     (folder / "job.json").write_text(json.dumps({**defaults, **job, "faults": faults}))
     return folder

@@ -1,6 +1,6 @@
 """A training job to break: ``job.py FOLDER``, with the settings and the faults in FOLDER/job.json.
 
-    {"settings": {...}, "span": 2, "epochs": 2, "steps": 20, "pause_s": 0.0, "test_pause_s": 0.0,
+    {"settings": {...}, "span": 2, "epochs": 2, "steps": 20, "tests": 5, "pause_s": 0.0, "test_pause_s": 0.0,
      "open_pause_s": 0.0, "resume": "auto", "run_dir": "run", "faults": [fault, ...]}
     fault: {"rank": 1, "step": 7, "do": "kill"}, each once in the life of the job, in this order. Step -1: before
     ``train`` has anything to do; step 100: when the first stage reads its third batch of a test. With "attempt": 3 not
@@ -250,7 +250,7 @@ def main(rank: int, folder: str) -> dict[str, Any]:
     result = train(
         config,
         network=model,
-        data=LoaderData(Batches(job["steps"], job["open_pause_s"]), Tests(20, job["test_pause_s"], faults)),
+        data=LoaderData(Batches(job["steps"], job["open_pause_s"]), Tests(job["tests"], job["test_pause_s"], faults)),
         run_dir=here / job["run_dir"] if job["run_dir"] else None,
         resume=job["resume"],
         quiet=True,

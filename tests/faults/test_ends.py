@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from harness import alive, line_of, run_forked, run_with_agents
 
+pytestmark = pytest.mark.long
+
 ENDS_WITHIN_S = 10.0
 DEADLINE_S = 3.0
 SLOW_DEADLINE_S = 2.0

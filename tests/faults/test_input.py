@@ -16,6 +16,8 @@ from PIL import Image
 
 from pipeline import load_config, train
 
+pytestmark = pytest.mark.long
+
 IMAGES = 18  # of two classes; 4 in a batch: the last one has 2
 
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from harness import line_of, run_forked, run_torchrun, run_with_agents
 
+pytestmark = pytest.mark.long
+
 KILLS = 10
 
 

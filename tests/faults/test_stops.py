@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from harness import run_forked, run_with_agents
 
+pytestmark = pytest.mark.long
+
 SLOW = {"pause_s": 0.01}  # a step takes a tenth of a second, a stop half a second
 
 
@@ -43,7 +45,7 @@ def test_a_stop_while_starting_trains_nothing(tmp_path: Path) -> None:
 def test_a_stop_during_the_test_repeats_the_test(tmp_path: Path, undisturbed: dict[str, str]) -> None:
     """The test of the first epoch takes seconds; the signal comes in the middle of it."""
     faults = [{"rank": 0, "step": 100, "do": "term"}]
-    results = run_forked(tmp_path, faults, test_pause_s=0.2)
+    results = run_forked(tmp_path, faults, test_pause_s=0.2, tests=10)
     assert [result.exit_code for result in results] == [0, 0, 0], [result.stderr for result in results]
     assert results[0].value["step"] == 20
     metrics = tmp_path / "run" / "metrics.jsonl"

@@ -26,6 +26,8 @@ from pipeline.stage.inlet import Batch
 from pipeline.stage.schedule import Action, Kind
 from pipeline.stage.stage import Stage
 
+pytestmark = pytest.mark.long
+
 STEPS = 6
 BAD = 2
 SCHEDULES: dict[str, dict[str, Any]] = {

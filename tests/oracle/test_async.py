@@ -16,6 +16,8 @@ from tiny import tiny_batch, tiny_config, tiny_stage, train_on
 from pipeline.local.local_module import LocalModule
 from pipeline.local.optimiser import Optimiser, step_together
 
+pytestmark = pytest.mark.long
+
 MODULES = 5
 STEPS = 6
 # Steps late, by module: one d per hop of the longest way that a gradient to the module takes.

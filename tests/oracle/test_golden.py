@@ -37,6 +37,8 @@ from pipeline.stage.schedule import stage_schedule
 from pipeline.stage.stage import Stage
 from pipeline.stage.watch import Watch
 
+pytestmark = pytest.mark.long
+
 TOLERANCE = 2e-5
 MAX_AMBIGUOUS_SHARE = 1e-5
 MAX_FLIPS = 20  # 4 were needed in each case

@@ -14,6 +14,8 @@ from pipeline.local.weights import model_state, module_weights
 from pipeline.models.backbones import UncutModel
 from pipeline.models.heads import Given
 
+pytestmark = pytest.mark.long
+
 MODULES = 5
 SPANS = (1, 2, 3, MODULES)
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from pipeline import load_config
 from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
-from pipeline.models import unbuilt
+from pipeline.models import backbones
 from pipeline.models.backbones import Blocks
 from pipeline.plan import explain as explain_module
 from pipeline.plan.cost_profile import Profile
@@ -154,13 +154,14 @@ def test_nothing_is_measured_before_a_refusal(
 
 def test_the_network_is_built_once_and_without_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[Blocks] = []
-    build = unbuilt.build_blocks
-    monkeypatch.setattr(unbuilt, "build_blocks", lambda *which: built.append(build(*which)) or built[-1])
+    build = backbones._BACKBONES["resnet20"]
+    monkeypatch.setitem(backbones._BACKBONES, "resnet20", lambda *which: built.append(build(*which)) or built[-1])
     small = config("model.name=resnet20", "data.batch_size=4", "partition.steps=1")
-    report = explain(small, 2)
+    report = explain(small, 2, count=True)
     assert len(built) == 1
     assert all(parameter.is_meta for block in built[0].values() for parameter in block.parameters())
     assert report.profile.modules[0].state_bytes > 0
+    assert all(module.bp_units is not None and module.bp_units > 0 for module in report.modules)
     assert [m.parameters for m in report.modules] == [m.parameters for m in explain(small, 2, report.profile).modules]
 
 

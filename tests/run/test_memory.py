@@ -17,6 +17,8 @@ from pipeline import LoaderData, train
 from pipeline.local.local_module import LocalModule
 from pipeline.stage.schedule import Action
 
+pytestmark = pytest.mark.long
+
 STEPS = 1000
 SETTLED = 300
 SAMPLED = 100
