@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,11 +40,12 @@ class Tally(Watch):
         self.flops.clear()
 
     @contextmanager
-    def working(self, action: Action, step: int, waited: Callable[[], float]) -> Iterator[None]:
-        with _Operations(reads=action.kind is Kind.UPDATE) as counted:
+    def working(self, actions: Sequence[Action], step: int, waited: Callable[[], float]) -> Iterator[None]:
+        part = actions[0].module, actions[0].kind  # one call for several modules counts for the first
+        with _Operations(reads=part[1] is Kind.UPDATE) as counted:
             yield
-        self.operations[action.module, action.kind] += counted.calls
-        self.flops[action.module, action.kind] += counted.flops
+        self.operations[part] += counted.calls
+        self.flops[part] += counted.flops
 
 
 class _Operations(TorchDispatchMode):
@@ -52,7 +53,7 @@ class _Operations(TorchDispatchMode):
     ``torch.autograd.grad``, which relays use.
 
     Args:
-        reads: a value that is read is 1, without looking: there is none where nothing is computed, and an update only
+        reads: values that are read are 1, without looking: there are none where nothing is computed, and an update only
             asks whether losses and gradients are finite.
     """
 
@@ -67,8 +68,8 @@ class _Operations(TorchDispatchMode):
         if func.namespace == "prim":  # a question, such as for the device
             return func(*args, **kwargs)
         self.calls += 1
-        if self._reads and func is torch.ops.aten._local_scalar_dense.default:
-            return 1.0 if args[0].is_floating_point() else 1
+        if self._reads and func is torch.ops.aten._to_copy.default and args[0].is_meta:
+            return torch.ones(args[0].shape, dtype=args[0].dtype)
         result = func(*args, **kwargs)
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
