@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class Reading:
 
     def __init__(self, values: Tensor) -> None:
         self._values = values
-        self._numbers: list[float] | None = None
+        self._all_finite: bool | None = None  # not known yet
         self._arrival: torch.cuda.Event | None = None
         if values.is_cuda:
             self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -37,11 +37,12 @@ class Reading:
 
     def finite(self, first: int, end: int) -> bool:
         """Whether the numbers from ``first`` on, before ``end``, are neither NaN nor infinite."""
-        if self._numbers is None:
+        if self._all_finite is None:
             if self._arrival is not None:
                 self._arrival.synchronize()
-            self._numbers = self._values.tolist()
-        return all(map(math.isfinite, self._numbers[first:end]))
+            largest = torch.linalg.vector_norm(self._values, math.inf) if len(self._values) else 0.0
+            self._all_finite = math.isfinite(float(largest))
+        return self._all_finite or all(map(math.isfinite, self._values[first:end].tolist()))
 
     def parts(self, sizes: Iterable[int]) -> list[Callable[[], bool]]:
         """:meth:`finite` of consecutive parts."""
@@ -74,7 +75,8 @@ class FiniteGuard:
         self.losses_finite: dict[int, Callable[[], bool]] = {}  # by step, once its losses are sent, until its update
         self.unconfirmed: tuple[int, Callable[[], bool]] | None = None  # step and gradients of the last update
         self._error = error
-        self._good = [(b, b.detach().clone()) for b in buffers if b.is_floating_point()] if skips else []
+        self._buffers = [buffer for buffer in buffers if buffer.is_floating_point()] if skips else []
+        self._found, self._good = _flat_copies(self._buffers), _flat_copies(self._buffers)
 
     def confirm(self) -> None:
         """Look at the gradients of the last update; do it before its weights are saved.
@@ -103,9 +105,20 @@ class FiniteGuard:
 
         Also called once the buffers have been set from outside.
         """
-        for buffer, good in self._good:
-            torch.where(buffer.isfinite(), buffer, good, out=good)
-            buffer.data.copy_(good)  # .data: open graphs hold BatchNorm's statistics, and their backward reads none
+        if self._buffers:
+            # .data: open graphs hold BatchNorm's statistics, and their backward reads none
+            buffers, (found, parts), (good, good_parts) = [b.data for b in self._buffers], self._found, self._good
+            torch._foreach_copy_(parts, buffers)
+            torch.where(found.isfinite(), found, good, out=good)
+            torch._foreach_copy_(buffers, good_parts)
+
+
+def _flat_copies(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Copies one after another in one tensor, (elements,), of the widest dtype; and each of them, in its shape."""
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
+    flat = torch.cat([tensor.detach().reshape(-1).to(dtype) for tensor in tensors]) if tensors else torch.empty(0)
+    parts = flat.split([tensor.numel() for tensor in tensors]) if tensors else ()
+    return flat, [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def send_losses(due: Sequence[tuple[FiniteGuard, int]]) -> None:

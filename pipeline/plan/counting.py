@@ -48,7 +48,7 @@ class _Operations(TorchDispatchMode):
     ``torch.autograd.grad``, which relays use.
 
     Args:
-        reads: values that are read are 1, without looking: there are none where nothing is computed, and an update only
+        reads: a value that is read is 1, without looking: there is none where nothing is computed, and an update only
             asks whether losses and gradients are finite.
     """
 
@@ -63,8 +63,8 @@ class _Operations(TorchDispatchMode):
         if func.namespace == "prim":  # a question, such as for the device
             return func(*args, **kwargs)
         self.calls += 1
-        if self._reads and func is torch.ops.aten._to_copy.default and args[0].is_meta:
-            return torch.ones(args[0].shape, dtype=args[0].dtype)
+        if self._reads and func is torch.ops.aten._local_scalar_dense.default:
+            return 1.0 if args[0].is_floating_point() else 1
         result = func(*args, **kwargs)
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:

@@ -1,4 +1,4 @@
-"""Modules that are updated together end up, to the bit, where each would alone; it takes no more operations than one."""
+"""Modules updated together end up, to the bit, where each would alone; it takes no more operations than for one."""
 
 from __future__ import annotations
 
@@ -105,8 +105,9 @@ def calls_of_updates(modules: int, optim: dict[str, Any], monkeypatch: pytest.Mo
 
     stage, _, _ = tiny_stage(tiny_config("dgl", "hpff", min(2, modules), modules, optim=optim))
     train_on(stage, 1, 0, tiny_batch(0))
-    monkeypatch.setattr("pipeline.stage.stage.update_together", counted)
-    train_on(stage, 1, 1, tiny_batch(1))
+    with monkeypatch.context() as patched:
+        patched.setattr("pipeline.stage.stage.update_together", counted)
+        train_on(stage, 1, 1, tiny_batch(1))
     return calls.count
 
 
@@ -114,7 +115,7 @@ def calls_of_updates(modules: int, optim: dict[str, Any], monkeypatch: pytest.Mo
 def test_operations_do_not_grow_with_the_modules_of_a_rank(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Clipping is a matter of one module: its norm from those of its gradients, and a scale for them."""
     few, many = (calls_of_updates(modules, OPTIMS[name], monkeypatch) for modules in (2, 5))
-    assert 0 < few and many - few == (2 * (5 - 2) if name == "clipped" else 0)
+    assert few > 0 and many - few == (2 * (5 - 2) if name == "clipped" else 0)
 
 
 # --- the arithmetic is torch's ----------------------------------------------------------------------------------------
@@ -236,4 +237,5 @@ def test_of_several_modules_that_are_not_finite_the_first_is_named_and_none_is_u
     with pytest.raises(NonFiniteError, match="module 2 .*, batch of step 1"):
         train_on(stage, 1, 1, tiny_batch(1))
     for module, old in zip(modules, before, strict=True):
-        assert all(torch.equal(weight.parameter, was) for weight, was in zip(module.optimiser.weights, old, strict=True))
+        now = [weight.parameter for weight in module.optimiser.weights]
+        assert all(map(torch.equal, now, old))
