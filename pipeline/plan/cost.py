@@ -27,6 +27,7 @@ from pipeline.local.local_module import LocalModule
 from pipeline.local.task import Classification
 from pipeline.models.backbones import Blocks
 from pipeline.models.layers import PairedConv2d
+from pipeline.models.patches import PatchedHead
 from pipeline.models.unbuilt import planned_blocks
 from pipeline.models.upsampling import UpsampledConv2d
 from pipeline.plan.alone import random_batch
@@ -174,7 +175,6 @@ def _count(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool) -> _Coun
         schedule=ScheduleConfig(),
         data=dataclasses.replace(config.data, batch_size=IMAGES),
         precision=dataclasses.replace(config.precision, compile=False),
-        patches=dataclasses.replace(config.patches, at_once=1),  # PyTorch's formulas are wrong for grouped convolutions
     )
     plan = dataclasses.replace(plan, config=config, stages=()).placed((range(len(plan.modules)),))
     cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []
@@ -191,16 +191,21 @@ def _count(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool) -> _Coun
 def _counts_of(plan: Plan, modules: list[LocalModule], numerics: Numerics, plain: bool) -> _Counts:
     layers = [layer for module in modules for level in module.levels.values() for layer in level.modules()]
     paired = [layer for layer in layers if isinstance(layer, PairedConv2d)]
+    patched = [(layer, layer.at_once) for layer in layers if isinstance(layer, PatchedHead)]
     for layer in layers:
         if isinstance(layer, UpsampledConv2d):
             layer.factorise = not plain
-    first, second = Tally(), Tally()
-    stage = Stage(modules, plan.schedules[0], BatchInlet(random_batch(plan, modules, numerics)), Edges(), watch=first)
+    flops, operations = Tally(), Tally()
+    stage = Stage(modules, plan.schedules[0], BatchInlet(random_batch(plan, modules, numerics)), Edges(), watch=flops)
     for layer in paired:
         layer.paired = False  # products with its zeros are no FLOPs of the method
+    for head, _ in patched:
+        head.at_once = 1  # PyTorch's formulas are wrong for the gradients of grouped convolutions
     stage.train_step(1, 0)
     for layer in paired:
         layer.paired = True
-    stage.watch = second
+    for head, at_once in patched:
+        head.at_once = at_once
+    stage.watch = operations
     stage.train_step(1, 1)
-    return _Counts(first.flops, second.operations)
+    return _Counts(flops.flops, operations.operations)
