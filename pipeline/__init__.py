@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from pipeline.plan.cost_profile import Profile
     from pipeline.plan.explain import explain, measure
     from pipeline.report.curve import plot_curve
+    from pipeline.report.exits import Evaluation, ExitRow, show_evaluation
     from pipeline.report.plan_view import schedule_text, show_plan
     from pipeline.report.timeline_chart import plot_timeline
-    from pipeline.run.evaluation import Evaluation, ExitRow, evaluate, show_evaluation
+    from pipeline.run.evaluation import evaluate
     from pipeline.run.train import train
     from pipeline.stage.events import Event, SteadyState, read_trace, steady_state
     from pipeline.store.exporting import Exported, export
@@ -105,9 +106,10 @@ _NEED_TORCH = {
     "pipeline.plan.cost_profile": ("Profile",),
     "pipeline.plan.explain": ("explain", "measure"),
     "pipeline.report.curve": ("plot_curve",),
+    "pipeline.report.exits": ("Evaluation", "ExitRow", "show_evaluation"),
     "pipeline.report.plan_view": ("schedule_text", "show_plan"),
     "pipeline.report.timeline_chart": ("plot_timeline",),
-    "pipeline.run.evaluation": ("Evaluation", "ExitRow", "evaluate", "show_evaluation"),
+    "pipeline.run.evaluation": ("evaluate",),
     "pipeline.run.train": ("train",),
     "pipeline.stage.events": ("Event", "SteadyState", "read_trace", "steady_state"),
     "pipeline.store.exporting": ("Exported", "export"),

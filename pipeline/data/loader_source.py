@@ -81,6 +81,11 @@ class LoaderSource:
         self._normalise = Normaliser(data.mean, data.std, numerics)
         self._device = numerics.device
         self._target = target
+        if data.max_length and inputs is not None and not any(spec.varies for spec in inputs.values()):
+            raise ConfigError(
+                f"max_length = {data.max_length}, but the inputs of your task have one length; say in its inputs and "
+                "target which axis varies, TensorSpec(shape, dtype, varies=(0,)), or leave max_length out"
+            )
         counts = {}
         for name, loader in (("train", data.train), ("test", data.test)):
             try:

@@ -27,7 +27,8 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.flow import LABEL, MAIN, Specs, TensorSpec
 from pipeline.base.metric import MetricForm
 from pipeline.models import losses
-from pipeline.models.heads import AuxiliaryHead, FeatureShape, TaskHead, VectorInput, xcyf
+from pipeline.models.heads import AuxiliaryHead, FeatureShape, TaskHead, xcyf
+from pipeline.models.layers import VectorInput
 
 
 @dataclass(frozen=True)
@@ -177,11 +178,17 @@ def task_name(task: Task | None) -> str:
 
 
 def refuse_unusable(task: Task) -> None:
-    """What would only show after an epoch.
+    """What would else show after the data have been read, or after an epoch. Loss and metrics are tried on two rows of
+    zeros.
 
     Raises:
-        ConfigError: there are no classes, no shape or no metrics; two metrics have one name.
+        ConfigError: it is no task; it has no classes, no shape or no metrics; two metrics have one name; the loss or
+            the counting of a metric fails, or the loss is no scalar.
     """
+    given: object = task
+    if not isinstance(given, Task):
+        what = given.__name__ if isinstance(given, type) else type(given).__name__
+        raise ConfigError(f"the task is {what}; pass an instance of a subclass of pipeline.Task: Mine(classes, shape)")
     name, metrics = task_name(task), task.metrics
     if task.classes < 1 or not task.image_shape or any(size < 1 for size in task.image_shape):
         raise ConfigError(
@@ -195,3 +202,19 @@ def refuse_unusable(task: Task) -> None:
             raise ConfigError(f"task {name} has two metrics named '{metric.name}'; give each a name of its own")
         if metric.better not in ("lower", "higher"):
             raise ConfigError(f"task {name}: '{metric.name}' is better = '{metric.better}'; say lower or higher")
+        _tried(f"task {name}: counting the metric '{metric.name}'", metric.count, task)
+    loss: object = _tried(f"task {name}: the loss", task.loss, task)
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ConfigError(f"task {name}: the loss is {what}; give a scalar tensor, the mean over the batch")
+
+
+def _tried(what: str, function: Callable[[Tensor, Tensor], Tensor], task: Task) -> Tensor:
+    """What a user's function gives for two rows of zeros, which every output and every target may be."""
+    output, target = torch.zeros(2, *task.output_shape), torch.zeros(2, *task.target.shape, dtype=task.target.dtype)
+    try:
+        with torch.no_grad():
+            return function(output, target)
+    except Exception as error:
+        shapes = f"an output of shape {tuple(output.shape)} and a target of shape {tuple(target.shape)}"
+        raise ConfigError(f"{what} fails on {shapes}: {type(error).__name__}: {error}; mend it") from error

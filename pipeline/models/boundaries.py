@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pipeline.base.errors import ConfigError
 from pipeline.base.flow import MAIN, Flow, Specs, Tensors, TensorSpec, bare, named
 from pipeline.models.backbones import Blocks
+from pipeline.models.unbuilt import without_weights
 
 ROWS = 2
 META = torch.device("meta")
@@ -85,7 +86,7 @@ def _dry_run(blocks: Blocks, inputs: Specs, entrances: Collection[str] = ()) -> 
         if on_meta:
             try:
                 with META, torch.no_grad():
-                    flow = _checked(_without_weights(block)(given), name)
+                    flow = _checked(without_weights(block).eval()(given), name)
             except ConfigError:
                 raise
             except Exception:  # whatever it is: the real block decides
@@ -107,16 +108,6 @@ def blank(spec: TensorSpec, rows: int, floating: torch.dtype, device: torch.devi
     """Zeros (rows, *shape), an id that every table has; a mask that hides nothing."""
     dtype = floating if spec.dtype.is_floating_point else spec.dtype
     return torch.full((rows, *spec.shape), spec.dtype == torch.bool, dtype=dtype, device=device)
-
-
-def _without_weights(block: nn.Module) -> nn.Module:
-    """A copy in evaluation mode with its parameters and buffers on the meta device; nothing is allocated."""
-    memo: dict[int, Any] = {}
-    for parameter in block.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=META), parameter.requires_grad)
-    for buffer in block.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device=META)
-    return copy.deepcopy(block, memo).eval()
 
 
 def _real(flow: Flow, block: nn.Module) -> Flow:

@@ -4,8 +4,9 @@
     model.cuts = "even", model.modules = 3  conv1 .. | layer1.0 | layer1.1 | ... | layer4.1 .. | fc, joined evenly
 
 A cut begins a local module with the module that it names; functions between two modules (flatten, add, a class token
-that is concatenated) go with the module before them. The blocks run the network's own modules on its own weights:
-training changes these, and files of weights have the names of its own ``state_dict``.
+that is concatenated) go with the module before them. Where more than one tensor is needed behind a cut (a skip
+connection, a mask), a named set flows: "x" is what the module behind the cut takes first. The blocks run the network's
+own modules on its own weights: training changes these, and files of weights have the names of its own ``state_dict``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from pipeline.base.errors import ConfigError, suggest
+from pipeline.base.flow import MAIN
 from pipeline.models.backbones import Blocks, UncutModel, blocks_of
 from pipeline.models.cut_points import CutPoints, pieces
 from pipeline.models.forward_graph import ForwardGraph, Untraceable, forward_graph
@@ -37,8 +39,9 @@ def network_blocks(
         image_shape: (C, H, W); where it is known, a chain of children is compared with the network itself.
 
     Raises:
-        ConfigError: an unknown name, a cut through a skip connection or between shared weights, a forward that cannot
-            be traced and is no chain, one that does not return one tensor. The line says where and what to do.
+        ConfigError: an unknown name, a cut that is crossed by what is no tensor or divides shared weights, a forward
+            that cannot be traced and is no chain, one that does not return one tensor. The line says where and what to
+            do.
     """
     if not isinstance(network, nn.Module):
         raise ConfigError(f"the network is a {type(network).__name__}; pass an nn.Module")
@@ -56,31 +59,36 @@ def network_blocks(
     for graph in graphs.values():
         _refuse_result(network, graph)
     if names:
-        places = {mode: every.places(names) for mode, every in points.items()}
+        for every in points.values():
+            every.check(names)
     else:
-        found = dict(points[True].weighty())
-        names = tuple(name for name, place in found.items() if points[False].works(points[False].beginnings[name]))
-        places = {mode: [every.beginnings[name] for name in names] for mode, every in points.items()}
-    return _parts(network, points, places, names)
+        names = tuple(name for name in points[True].weighty() if _alike(points, name))
+    return _parts(network, points, names)
 
 
-def _parts(
-    network: nn.Module, points: dict[bool, CutPoints], places: dict[bool, list[int]], names: tuple[str, ...]
-) -> Blocks:
+def _parts(network: nn.Module, points: dict[bool, CutPoints], names: tuple[str, ...]) -> Blocks:
     """A part of every piece, under the name of the module it begins with."""
-    first = points[True].first_name(0, places[True][0] if names else len(points[True].graph.steps))
+    first = points[True].first_name(names)
+    flows = [(MAIN, *map(points[True].graph.name, points[True].flow(name)[1:])) for name in names]
+    for name in names:
+        if not _alike(points, name):
+            raise ConfigError(
+                f"model.cuts: other values cross a cut before '{name}' in training than in evaluation; cut elsewhere"
+            )
     programs = {
-        mode: [
-            Program(every.graph, every.graph.steps[start:stop], source, result)
-            for start, stop, source, result in pieces(every, places[mode])
-        ]
-        for mode, every in points.items()
+        mode: [Program(every.graph, *piece) for piece in pieces(every, names, flows)] for mode, every in points.items()
     }
     blocks: Blocks = OrderedDict()
-    for index, name in enumerate((first, *names)):
-        blocks[name] = Part(network, {mode: parts[index] for mode, parts in programs.items()})
+    for index, (name, takes) in enumerate(zip((first, *names), [(MAIN,), *flows], strict=True)):
+        blocks[name] = Part(network, takes, {mode: parts[index] for mode, parts in programs.items()})
     _keep_unused(network, list(blocks.values()))
     return blocks
+
+
+def _alike(points: dict[bool, CutPoints], name: str) -> bool:
+    """Whether a cut works in training and in evaluation, and as many tensors flow there."""
+    counts = [len(every.crossing(every.beginnings[name])) for every in points.values() if name in every.beginnings]
+    return len(counts) == len(points) and len(set(counts)) == 1 and points[False].works(points[False].beginnings[name])
 
 
 def _keep_unused(network: nn.Module, parts: list[nn.Module]) -> None:

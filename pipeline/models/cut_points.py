@@ -1,20 +1,25 @@
-"""Where the forward of a network can be cut: between two steps where one tensor is all that the rest needs.
+"""Where the forward of a network can be cut: between two steps where all that the rest needs are tensors.
 
     layer1.0 --> conv1 --> bn1 --> relu --> conv2 --> bn2 --> add --> relu --> layer1.2
-             |     no       no      no        no       no      |  yes       yes
+             |      2       2       2         2        2       |   1        1            tensors flow at a cut there
              +-------------------- the shortcut ---------------+
+
+Several flow as a named set: "x" is what the module behind the cut takes first.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 
 from torch import Tensor, fx, nn
 
 from pipeline.base.errors import ConfigError
+from pipeline.base.flow import MAIN
 from pipeline.models.forward_graph import ForwardGraph
+from pipeline.models.part import Values
 
 
 class CutPoints:
@@ -40,18 +45,26 @@ class CutPoints:
         """Values that are made before ``place`` and used behind it, the newest last."""
         return [node for node, (made, used) in self._lives.items() if made < place <= used]
 
+    def flow(self, name: str) -> list[fx.Node]:
+        """Values that cross the cut before module ``name``; the one that it takes first leads."""
+        values = self.crossing(self.beginnings[name])
+        main = self.graph.takes.get(name)
+        main = main if main in values else values[-1]
+        return [main, *(value for value in values if value is not main)]
+
     def works(self, place: int) -> bool:
-        """Whether one tensor crosses ``place``, and no weight is used on both sides."""
+        """Whether only tensors cross ``place``, and no weight is used on both sides."""
         values = self.crossing(place)
-        return len(values) == 1 and not self._is_no_tensor(values[0], place) and not self.separated(place)
+        return bool(values) and not any(self._is_no_tensor(v, place) for v in values) and not self.separated(place)
 
     def separated(self, place: int) -> list[str]:
         """Names of weights that are used on both sides of ``place``."""
         return [name for name, (first, last) in self._uses.values() if first < place <= last]
 
-    def weighty(self) -> Iterator[tuple[str, int]]:
-        """The places where a cut works and a module with a matrix of weights begins, after the first one, by module:
-        norms, activations, pooling and functions follow the module before them."""
+    def weighty(self) -> list[str]:
+        """The modules with a matrix of weights, after the first one, before which a cut works and the fewest tensors
+        flow: norms, activations, pooling and functions follow the module before them."""
+        found: dict[str, int] = {}
         started = False
         for place, node in enumerate(self.graph.steps):
             if node.op != "call_module" or not self.graph.enters[node]:
@@ -59,22 +72,23 @@ class CutPoints:
             module = self._network.get_submodule(str(node.target))
             if any(parameter.dim() > 1 for parameter in module.parameters()):
                 if started and self.works(place):
-                    yield str(node.target), place
+                    found[str(node.target)] = len(self.crossing(place))
                 started = True
+        return [name for name, count in found.items() if count == min(found.values())]
 
-    def first_name(self, start: int, stop: int) -> str:
-        """The first module that begins between two places, or the first function where none does."""
-        for node in self.graph.steps[start:stop]:
+    def first_name(self, cuts: Sequence[str]) -> str:
+        """The first module that begins before the first cut, or the first function where none does."""
+        for node in self.graph.steps[: self.beginnings[cuts[0]] if cuts else None]:
             if self.graph.enters[node]:
                 return self.graph.enters[node][-1]
-        return self.graph.steps[start].name
+        return self.graph.steps[0].name
 
-    def places(self, names: Iterable[str]) -> list[int]:
-        """The place of every cut.
+    def check(self, names: Iterable[str]) -> None:
+        """Whether the forward can be cut before each of these modules.
 
         Raises:
-            ConfigError: a module is not called, two begin at the same place or in another order, a cut severs a skip
-                connection or separates shared weights. The line says which value crosses, and which cuts near it work.
+            ConfigError: a module is not called, two begin at the same place or in another order, a cut is crossed by
+                what is no tensor or separates shared weights. The line says what crosses, and which cuts near it work.
         """
         found: dict[int, str] = {}
         for name in names:
@@ -94,7 +108,6 @@ class CutPoints:
                     "the modules run"
                 )
             found[place] = name
-        return list(found)
 
     def _refuse(self, name: str, place: int) -> None:
         if shared := self.separated(place):
@@ -102,17 +115,16 @@ class CutPoints:
                 f"model.cuts: a cut before '{name}' separates two uses of '{shared[0]}', which are trained together; "
                 f"{self._instead(place)}"
             )
-        *skips, newest = self.crossing(place) or [self.graph.image]
-        if not skips and self.works(place):
+        if self.works(place):
             return
-        value = skips[-1] if skips else newest
+        values = self.crossing(place) or [self.graph.image]
+        value = next((value for value in values if self._is_no_tensor(value, place)), values[-1])
         user = min((user for user in value.users if self._place_of(user) >= place), key=self._place_of)
         used = "the network returns" if user.op == "output" else f"{self.graph.maker(user)} uses"
-        what = f"severs a skip connection of {self._kind}" if skips else "is where what flows is no single tensor"
         behind = " behind it" if user.op != "output" else ""
         raise ConfigError(
-            f"model.cuts: a cut before '{name}' {what}: {used} the output of {self.graph.maker(value)}{behind}; "
-            f"{self._instead(place)}"
+            f"model.cuts: a cut before '{name}' is crossed by what is no tensor: {used} the output of "
+            f"{self.graph.maker(value)}{behind}; {self._instead(place)}"
         )
 
     def _instead(self, place: int) -> str:
@@ -126,11 +138,22 @@ class CutPoints:
         return f"cut before {' or '.join(names)} instead" if names else "no other cut works, so use model.modules=1"
 
     def _is_no_tensor(self, node: fx.Node, place: int) -> bool:
-        """A shape, or a tuple, whose entries are used one by one behind ``place``."""
-        return node.target is getattr or any(
+        """A shape, a number made of one, or a tuple, whose entries are used one by one behind ``place``."""
+        return self._is_size(node) or any(
             user.target is operator.getitem and isinstance(user.args[1], int) and self._place_of(user) >= place
             for user in node.users
         )
+
+    def _is_size(self, node: fx.Node) -> bool:
+        """The shape of a tensor, an entry of it, or what Python's operators make of such."""
+        if node.op == "call_method":
+            return node.target in ("size", "dim", "numel")
+        if node.op != "call_function":
+            return False
+        if node.target is getattr:
+            return True
+        of_python = getattr(node.target, "__module__", "") in (operator.__name__, "_operator", "builtins", "math")
+        return of_python and bool(node.all_input_nodes) and all(map(self._is_size, node.all_input_nodes))
 
     def _place_of(self, user: fx.Node) -> int:
         return self._index.get(user, len(self.graph.steps))
@@ -166,9 +189,12 @@ class CutPoints:
                 yield str(argument.target), getattr(self._network.get_submodule(path), name)
 
 
-def pieces(points: CutPoints, places: Sequence[int]) -> Iterator[tuple[int, int, fx.Node, fx.Node]]:
-    """Start, stop, input and output of every piece between the cuts at ``places``."""
-    graph, bounds = points.graph, [0, *places, len(points.graph.steps)]
-    values = [graph.image, *(points.crossing(place)[0] for place in places), graph.result]
-    for index, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        yield start, stop, values[index], values[index + 1]
+def pieces(
+    points: CutPoints, cuts: Sequence[str], flows: Sequence[Sequence[str]]
+) -> Iterator[tuple[Sequence[fx.Node], Values, Values]]:
+    """Steps, inputs and outputs of every piece; ``flows``: names of the values that cross each of the cuts."""
+    graph, bounds = points.graph, [0, *(points.beginnings[name] for name in cuts), len(points.graph.steps)]
+    crossing = [dict(zip(names, points.flow(cut), strict=True)) for cut, names in zip(cuts, flows, strict=True)]
+    values = [{MAIN: graph.image}, *crossing, {MAIN: graph.result}]
+    for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        yield graph.steps[start:stop], values[index], values[index + 1]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 STEPS = ("call_module", "call_function", "call_method")
-_NETWORK = "network"
+_NETWORK, _IMAGE = "network", "image"
 
 
 class Untraceable(Exception):
@@ -45,6 +45,7 @@ class ForwardGraph:
         result: what the forward returns: a node, or anything else that holds nodes.
         enters: node -> paths of the modules that begin with it, the outermost first, each named at its first use.
         inside: node -> path of the opened module whose forward makes it.
+        takes: path of a module -> the node that is its first argument, at its first call.
         constants: tensors that the forward itself makes, by their names as targets of ``get_attr``.
     """
 
@@ -53,7 +54,16 @@ class ForwardGraph:
     result: Any
     enters: dict[fx.Node, tuple[str, ...]]
     inside: dict[fx.Node, str]
+    takes: dict[str, fx.Node]
     constants: dict[str, Tensor]
+
+    def name(self, node: fx.Node) -> str:
+        """A name of its own, an identifier: ``image``, ``layer1_0``, ``add_2``."""
+        if node is self.image:
+            return _IMAGE
+        others = {_IMAGE, self.image.name, *(step.name for step in self.steps)}
+        short = node.name.removeprefix(f"{_NETWORK}_")
+        return node.name if short in others else short
 
     def maker(self, node: fx.Node) -> str:
         """A node for people: ``'layer1.0'``, ``add in 'encoder'``, ``the image``."""
@@ -105,7 +115,7 @@ def forward_graph(network: nn.Module, opened: Collection[str]) -> ForwardGraph:
     image, *_ = graph.nodes
     (result,) = next(node for node in graph.nodes if node.op == "output").args
     steps = tuple(node for node in graph.nodes if node.op in STEPS)
-    return ForwardGraph(image, steps, result, tracer.enters, tracer.inside, constants)
+    return ForwardGraph(image, steps, result, tracer.enters, tracer.inside, tracer.takes, constants)
 
 
 class _Whole(nn.Module):
@@ -130,6 +140,7 @@ class _Tracer(fx.Tracer):
         self.failed = ""
         self.enters: dict[fx.Node, tuple[str, ...]] = {}
         self.inside: dict[fx.Node, str] = {}
+        self.takes: dict[str, fx.Node] = {}
         self._opened = opened
         self._stack = [""]
         self._entered: list[str] = []  # opened modules that have made no step yet
@@ -140,6 +151,9 @@ class _Tracer(fx.Tracer):
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         path = _own(self.path_of_module(m))
+        first = next(iter((*args, *kwargs.values())), None)
+        if isinstance(first, fx.Proxy):
+            self.takes.setdefault(path, first.node)
         if path not in self._opened:
             return super().call_module(m, forward, args, kwargs)
         self._stack.append(path)

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from pipeline.base.flow import Flow, Tensors, bare, named
 from pipeline.models.forward_graph import ForwardGraph
 
 ROOT = "/"
 _BEFORE = f".{ROOT}."
+Values = Mapping[str, fx.Node]
+"""Of a traced forward, by the names under which they flow."""
 
 
 def uncut_name(key: str) -> str:
@@ -26,15 +29,17 @@ def uncut_name(key: str) -> str:
 
 
 class Part(nn.Module):
-    """Runs some steps of a network: ``(B, ...) -> (B, ...)``.
+    """Runs some steps of a network: a tensor (B, ...) or a named set of them -> the same.
 
     Args:
         network: the whole; its modules and weights are used as they are.
+        takes: names of the tensors that flow in.
         programs: training or not -> its steps in this mode.
     """
 
-    def __init__(self, network: nn.Module, programs: Mapping[bool, Program]) -> None:
+    def __init__(self, network: nn.Module, takes: Sequence[str], programs: Mapping[bool, Program]) -> None:
         super().__init__()
+        self._takes = tuple(takes)
         root = nn.Module()
         self.add_module(ROOT, root)
         for program in programs.values():
@@ -47,12 +52,20 @@ class Part(nn.Module):
         self._functions = {mode: _function(root, program.graph) for mode, program in programs.items()}
         self.train(network.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._functions[self.training](self.get_submodule(ROOT), x)
+    def forward(self, flow: Flow) -> Flow:
+        tensors = named(flow)
+        run = self._functions[self.training]
+        return bare(run(self.get_submodule(ROOT), *(tensors[name] for name in self._takes)))
 
 
 class Program:
     """The steps of a part in one mode, and what they need.
+
+    Args:
+        whole: what they are steps of.
+        steps: consecutive ones.
+        sources: the values that flow in, by name.
+        results: the values that flow out, by name.
 
     Attributes:
         graph: of the part alone.
@@ -61,14 +74,16 @@ class Program:
         constants: tensors that the forward itself makes.
     """
 
-    def __init__(self, whole: ForwardGraph, steps: Sequence[fx.Node], source: fx.Node, result: fx.Node) -> None:
+    def __init__(
+        self, whole: ForwardGraph, steps: Sequence[fx.Node], sources: Values, results: Values
+    ) -> None:
         self.graph = fx.Graph()
         self.modules: list[str] = []
         self.tensors: list[str] = []
         self.constants: dict[str, Tensor] = {}
         self._whole = whole
-        self._copies = {source: self.graph.placeholder("x")}
-        self._image = self._copies[source]
+        self._copies = {node: self.graph.placeholder(name) for name, node in sources.items()}
+        self._batch = next(iter(self._copies.values()))
         for node in steps:
             if whole.is_batch_size(node):
                 continue  # copied where it is used
@@ -77,7 +92,7 @@ class Program:
                 copy.target = "reshape"  # the same, for channels last too
             if node.op == "call_module":
                 self.modules.append(str(node.target))
-        self.graph.output(self._copies[result])
+        self.graph.output({name: self._copies[node] for name, node in results.items()})
 
     def _copy(self, node: fx.Node) -> fx.Node:
         """The copy of an argument: it is there, or it is a weight, or the number of images in the batch."""
@@ -89,12 +104,12 @@ class Program:
                 self.tensors.append(path)
             self._copies[node] = self.graph.node_copy(node)
         elif node not in self._copies and self._whole.is_batch_size(node):
-            self._copies[node] = self.graph.call_method("size", (self._image, 0))
+            self._copies[node] = self.graph.call_method("size", (self._batch, 0))
         return self._copies[node]
 
 
-def _function(root: nn.Module, graph: fx.Graph) -> Callable[[nn.Module, Tensor], Tensor]:
-    """The Python function of a graph; its first argument holds the modules and the weights."""
+def _function(root: nn.Module, graph: fx.Graph) -> Callable[..., Tensors]:
+    """The Python function of a graph; its first argument holds the modules and the weights, the others flow in."""
     return type(fx.GraphModule(root, graph)).forward
 
 

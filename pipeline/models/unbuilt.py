@@ -8,9 +8,10 @@ What PyTorch cannot build on the meta device, or would build differently there, 
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,16 @@ def planned_blocks(name: str, in_channels: int, classes: int, seed: int = 0) -> 
     )
     shares = any(count > 1 for count in uses.values())
     return real_blocks(name, in_channels, classes, seed) if shares else blocks
+
+
+def without_weights(block: nn.Module) -> nn.Module:
+    """A copy with its parameters and buffers on the meta device; nothing is allocated."""
+    memo: dict[int, Any] = {}
+    for parameter in block.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+    for buffer in block.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(block, memo)
 
 
 def is_planned(block: nn.Module) -> bool:

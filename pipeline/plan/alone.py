@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,14 +62,14 @@ class Stands:
     weights_out: None = None
 
 
-def random_batch(plan: Plan, module: LocalModule, numerics: Numerics) -> Batch:
-    """One micro-batch at the entrance of ``module``."""
-    index, rows, task = module.plan.index, plan.micro_batch_rows, plan.task
+def random_batch(plan: Plan, modules: Sequence[LocalModule], numerics: Numerics) -> Batch:
+    """One micro-batch at the entrance of the first of ``modules``."""
+    index, rows, task = modules[0].plan.index, plan.micro_batch_rows, plan.task
     generator = torch.Generator().manual_seed(index)
     x = _random(plan.given(index), rows, generator, numerics)
     labels = _random_target(task, rows, generator).to(numerics.device)
     image = None
-    if IMAGE in module.asks:
+    if any(IMAGE in module.asks for module in modules):
         image = _random({MAIN: task.image}, rows, generator, numerics)[MAIN]
     return Batch(x, labels, image)
 

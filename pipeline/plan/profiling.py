@@ -17,7 +17,6 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from pipeline.base.flow import MAIN, named
 from pipeline.base.numerics import Numerics
@@ -102,7 +101,7 @@ def _profile_one(
     copies = OrderedDict((name, copy.deepcopy(blocks[name])) for name in alone.cut.modules[index])
     (module,) = build_modules(alone, index, copies, numerics, fresh=any(map(is_planned, copies.values())))
     module.set_learning_rate(0.0)  # random labels must not drive the weights to where arithmetic is slow
-    batch, gradients = random_batch(alone, module, numerics), random_gradients(alone, module, numerics)
+    batch, gradients = random_batch(alone, [module], numerics), random_gradients(alone, module, numerics)
     memory = MemoryWatch(numerics.device, module, outside=(*named(batch.x).values(), *gradients.values()))
     stage = stage_alone(alone, module, batch, gradients, memory)
     with torch.compiler.set_stance("force_eager"):  # what watches the tensors must not be compiled into the code
@@ -137,6 +136,6 @@ def _state_bytes(module: LocalModule) -> int:
     parts = (*module.blocks.values(), *module.levels.values())
     parameters = [p for part in parts for p in part.parameters()]
     buffers = [b for part in parts for b in part.buffers()]
-    optimiser = [v for state in module.optimiser.state.values() for v in state.values() if isinstance(v, Tensor)]
+    optimiser = [value for _, value in module.optimiser.state()]
     gradients = sum(p.nbytes for p in parameters if p.requires_grad)
     return gradients + sum(tensor.nbytes for tensor in (*parameters, *buffers, *optimiser))

@@ -8,6 +8,8 @@ import sys
 
 from rich.console import Console
 
+from pipeline.base.metric import MetricForm
+
 LOG_WIDTH = 140
 """Columns of output that goes to a file or a pipe: every column of the widest report is legible in them."""
 
@@ -21,3 +23,9 @@ def output_console(console: Console | None = None) -> Console:
         sys.stdout.reconfigure(errors="backslashreplace")  # a name of a file must not end a run
     console = Console()
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=LOG_WIDTH)
+
+
+def arrow(metric: MetricForm, console: Console) -> str:
+    """Where better is."""
+    up, down = ("^", "v") if console.options.ascii_only else ("↑", "↓")
+    return up if metric.better == "higher" else down

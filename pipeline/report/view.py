@@ -21,7 +21,7 @@ from rich.text import Text
 
 from pipeline.base.metric import ERROR, MetricForm
 from pipeline.base.units import mebibytes
-from pipeline.report.console import output_console
+from pipeline.report.console import arrow, output_console
 from pipeline.store.records import (
     EpochProgress,
     EpochRecord,
@@ -61,8 +61,12 @@ class View(ABC):
             self._line(line)
 
     @abstractmethod
+    def due(self, epoch: int, batch: int, batches: int) -> bool:
+        """Whether progress would be shown now; cheap. Ask first: the other ranks' live numbers are not."""
+
+    @abstractmethod
     def progress(self, progress: EpochProgress) -> None:
-        """Take the state within an epoch; cheap, since most calls only look at the clock."""
+        """Take the state within an epoch, and show it if that is due."""
 
     def epoch(self, record: EpochRecord) -> None:
         """Print one permanent line about a finished epoch."""
@@ -134,12 +138,14 @@ class PlainView(View):
             super().start(header, plan_lines, blocks)
         self._last_line = self._clock()
 
+    def due(self, epoch: int, batch: int, batches: int) -> bool:
+        late = self._clock() - self._last_line >= self._interval_s
+        return not self._quiet and late and _tenth(epoch, batch, batches) > max(self._last_tenth, (epoch, 0))
+
     def progress(self, progress: EpochProgress) -> None:
-        if self._quiet:
-            return
-        now, tenth = self._clock(), (progress.epoch, 10 * progress.batch // max(progress.batches, 1))
-        if now - self._last_line >= self._interval_s and tenth > max(self._last_tenth, (progress.epoch, 0)):
-            self._last_line, self._last_tenth = now, tenth
+        if self.due(progress.epoch, progress.batch, progress.batches):
+            self._last_line = self._clock()
+            self._last_tenth = _tenth(progress.epoch, progress.batch, progress.batches)
             loss = progress.modules[-1].losses.get("final") if progress.modules else None
             self._line("  ".join([*progress_parts(progress), f"train loss {loss_text(loss)}"]))
 
@@ -175,6 +181,9 @@ class LiveView(View):
             console=self._console, auto_refresh=False, transient=True, get_renderable=self._render
         )
         self._live.start()
+
+    def due(self, epoch: int, batch: int, batches: int) -> bool:
+        return self._live is not None and self._clock() >= self._next_drawing
 
     def progress(self, progress: EpochProgress) -> None:
         self._progress = progress
@@ -239,6 +248,11 @@ def open_view(console: Console | None = None, *, quiet: bool = False) -> View:
     return PlainView(console, quiet=quiet)
 
 
+def _tenth(epoch: int, batch: int, batches: int) -> tuple[int, int]:
+    """Which epoch, and how many tenths of it are done."""
+    return epoch, 10 * batch // max(batches, 1)
+
+
 def _module_table(
     records: Sequence[ModuleRecord],
     metric: MetricForm,
@@ -267,7 +281,7 @@ def _module_table(
         kind = keys[0].partition(".")[2]
         kind = kind or ("sum" if any(len(record.losses_under(keys)) > 1 for record in records) else "loss")
         table.add_column(_heading(keys, kind, brief), justify="right", overflow=clip, min_width=7)
-    kind = "err %" if metric == ERROR else f"{metric.heading} {_arrow(metric, console)}"
+    kind = "err %" if metric == ERROR else f"{metric.heading} {arrow(metric, console)}"
     _numeric(table, *(_heading(keys, kind, brief) for keys in tested))
     skips = any(record.skipped_steps for record in records)
     if skips:
@@ -321,12 +335,6 @@ def _rank_table(ranks: Sequence[Mapping[str, Any]]) -> Table:
 def _numeric(table: Table, *headings: str) -> None:
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-
-
-def _arrow(metric: MetricForm, console: Console) -> str:
-    """Where better is."""
-    up, down = ("^", "v") if console.options.ascii_only else ("↑", "↓")
-    return up if metric.better == "higher" else down
 
 
 def _heading(keys: Sequence[str], kind: str, brief: bool) -> str:

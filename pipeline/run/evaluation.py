@@ -1,106 +1,51 @@
 """A trained network tested in one process: every early exit, and what several exits say together.
 
-    x --> module 0 --+--> module 1 --+--> ... --> classifier       an exit: a head that classifies, or the classifier
-                     |               |                |
-                   exits           exits             exit
+    x --> module 0 --+--> module 1 --+--> ... --> output       an exit: a head that does the task, or the network's own
+                     |               |              |                   output
+                   exits           exits           exit
                    |_______________|  prefix of module 1: the mean of the class probabilities of these exits, where
                                       those of module i count 2^i times (DGL); "all": the plain mean of all exits
 
-The modules are those of a run (assembly), on their own weights and heads; what the classifier alone says is what the
-run has reported.
+The modules are those of a run (assembly), on their own weights and heads; what the last one alone says is what the run
+has reported. Only a classification has class probabilities: of another task every exit stands for itself.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.base.config import Config
 from pipeline.base.errors import CheckpointError, ConfigError
-from pipeline.base.flow import bare, named, passed
+from pipeline.base.flow import MAIN, bare, named, passed
 from pipeline.base.numerics import Numerics, resolve_numerics
 from pipeline.base.recipes import load_config
 from pipeline.data.image_source import ImageSource
 from pipeline.data.loader_source import LoaderData, LoaderSource
-from pipeline.data.source import DataSpec
+from pipeline.data.source import DataSpec, Source
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.local_module import LocalModule
-from pipeline.local.task import Classification, Task
+from pipeline.local.task import Classification, Task, refuse_unusable, task_name
 from pipeline.local.weights import below, networks
 from pipeline.models.backbones import Blocks, build_blocks
 from pipeline.models.boundaries import blank
 from pipeline.models.custom import network_blocks
 from pipeline.plan.assembly import Plan, build_modules, make_plan
 from pipeline.ranks.runtime import choose_device, set_threads
-from pipeline.report.console import output_console
+from pipeline.report.exits import ALL, PREFIX, Evaluation, ExitRow
 from pipeline.stage.inlet import Batch
 from pipeline.store.checkpoint import Checkpoint, open_checkpoint
 from pipeline.store.manifest import CONFIG
 
+Statistics = dict[tuple[int, str, str], Tensor]
+"""Sums over the test set by (module, exit, metric)."""
 EXITS = ("independent", "cascade", "final")
-PREFIX, ALL = "prefix", "all"
 MAY_CHANGE = ("data.", "precision.", "runtime.device", "runtime.threads")
-
-
-@dataclass(frozen=True)
-class ExitRow:
-    """One exit, or several together.
-
-    Attributes:
-        module: the local module whose output it needs.
-        blocks: first and last block of this module.
-        exit: "independent", "cascade" (auxiliary heads), "final" (the classifier), "prefix" (all exits up to this
-            module, those of module i weighted 2^i), "all" (the plain mean of all exits).
-        error_pct: share of the test images that it gets wrong.
-        parameters: of the blocks up to here, heads not counted.
-        operations: share of the whole network's forward pass up to here, heads not counted.
-    """
-
-    module: int
-    blocks: str
-    exit: str
-    error_pct: float
-    parameters: int
-    operations: float
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was tested, and a row per exit in the order of the modules. A module that does not classify has none."""
-
-    checkpoint: str
-    step: int
-    epoch: int
-    network: str
-    data: str
-    images: int
-    rows: tuple[ExitRow, ...]
-
-    @property
-    def test_error_pct(self) -> float:
-        """Of the network itself."""
-        return next(row.error_pct for row in self.rows if row.exit == "final")
-
-    def write_json(self, path: Path) -> None:
-        """Write everything. Raises ConfigError where the disk refuses."""
-        document = {**dataclasses.asdict(self), "test_error_pct": self.test_error_pct}
-        try:
-            path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"'{path}' cannot be written ({error.strerror}); choose another place") from error
 
 
 def evaluate(
@@ -109,6 +54,7 @@ def evaluate(
     *,
     network: nn.Module | None = None,
     data: LoaderData | None = None,
+    task: Task | None = None,
 ) -> Evaluation:
     """Test a checkpoint on its test set, in this process.
 
@@ -118,33 +64,40 @@ def evaluate(
             is as in the checkpoint.
         network: the network that was trained, where it was your own; it gets the weights of the checkpoint.
         data: your own loaders, of which the test loader is used; else ``data.name`` is opened.
+        task: what the network was trained for, where that was a task of your own.
 
     Raises:
-        CheckpointError: the checkpoint is incomplete, a file of it has changed, or it is of another network.
+        CheckpointError: the checkpoint is incomplete, a file of it has changed, or it is of another network or task.
         ConfigError: started on several ranks, a key that may not change, data of other classes or another image size.
     """
     _refuse_ranks()
     _refuse_assignments(assignments)
     saved = open_checkpoint(Path(source))
     config = load_config(file=saved.path / CONFIG, assignments=assignments)
+    task = _task_of(saved, task)
     _refuse_what_is_missing(saved, config, network, data)
     threads = torch.get_num_threads()
     try:
         set_threads(config.runtime.threads, 1)
-        task = Classification(saved.classes, saved.image_shape)
-        blocks = network_blocks(network, config.model.cuts, task.image_shape) if network is not None else (
+        shape = task.image_shape if len(task.image_shape) == 3 else None
+        blocks = network_blocks(network, config.model.cuts, shape) if network is not None else (
             build_blocks(config.model.name, task.image_shape[0], task.classes)
         )
         device, _ = choose_device(config.runtime.device, 0, 1)
         if config.precision.compile:
             refuse_without_compiler(device)
         numerics = resolve_numerics(config.precision, device, blocks.values())
-        images = LoaderSource(data, config, numerics) if data is not None else ImageSource(config, numerics)
+        images: Source
+        if data is not None:
+            expected = (task.inputs, task.target) if saved.task != task_name(None) else ()
+            images = LoaderSource(data, config, numerics, None, *expected)
+        else:
+            images = ImageSource(config, numerics)
         _refuse_other_data(images.data_spec, task, config)
         plan = make_plan(config, blocks, task, 1, images.data_spec.inputs)
         work = _operations(plan, blocks)
         modules = _restored(saved, plan, blocks, numerics)
-        wrong, count = count_errors(modules, images.test())
+        statistics, count = count_exits(modules, images.test(), task)
     finally:
         torch.set_num_threads(threads)
     return Evaluation(
@@ -154,39 +107,11 @@ def evaluate(
         network=config.model.name,
         data=config.data.name if data is None else "loader",
         images=count,
-        rows=tuple(_rows(plan, blocks, work, wrong, count)),
+        rows=tuple(_rows(plan, blocks, work, statistics, count)),
+        task=task_name(task),
+        metrics=tuple(metric.form for metric in task.metrics),
+        ensembles=isinstance(task, Classification),
     )
-
-
-def show_evaluation(evaluation: Evaluation, console: Console | None = None) -> None:
-    """Print ``evaluation`` as a table on ``console`` (default: standard output)."""
-    console = output_console(console)
-    title = f"{evaluation.network}, step {evaluation.step} (epoch {evaluation.epoch}) of {evaluation.checkpoint}"
-    console.print(title, style="bold", markup=False, highlight=False, soft_wrap=True)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("module", justify="right", no_wrap=True)
-    table.add_column("blocks", overflow="ellipsis", min_width=8)
-    table.add_column("exit", no_wrap=True)
-    for heading in ("test error %", "parameters", "operations %"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    shown = None
-    for row in evaluation.rows:
-        first, shown = row.module != shown, row.module
-        cells = (
-            str(row.module) if first else "",
-            row.blocks if first else "",
-            f"prefix 0-{row.module}" if row.exit == PREFIX else "all, mean" if row.exit == ALL else row.exit,
-            f"{row.error_pct:.2f}",
-            f"{row.parameters:,}",
-            f"{100 * row.operations:.1f}",
-        )
-        table.add_row(*map(Text, cells), style="bold" if row.exit == "final" else None)
-    console.print(table)
-    note = (
-        f"{evaluation.images:,} test images ({evaluation.data}); parameters and operations of the blocks up to an "
-        "exit, heads not counted; prefix: exits of module i weighted 2^i"
-    )
-    console.print(note, markup=False, highlight=False)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -208,15 +133,34 @@ def _refuse_assignments(assignments: Iterable[str]) -> None:
             )
 
 
+def _task_of(saved: Checkpoint, task: Task | None) -> Task:
+    """``task``, or classification, if that is what was trained."""
+    where = f"checkpoint '{saved.path}'"
+    if task is None and saved.task == task_name(None):
+        return Classification(saved.classes, saved.image_shape)
+    if task is None:
+        raise CheckpointError(
+            f"{where} is of the task {saved.task}, which no name can rebuild; call pipeline.evaluate(..., task=...) in "
+            "Python"
+        )
+    if saved.task != task_name(task):
+        raise CheckpointError(
+            f"{where} is of the task {saved.task}, the one given is {task_name(task)}; pass the task that was trained"
+        )
+    refuse_unusable(task)
+    if (saved.classes, saved.image_shape) != (task.classes, tuple(task.image_shape)):
+        raise CheckpointError(
+            f"{where} is of {saved.task} with {saved.classes} classes and inputs of shape {saved.image_shape}, the one "
+            f"given has {task.classes} and {tuple(task.image_shape)}; pass the task that was trained"
+        )
+    return task
+
+
 def _refuse_what_is_missing(
     saved: Checkpoint, config: Config, network: nn.Module | None, data: LoaderData | None
 ) -> None:
     """Nothing but the caller has a user's own network and loaders."""
     where = f"checkpoint '{saved.path}'"
-    if (task := saved.manifest.get("task")) is not None:
-        raise CheckpointError(
-            f"{where} is of the task {task}; evaluations are of classifications, its metrics are in metrics.jsonl"
-        )
     if saved.custom_network and network is None:
         raise CheckpointError(
             f"{where} is of a network of your own, which no name can rebuild; call pipeline.evaluate(..., network=...) "
@@ -236,9 +180,10 @@ def _refuse_other_data(data_spec: DataSpec, task: Task, config: Config) -> None:
             f"'{name}' has {data_spec.classes} classes, the checkpoint was trained for {task.classes}; set data.name "
             "and data.root to data with the same classes"
         )
-    if data_spec.image_shape != task.image_shape:
+    expected = task.inputs[MAIN].shape
+    if data_spec.image_shape != expected:
         raise ConfigError(
-            f"'{name}' has images of shape {data_spec.image_shape}, the checkpoint was trained on {task.image_shape}; "
+            f"'{name}' has images of shape {data_spec.image_shape}, the checkpoint was trained on {expected}; "
             "set data.image_size, or use other data"
         )
 
@@ -285,50 +230,65 @@ def _restored(saved: Checkpoint, plan: Plan, blocks: Blocks, numerics: Numerics)
 # --- the test ---------------------------------------------------------------------------------------------------------
 
 
-def count_errors(
-    modules: Sequence[LocalModule], batches: Iterable[Batch]
-) -> tuple[Counter[tuple[int, str]], int]:
-    """Images that each (module, exit) gets wrong, and the number of all images."""
-    wrong: Counter[tuple[int, str]] = Counter()
-    images = 0
+def count_exits(
+    modules: Sequence[LocalModule], batches: Iterable[Batch], task: Task
+) -> tuple[Statistics, int]:
+    """What the metrics of the task have counted of every exit, and the number of all rows of the test set."""
+    statistics: Statistics = {}
+    together = isinstance(task, Classification)
+    rows = 0
+
+    def count(module: int, name: str, output: Tensor, target: Tensor) -> None:
+        for metric in task.metrics:
+            key, counted = (module, name, metric.name), metric.count(output, target)
+            statistics[key] = statistics[key] + counted if key in statistics else counted
+
     for batch in batches:
-        x = named(batch.x)
-        prefix = mean = torch.zeros((), dtype=torch.float64, device=batch.labels.device)
+        x, target = named(batch.x), batch.labels
+        prefix = mean = torch.zeros((), dtype=torch.float64, device=target.device)
         for module in modules:
             index = module.plan.index
-            x, scores = module.evaluate(x)
+            x, outputs = module.evaluate(x)
             prefix = prefix / 2  # the weights of the next module are twice as large; only their ratio counts
-            for level, logits in scores.items():
-                wrong[index, level] += _wrong(logits, batch.labels)
-                probabilities = logits.double().softmax(dim=1)
-                prefix, mean = prefix + probabilities, mean + probabilities
-            if scores:
-                wrong[index, PREFIX] += _wrong(prefix, batch.labels)
-        wrong[modules[-1].plan.index, ALL] += _wrong(mean, batch.labels)
-        images += len(batch.labels)
-    return wrong, images
+            for level, output in outputs.items():
+                count(index, level, output, target)
+                if together:
+                    probabilities = output.double().softmax(dim=1)
+                    prefix, mean = prefix + probabilities, mean + probabilities
+            if outputs and together:
+                count(index, PREFIX, _scores(prefix), target)
+        if together:
+            count(modules[-1].plan.index, ALL, _scores(mean), target)
+        rows += len(target)
+    return statistics, rows
 
 
-def _wrong(scores: Tensor, labels: Tensor) -> int:
-    return int((scores.argmax(dim=1) != labels).sum())
+def _scores(weighted: Tensor) -> Tensor:
+    """Class scores, as a network gives them, from sums (B, classes) of class probabilities."""
+    return (weighted / weighted.sum(dim=1, keepdim=True)).log()
 
 
 def _rows(
-    plan: Plan, blocks: Blocks, work: Sequence[int], wrong: Counter[tuple[int, str]], images: int
+    plan: Plan, blocks: Blocks, work: Sequence[int], statistics: Statistics, rows: int
 ) -> Iterable[ExitRow]:
     """Rows for people: an ensemble of one exit is left out."""
     exits = parameters = 0
+    measured: dict[tuple[int, str], dict[str, float]] = {}
+    for metric in plan.task.metrics:
+        for index, name, counted in statistics:
+            if counted == metric.name:
+                measured.setdefault((index, name), {})[counted] = metric.of(statistics[index, name, counted], rows)
     for index, names in enumerate(plan.cut.modules):
         parameters += sum(p.numel() for name in names for p in blocks[name].parameters())
-        found = [name for name in EXITS if (index, name) in wrong]
+        found = [name for name in EXITS if (index, name) in measured]
         exits += len(found)
-        together = [name for name in (PREFIX, ALL) if (index, name) in wrong and exits > 1]
+        together = [name for name in (PREFIX, ALL) if (index, name) in measured and exits > 1]
         for name in found + together:
             yield ExitRow(
                 module=index,
                 blocks=plan.cut.label(index),
                 exit=name,
-                error_pct=100.0 * wrong[index, name] / images,
+                metrics=measured[index, name],
                 parameters=parameters,
-                operations=work[index] / work[-1],
+                operations=work[index] / max(work[-1], 1),
             )

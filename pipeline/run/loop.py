@@ -43,7 +43,8 @@ from pipeline.store.run_lock import RunLock
 from pipeline.store.saver import Document, Saver
 
 SHOW_S = 0.25
-"""Between two looks at the other ranks' live numbers: asking for them takes longer, the more ranks there are."""
+"""Between two looks at what there is to show. The other ranks' live numbers are asked for only where it will be shown:
+that takes longer, the more ranks there are."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +255,8 @@ class Loop:
         now = self._last_shown = time.monotonic()
         self._record(self._finished, wait=False)
         self._warn()
+        if not run.view.due(epoch, step - first, end - first):
+            return
         images = (step - first) * run.data_spec.train_images / run.data_spec.train_batches
         run.view.progress(
             EpochProgress(

@@ -70,7 +70,7 @@ class RunDirectory:
 
     def append(self, record: EpochRecord) -> None:
         """Add one line to metrics.jsonl; it is in the file when this returns."""
-        line = json.dumps(_json_ready(asdict(record)), allow_nan=False)
+        line = json.dumps(json_ready(asdict(record)), allow_nan=False)
         with open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -79,14 +79,14 @@ class RunDirectory:
         left there is kept as metrics.interrupted.jsonl."""
         target = self.path / METRICS
         if records:
-            lines = [json.dumps(_json_ready(asdict(record)), allow_nan=False) + "\n" for record in records]
+            lines = [json.dumps(json_ready(asdict(record)), allow_nan=False) + "\n" for record in records]
             write_atomically(target, lambda file: file.write("".join(lines).encode()))
         elif target.exists():
             os.replace(target, target.with_suffix(".interrupted.jsonl"))
 
     def write_summary(self, summary: Mapping[str, Any]) -> Path:
         """Write summary.json in one go (a reader sees the old file or the new one) and return its path."""
-        text = json.dumps(_json_ready(summary), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(json_ready(summary), indent=2, allow_nan=False) + "\n"
         target = self.path / SUMMARY
         write_atomically(target, lambda file: file.write(text.encode()))
         return target
@@ -195,14 +195,14 @@ def _make_default(name: str) -> Path:
             attempt += 1
 
 
-def _json_ready(value: Any) -> Any:
+def json_ready(value: Any) -> Any:
     """Copy nested data with NaN and infinity as None, tuples as lists and paths as text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _json_ready(item) for key, item in value.items()}
+        return {str(key): json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_ready(item) for item in value]
+        return [json_ready(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,11 +15,15 @@ from torch import Tensor
 
 from pipeline.base.numerics import Numerics
 from pipeline.data import Augmentation, CachedImages, ImageData, ImageSet, ImageStream, augment, epoch_order
+from pipeline.data import stream as data_stream
 from pipeline.data.normaliser import Normaliser
 from pipeline.data.prefetch import prefetched
+from pipeline.edges.wire import Directive
+from pipeline.stage.inlet import DataInlet
 
 NORMALISE = Normaliser((0.5,) * 3, (0.25,) * 3, Numerics(torch.device("cpu"), torch.float32, channels_last=False))
 POLICY = Augmentation(2, "reflect", flip=True)
+PAUSE_S = 0.02
 
 
 def image_set(count: int) -> CachedImages:
@@ -112,6 +119,53 @@ def test_no_thread_is_left_after_an_epoch_or_an_early_stop() -> None:
     assert not prefetch_threads()
     assert len(list(stream().train_batches(1))) == 6
     assert not prefetch_threads()
+
+
+def test_the_thread_does_all_the_work_on_a_batch_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the training thread did of it would count as waiting for data."""
+    done: list[tuple[str, str]] = []
+
+    def noted(name: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def and_note(*arguments: Any, **options: Any) -> Any:
+            done.append((name, threading.current_thread().name.partition("_")[0]))
+            return work(*arguments, **options)
+
+        return and_note
+
+    for name in ("moved", "augment"):
+        monkeypatch.setattr(f"pipeline.data.stream.{name}", noted(name, getattr(data_stream, name)))
+    monkeypatch.setattr(Normaliser, "__call__", noted("normalise", Normaliser.__call__))
+    monkeypatch.setattr(CachedImages, "images", noted("read", CachedImages.images))
+
+    batches = list(stream().train_batches(1))
+    once = {"read": 1, "moved": 2, "augment": 1, "normalise": 1}  # images and labels are moved
+    assert Counter(done) == {(name, "prefetch"): len(batches) * times for name, times in once.items()}
+    done.clear()
+    batches = list(stream().test_batches())
+    assert Counter(done) == {(name, "prefetch"): len(batches) * once[name] for name in ("read", "moved", "normalise")}
+
+
+def test_the_first_stage_waits_for_no_batch_that_is_normalised_while_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[float] = []
+    normalise = Normaliser.__call__
+
+    def slowly(self: Normaliser, image: Tensor) -> Tensor:
+        time.sleep(PAUSE_S)
+        made.append(PAUSE_S)
+        return normalise(self, image)
+
+    monkeypatch.setattr(Normaliser, "__call__", slowly)
+    orders = SimpleNamespace(after=lambda step: Directive.GO)
+    inlet = DataInlet(SimpleNamespace(train=stream().train_batches), 1, orders)
+    at_first = 0.0
+    for step in inlet.steps(1, 0, 0, 6):
+        inlet.next(1, step, 0)
+        at_first = at_first or inlet.wait_s
+        end = time.monotonic() + 5
+        while len(made) < min(step + 2, 6) and time.monotonic() < end:  # a step that takes longer than that
+            time.sleep(PAUSE_S / 10)
+    assert len(made) == 6
+    assert inlet.wait_s - at_first < sum(made) / 2
 
 
 class Broken:

@@ -85,7 +85,8 @@ def test_a_run_goes_on_in_a_whole_directory_when_its_own_is_gone(
     tmp_path: Path, undisturbed: dict[str, str], how: str
 ) -> None:
     """In the second of two epochs, so that saves and metrics follow; and it may be resumed like any other."""
-    results = run_forked(tmp_path, [{"rank": 0, "step": 23, "do": how}], settings={"checkpoint": {"keep": 99}})
+    again = [{"rank": 0, "step": 31, "do": how}] if how == "delete_run" else []  # which is not said once more
+    results = run_forked(tmp_path, [{"rank": 0, "step": 23, "do": how}, *again], settings={"checkpoint": {"keep": 99}})
     assert [result.exit_code for result in results] == [0, 0, 0], [result.stderr for result in results]
     assert results[0].value["weights_sha256"] == undisturbed["exact"]
     told = [line for result in results for line in result.stderr.splitlines() if "deleted or renamed;" in line]

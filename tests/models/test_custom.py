@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torchvision import models
 
 from pipeline import Config, ConfigError, LoaderData, evaluate, export, load_config, train
+from pipeline.base.flow import Flow, TensorSpec
 from pipeline.models.backbones import BasicBlock, Blocks
+from pipeline.models.boundaries import boundary_specs
 from pipeline.models.custom import network_blocks
 from pipeline.models.part import uncut_name
 
@@ -110,10 +112,25 @@ def densenet() -> nn.Module:
 NETWORKS = {"mine": Mine, "resnet": resnet, "vit": vit, "swin": swin, "vgg": vgg, "densenet": densenet}
 
 
+class Shapes(nn.Module):
+    """A size of the image, made at the top, is needed at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+        self.fc = nn.Linear(3, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height = x.size(2) // 1
+        return self.fc(self.second(self.first(x)).sum((2, 3)) / height)
+
+
 def run_blocks(blocks: Blocks, x: Tensor) -> Tensor:
+    flow: Flow = x
     for block in blocks.values():
-        x = block(x)
-    return x
+        flow = block(flow)
+    assert isinstance(flow, Tensor)
+    return flow
 
 
 def same_function(network: nn.Module, blocks: Blocks, x: Tensor) -> None:
@@ -199,10 +216,10 @@ class TwoResults(nn.Module):
     ("build", "cuts", "words"),
     [
         (
-            resnet,
-            ("layer2.1.conv2",),
-            "a cut before 'layer2.1.conv2' severs a skip connection of ResNet: add in 'layer2.1' uses the output of "
-            "'layer2.0' behind it; cut before 'layer2.1' or 'layer3' instead",
+            Shapes,
+            ("second",),
+            "a cut before 'second' is crossed by what is no tensor: truediv in the network's forward uses the output "
+            "of floordiv in the network's forward behind it; cut before 'fc' instead",
         ),
         (resnet, ("layer22",), "model.cuts: ResNet has no module 'layer22'; did you mean 'layer2'?"),
         (resnet, ("layer3", "layer2"), "'layer2' begins before 'layer3'; give the names in the order"),
@@ -217,6 +234,24 @@ def test_what_cannot_be_cut_is_refused_in_one_line(build: Any, cuts: Any, words:
     with pytest.raises(ConfigError) as refusal:
         network_blocks(build(), cuts)
     assert words in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("build", "cuts", "flows"),
+    [
+        (resnet, ("layer2.1.conv2", "layer2.1.bn2"), [{"x", "layer2_0"}, {"x", "layer2_0"}]),
+        (resnet, ("layer2.0.downsample", "layer3"), [{"x", "layer2_0_bn2"}, {"x"}]),
+        (vit, ("encoder.layers.encoder_layer_1.mlp",), [{"x", "add_1"}]),
+    ],
+)
+def test_a_skip_connection_crosses_a_cut(build: Any, cuts: tuple[str, ...], flows: list[set[str]]) -> None:
+    """Under the name of what makes it; "x" is what the module behind the cut takes."""
+    network = build()
+    blocks = network_blocks(network, cuts)
+    x = torch.randn(2, 3, 32, 32)
+    specs = boundary_specs(blocks, {"x": TensorSpec((3, 32, 32))}, cuts)
+    assert [set(spec) for spec in specs.values()] == [*flows, {"x"}]
+    same_function(network, blocks, x)
 
 
 def test_tied_weights_stay_in_one_block() -> None:

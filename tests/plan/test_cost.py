@@ -1,14 +1,28 @@
-"""The cost of a step in BP units, against counts by hand."""
+"""The cost of a step in BP units, against counts by hand; its operations."""
 
 from __future__ import annotations
 
-import pytest
-import torch
+from collections import OrderedDict
 
+import own_tasks
+import pytest
+import tiny_sequences
+import torch
+from torch import Tensor, nn
+
+from pipeline.base.flow import TensorSpec
+from pipeline.base.numerics import Numerics
 from pipeline.base.recipes import load_config
-from pipeline.plan.cost import StepCost, step_cost
+from pipeline.local.task import Classification
+from pipeline.models import backbones
+from pipeline.models.backbones import Blocks, blocks_of
+from pipeline.models.unbuilt import planned_blocks
+from pipeline.plan import cost as cost_module
+from pipeline.plan.assembly import make_plan
+from pipeline.plan.cost import StepCost, planned_cost, step_cost
 
 SHAPE = (3, 16, 16)
+CPU = Numerics(torch.device("cpu"), torch.float32, channels_last=True)
 
 
 def cost(*assignments: str, plain: bool = False) -> StepCost:
@@ -61,3 +75,132 @@ def test_counting_leaves_the_random_numbers_alone() -> None:
     torch.manual_seed(5)
     cost("model.modules=2", "method.name=dgl")
     assert torch.equal(torch.rand(3), expected)
+
+
+HEADS = {
+    "infopro": ["method.name=infopro", "method.head=1c2f", "hierarchy.cascade_span=2", "patches.grid=2"],
+    "released": ["method.name=infopro", "hierarchy.variant=released", "hierarchy.cascade_span=2", "patches.grid=2"],
+    "contrast": ["method.name=infopro-contrast"],
+    "predsim": ["method.name=predsim", "hierarchy.cascade_span=3"],
+    "dgl": ["method.name=dgl", "optim.name=adamw", "optim.clip_norm=1.0", "train.nonfinite=skip"],
+}
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The numbers of local modules whose step was really computed."""
+    real: list[str] = []
+    build = cost_module.real_modules
+
+    def built(plan: cost_module.Plan, blocks: Blocks, numerics: Numerics) -> list[cost_module.LocalModule]:
+        real.append(len(plan.modules))
+        return build(plan, blocks, numerics)
+
+    monkeypatch.setattr(cost_module, "real_modules", built)
+    return real
+
+
+@pytest.mark.parametrize("method", HEADS)
+def test_a_step_without_values_does_what_the_real_step_does(
+    method: str, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ["model.name=resnet20", "model.modules=3", "precision.compute=fp32", *HEADS[method]]
+    blocks = planned_blocks("resnet20", 3, 10)
+    plan = make_plan(load_config("cifar10-resnet32-bp", assignments=settings), blocks, Classification(10, SHAPE), 1)
+    blank = cost_module._count(plan, blocks, CPU, plain=False)
+    assert not computed
+    monkeypatch.setattr(cost_module, "blank_modules", lambda *_: 1 / 0)
+    real = cost_module._count(plan, blocks, CPU, plain=False)
+    assert computed == [3]
+    assert blank.flops == real.flops
+    # Not the same to the last one: PyTorch itself asks whether a tensor is real before it writes into a view of it, and
+    # on a CPU reads one-hot labels to check them.
+    assert blank.operations == pytest.approx(real.operations, rel=0.02)
+
+
+DGL = ["method.name=dgl", "patches.at_once=1"]
+
+
+def test_every_module_has_its_operations() -> None:
+    bp = cost("model.modules=1")
+    assert bp.operations == bp.bp_operations and bp.operations_ratio == 1.0
+    heads, patches = (cost("model.modules=4", *DGL, f"patches.grid={grid}") for grid in (1, 2))
+    assert heads.bp_operations == patches.bp_operations == bp.bp_operations
+    assert heads.operations == sum(module.operations for module in heads.modules) > bp.operations
+    assert [a.operations < b.operations for a, b in zip(heads.modules, patches.modules, strict=True)] == [1, 1, 1, 0]
+    assert heads.modules[3].operations == patches.modules[3].operations  # it has no head
+
+
+def test_patches_at_once_are_fewer_operations_and_as_many_flops() -> None:
+    settings = ["model.modules=2", "method.name=infopro", "method.head=1c2f", "patches.grid=4"]
+    one_by_one, together = (cost(*settings, f"patches.at_once={number}") for number in (1, 16))
+    assert together.modules[0].operations < one_by_one.modules[0].operations / 3
+    assert [module.total for module in together.modules] == [module.total for module in one_by_one.modules]
+
+
+def test_counting_needs_no_memory(computed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network of 4 TB of weights, and as much again for gradients and momentum."""
+    wide, sizes = 10**6, [3 * 16 * 16, 10**6, 10**6, 10]
+
+    def build(channels: int, classes: int) -> Blocks:
+        layers = [nn.Sequential(nn.Flatten(), nn.Linear(sizes[0], wide)), nn.Linear(wide, wide), nn.Linear(wide, 10)]
+        return OrderedDict((f"layer{i}", layer) for i, layer in enumerate(layers))
+
+    monkeypatch.setitem(backbones._BACKBONES, "huge", build)
+    result = cost("model.name=huge", "model.modules=3", "model.cuts=even", "method.name=greedy")
+    first, *others = [2 * a * b for a, b in zip(sizes, sizes[1:], strict=False)]
+    assert result.bp_flops == 2 * first + 3 * sum(others)
+    assert result.modules[1].forward == pytest.approx(others[0] / result.bp_flops)
+    assert not computed
+
+
+class Chooses(nn.Module):
+    """A block that looks at its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_a_network_that_looks_at_values_is_computed(computed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(channels: int, classes: int) -> Blocks:
+        layers = [nn.Conv2d(3, 8, 3), Chooses(), nn.Sequential(nn.Flatten(), nn.Linear(8 * 14 * 14, 10))]
+        return OrderedDict((f"layer{i}", layer) for i, layer in enumerate(layers))
+
+    monkeypatch.setitem(backbones._BACKBONES, "chooses", build)
+    result = cost("model.name=chooses", "model.modules=2", "model.cuts=even", "method.name=greedy")
+    assert result.bp_flops == 2 * (2 * 3 * 8 * 9 * 14 * 14) + 3 * (2 * 8 * 14 * 14 * 10)
+    assert computed == [1, 2]
+
+
+@pytest.mark.parametrize("task", [own_tasks.SEGMENTATION, own_tasks.NEXT_TOKEN], ids=["segmentation", "next token"])
+def test_another_task_is_counted_too(task: own_tasks.Segmentation | own_tasks.NextToken, computed: list[str]) -> None:
+    network = own_tasks.network(task)
+    before = [weight.clone() for weight in network.parameters()]
+    config = load_config("cifar10-resnet32-bp", assignments=["model.modules=3", "model.cuts=even", "method.name=dgl"])
+    blocks = blocks_of(network)
+    result = planned_cost(make_plan(config, blocks, task, 2), blocks, CPU)
+    assert not computed
+    assert [module.independent > 0 for module in result.modules] == [True, True, False]
+    assert all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
+
+
+def test_named_tensors_of_any_length_are_counted(computed: list[str]) -> None:
+    settings = ["model.modules=5", "model.cuts=even", "method.name=greedy", "patches.grid=1"]
+    config = load_config("cifar10-resnet32-bp", assignments=settings)
+    blocks = blocks_of(tiny_sequences.blocks())
+    longest = (tiny_sequences.LONGEST,)
+    inputs = {"x": TensorSpec(longest, torch.int64, (0,)), "mask": TensorSpec(longest, torch.bool, (0,))}
+    plan = make_plan(config, blocks, Classification(tiny_sequences.CLASSES, longest), 1, inputs)
+    result = planned_cost(plan, blocks, CPU)
+    length, width = tiny_sequences.LONGEST, tiny_sequences.WIDTH
+    mix = 2 * (2 * length * length * width) + 2 * length * width * width  # attention, and one linear layer
+    assert result.modules[1].forward * result.bp_flops == pytest.approx(mix)
+    assert not computed
+
+
+@pytest.mark.parametrize("compute", ["bf16", "fp64"])
+def test_the_precision_does_not_change_the_flops(compute: str) -> None:
+    settings = ["model.modules=3", *HEADS["infopro"], "patches.grid=1"]
+    found, expected = (cost(*settings, f"precision.compute={name}") for name in (compute, "fp32"))
+    assert found.bp_flops == expected.bp_flops
+    assert [module.total for module in found.modules] == [module.total for module in expected.modules]

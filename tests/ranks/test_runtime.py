@@ -31,6 +31,7 @@ from pipeline.ranks import runtime as runtime_module
 from pipeline.ranks.failure import FailureReporter
 from pipeline.ranks.forks import SIGNALS
 from pipeline.ranks.runtime import Runtime, choose_device, set_threads
+from pipeline.ranks.start_up import StartUp
 
 pytestmark = pytest.mark.long
 
@@ -382,6 +383,26 @@ def test_objects_and_orderly_end() -> None:
         ranks[0].value[2],
     )
     assert [r.value[3:] for r in ranks] == [(1, True, -signal.SIGTERM)] * 2
+
+
+def without_the_other(rank: int, output: str, noted: bool) -> None:
+    """Rank 0 of two, both of which have got SIGTERM: the other one before it could note it."""
+    os.environ["WORLD_SIZE"] = "2"
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT), 1)
+    start_up = StartUp()
+    start_up.begin()
+    if noted:
+        os.kill(os.getpid(), signal.SIGTERM)
+    with Runtime("cpu", threads=1, deadline_s=0.5, graceful=True):
+        pass
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_where_a_signal_has_come_a_missing_rank_is_a_stop(tmp_path: Path, noted: bool) -> None:
+    (rank,) = run_ranks(without_the_other, 1, str(tmp_path / "output"), noted)
+    stopped = "localpipe: stopped by SIGTERM on rank 0 before step 0; nothing was trained\n" if noted else ""
+    assert ((tmp_path / "output").read_text(), rank.exit_code) == (stopped, 0 if noted else 1)
+    assert len(our_lines([rank])) == (0 if noted else 1)
 
 
 def no_gpus(rank: int) -> None:

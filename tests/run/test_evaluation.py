@@ -17,8 +17,9 @@ from rich.console import Console
 from tiny import Batches, network, tiny_blocks, tiny_config
 from torch import Tensor, nn
 
-from pipeline import ConfigError, Evaluation, LoaderData, evaluate, load_config, show_evaluation, train
-from pipeline.run.evaluation import count_errors
+from pipeline import Classification, ConfigError, Evaluation, LoaderData, evaluate, load_config, show_evaluation, train
+from pipeline.local.task import ERROR
+from pipeline.run.evaluation import count_exits
 from pipeline.stage.inlet import Batch
 from pipeline.store.checkpoint import open_checkpoint
 
@@ -93,7 +94,7 @@ def test_ensembles_are_weighted_means_of_class_probabilities() -> None:
     modules = [Exits(index, names) for index, names in enumerate(levels)]
     labels = torch.arange(400) % 4
     batches = [Batch(x=rows, labels=labels[rows], image=None) for rows in torch.arange(400).split(150)]
-    wrong, images = count_errors(modules, batches)
+    statistics, images = count_exits(modules, batches, Classification(4, (3, 8, 8)))
     assert images == 400
 
     def errors(last: int, base: float) -> int:
@@ -108,7 +109,9 @@ def test_ensembles_are_weighted_means_of_class_probabilities() -> None:
         for m in modules
         for level, scores in m.scores.items()
     }
-    assert wrong == expected
+    assert {key: int(wrong) for key, wrong in statistics.items()} == {
+        (module, name, ERROR.name): wrong for (module, name), wrong in expected.items()
+    }
 
 
 def test_an_ensemble_of_one_exit_is_not_listed(own: Path) -> None:
@@ -239,6 +242,10 @@ def test_the_command_line_prints_a_table_and_writes_the_numbers(
     printed = capsys.readouterr().out
     document = json.loads((tmp_path / "exits.json").read_text())
     assert document["test_error_pct"] == summary_of(run)["test_error_pct"]
+    assert list(document) == [
+        *("checkpoint", "step", "epoch", "network", "data", "images", "rows", "test_error_pct")
+    ]
+    assert list(document["rows"][0]) == ["module", "blocks", "exit", "error_pct", "parameters", "operations"]
     for row in document["rows"]:
         assert f"{row['error_pct']:.2f}" in printed
     for piece in ("independent", "cascade", "final", "prefix 0-2", "all, mean", "359 test images (digits)", "step 4"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,26 @@ def test_the_same_weights_on_one_two_and_three_ranks(tmp_path: Path) -> None:
         assert results[0].value == alone
     found = evaluate(tmp_path / "1" / "0", network=blocks(), data=LoaderData(batches(), batches(), max_length=LONGEST))
     assert found.images == ROWS * len(LENGTHS) and found.rows[-1].exit in ("final", "all")
+
+
+def trained_freely(rank: int, folder: str) -> dict[str, Any]:
+    """Ids, mask and skip connection in rings that are read by ranks at their own pace."""
+    registered()
+    data = LoaderData(batches() * 3, batches(), max_length=LONGEST)
+    config = configuration(1, schedule={"kind": "free", "ring": 2})
+    return train(config, network=blocks(), data=data, run_dir=Path(folder) / "run", quiet=True)
+
+
+def test_named_tensors_of_any_length_travel_through_rings(tmp_path: Path) -> None:
+    results = run_ranks(trained_freely, 3, str(tmp_path), timeout_s=60)
+    assert [result.exit_code for result in results] == [0, 0, 0], [result.stderr for result in results]
+    summary = results[0].value
+    first, *others = summary["ranks"]
+    assert first["steps"] == 2 * 3 * len(LENGTHS) and all(rank["steps"] > 0 for rank in others)
+    losses = [loss for head in summary["heads"] for loss in head["losses"].values()]
+    assert len(losses) == 5 and all(map(math.isfinite, losses))
+    found = evaluate(tmp_path / "run", network=blocks(), data=LoaderData(batches(), batches(), max_length=LONGEST))
+    assert found.images == ROWS * len(LENGTHS)
 
 
 def test_a_batch_that_is_longer_than_announced_is_refused(tmp_path: Path) -> None:

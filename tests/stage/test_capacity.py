@@ -176,4 +176,5 @@ def test_a_span_between_two_and_all_needs_less_than_activations_times_keys() -> 
         if rank < 7 and plan.gradient_order(rank + 1):
             size = plan.gradient_spec(rank + 1, torch.float32, False).nbytes
             before, now = before + product * size, now + plan.gradient_slots(rank) * size
+        assert plan.activation_slots(rank) == (depth + activations_held(plan.schedules[rank]) if rank else 0)
     assert now < 0.75 * before
