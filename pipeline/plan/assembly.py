@@ -18,6 +18,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.flow import MAIN, Specs, TensorSpec
 from pipeline.base.numerics import Numerics, stable_hash
 from pipeline.edges.wire import FieldSpec, MessageSpec
+from pipeline.local.at_once import HeadMemory
 from pipeline.local.local_module import LocalModule
 from pipeline.local.methods import Level, levels_of
 from pipeline.local.roles import ModulePlan, plan_hierarchy
@@ -206,6 +207,10 @@ def build_modules(
         lambda: real_blocks(plan.config.model.name, plan.task.image_shape[0], plan.task.classes, seed)
     )
     built = []
+    memory = None
+    if plan.config.patches.at_once == "auto" and plan.config.patches.grid > 1:
+        parts = [[blocks[name] for name in names] for names in plan.cut.modules]
+        memory = HeadMemory([(part, plan.given(index)) for index, part in enumerate(parts)], plan.task)
     for index in plan.stages[rank]:
         names = plan.cut.modules[index]
         if fresh:
@@ -217,6 +222,8 @@ def build_modules(
         with torch.random.fork_rng(devices=[]):
             for name, build in builders.items():
                 levels[name] = _seeded(build, seed, "head", index, name)
+        if memory is not None:
+            memory.fit(levels.values(), plan.feature(index))
         role, mailbox = plan.modules[index], None
         if plan.upstream is not None:
             mailbox = plan.upstream.mailbox(index, numerics)
