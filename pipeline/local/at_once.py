@@ -3,9 +3,9 @@
     modules   x_m --f_m--> h_m     each keeps bytes for its own backward; the largest one G
     head      a patch              keeps p bytes: G / p patches at once, one at least, all at most
 
-So the graphs of a head at work never need more than the largest module's own, which some rank must hold anyway. Bytes are counted from shapes alone, on blank
-tensors without memory, in one dtype: the bits of the result depend on the answer, so it must be the same on every rank
-and in every placement.
+So the graphs of a head at work never need more than the largest module's own, which some rank must hold anyway. Bytes
+are counted from shapes alone, on blank tensors without memory, in one dtype: the bits of the result depend on the
+answer, so it must be the same on every rank and in every placement.
 """
 
 from __future__ import annotations
@@ -29,32 +29,31 @@ from pipeline.models.patches import PatchedHead
 CPU = torch.device("cpu")
 
 
+def largest_graph(modules: Iterable[tuple[Sequence[nn.Module], Specs]]) -> int:
+    """Bytes that autograd keeps of two rows in the local module that needs most; ``modules`` are the blocks of each and
+    what it is given."""
+    different = {f"{blocks} {given}": (blocks, given) for blocks, given in modules}
+    return max(_module_bytes(blocks, given) for blocks, given in different.values())
+
+
 class HeadMemory:
-    """Lets heads work on as many patches at once as memory allows.
+    """Lets heads work on as many patches at once as ``available`` bytes hold of two rows."""
 
-    Args:
-        modules: blocks of every local module of the network, on any rank, and what it is given.
-        task: of the run.
-    """
-
-    def __init__(self, modules: Iterable[tuple[Sequence[nn.Module], Specs]], task: Task) -> None:
+    def __init__(self, available: int, task: Task) -> None:
+        self._available = available
         self._task = task
-        self._known: dict[str, int] = {}  # modules and heads of a kind keep the same
-        kept = (self._once(f"{blocks} {given}", _module_bytes, blocks, given) for blocks, given in modules)
-        self._available = max(kept)
+        self._known: dict[str, int] = {}  # heads of a kind keep the same
 
     def fit(self, levels: Iterable[Level], shape: FeatureShape) -> None:
         """Choose for all patched heads of ``levels`` on features of ``shape``; one patch where it is not known what
         they keep."""
         for head in (head for level in levels for _, head in level.heads()):
             if head.grid > 1 and head.first.takes_patches(len(shape) + 1):
-                one = self._once(f"{head} {shape}", _patch_bytes, head, shape, self._task)
+                kind = f"{head} {shape}"
+                if kind not in self._known:
+                    self._known[kind] = _patch_bytes(head, shape, self._task)
+                one = self._known[kind]
                 head.at_once = max(1, min(self._available // one, head.grid**2)) if one else 1
-
-    def _once(self, key: str, count: Callable[..., int], *arguments: Any) -> int:
-        if key not in self._known:
-            self._known[key] = count(*arguments)
-        return self._known[key]
 
 
 def _module_bytes(blocks: Sequence[nn.Module], given: Specs) -> int:
