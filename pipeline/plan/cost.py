@@ -1,4 +1,4 @@
-"""What a training step costs in floating-point operations, in units of one backpropagation step of the same network.
+"""What a training step costs, in FLOPs and in calls of PyTorch's operations, and what backpropagation would.
 
 The step is really executed, on two images, but without memory or arithmetic (see :mod:`pipeline.plan.blank`), and
 PyTorch's formulas see every matrix product and convolution (elementwise work, BatchNorm and losses count nothing). The
@@ -6,12 +6,15 @@ schedule's actions say what each operation was for:
 
     unit = forward + backward of the uncut network = 1 BP step
     step = trunk forward + relays + trunk backward + cascade heads + independent heads
+
+Every operation is a call whatever it computes, and where tensors are small a step takes as long as its calls do. They
+are those of the second step: in the first one, an optimiser and some heads still make what they keep.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +27,7 @@ from pipeline.local.local_module import LocalModule
 from pipeline.local.task import Classification
 from pipeline.models.backbones import Blocks
 from pipeline.models.layers import PairedConv2d
+from pipeline.models.patches import PatchedHead
 from pipeline.models.unbuilt import planned_blocks
 from pipeline.models.upsampling import UpsampledConv2d
 from pipeline.plan.alone import random_batch
@@ -45,6 +49,8 @@ class ModuleUnits:
         module: 0-based position.
         forward, relay, backward: of the trunk; a relay is an activation-only backward for a cascade's message.
         cascade, independent: the heads of a level with their backward passes.
+        operations: calls in all its actions, of losses and updates too; no BP units. What is done for several modules
+            at once counts in equal parts.
     """
 
     module: int
@@ -53,6 +59,7 @@ class ModuleUnits:
     backward: float
     cascade: float
     independent: float
+    operations: float
 
     @property
     def trunk(self) -> float:
@@ -70,11 +77,13 @@ class StepCost:
     """Cost of one training step.
 
     Attributes:
-        bp_flops: operations of one backpropagation step of the whole network, per image (1 multiply-add = 2).
+        bp_flops: of one backpropagation step of the whole network, per image (1 multiply-add = 2).
+        bp_operations: calls of such a step, of any number of images in one micro-batch.
         modules: in order.
     """
 
     bp_flops: float
+    bp_operations: int
     modules: tuple[ModuleUnits, ...]
 
     @property
@@ -92,12 +101,23 @@ class StepCost:
         """The part of the heads, in BP units."""
         return self.bp_units - self.trunk
 
+    @property
+    def operations(self) -> int:
+        """Calls of a step of one micro-batch, on one rank."""
+        return round(sum(module.operations for module in self.modules))
+
+    @property
+    def operations_ratio(self) -> float:
+        """The same to those of backpropagation."""
+        return self.operations / self.bp_operations
+
 
 def step_cost(config: Config, image_shape: tuple[int, ...], classes: int, plain: bool = False) -> StepCost:
     """Count one step of ``config`` on images (C, S, S).
 
     Args:
-        config: precision, schedule and batch size do not matter, the cost is per image and synchronous.
+        config: schedule and batch size do not matter, the cost is per image and synchronous; nor does the precision
+            for FLOPs. Calls are those on a CPU.
         image_shape: (C, S, S).
         classes: of the data set.
         plain: upsample before convolving, as published, instead of the factorised order.
@@ -122,52 +142,77 @@ def planned_cost(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool = F
     """
     uncut = dataclasses.replace(plan.config, model=ModelConfig(plan.config.model.name, modules=1))
     bp = _count(make_plan(uncut, blocks, plan.task, 1, plan.inputs), blocks, numerics, plain)
-    unit = sum(bp.values())
+    unit = sum(bp.flops.values())
     step = _count(plan, blocks, numerics, plain)
     modules = tuple(
         ModuleUnits(
             module=module,
-            forward=step[module, Kind.FORWARD] / unit,
-            relay=step[module, Kind.RELAY] / unit,
-            backward=step[module, Kind.BACKWARD] / unit,
-            cascade=step[module, Kind.CASCADE] / unit,
-            independent=step[module, Kind.INDEPENDENT] / unit,
+            forward=step.flops[module, Kind.FORWARD] / unit,
+            relay=step.flops[module, Kind.RELAY] / unit,
+            backward=step.flops[module, Kind.BACKWARD] / unit,
+            cascade=step.flops[module, Kind.CASCADE] / unit,
+            independent=step.flops[module, Kind.INDEPENDENT] / unit,
+            operations=sum(step.operations[module, kind] for kind in Kind),
         )
         for module in range(len(plan.modules))
     )
-    return StepCost(unit / IMAGES, modules)
+    return StepCost(unit / IMAGES, round(sum(bp.operations.values())), modules)
 
 
-def _count(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool) -> Counter[Part]:
-    """FLOPs of one step over ``IMAGES`` images; what cannot do without values, as a network that decides by them, is
-    computed."""
+def module_flops(plan: Plan, blocks: Blocks, numerics: Numerics) -> list[float]:
+    """FLOPs of a step by local module, heads included, in a common unit; arguments as of :func:`planned_cost`."""
+    flops = _count(plan, blocks, numerics, plain=False, steps=1).flops
+    return [sum(flops[module, kind] for kind in Kind) for module in range(len(plan.modules))]
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """FLOPs of the first step over ``IMAGES`` images, and the operations of the second."""
+
+    flops: Mapping[Part, float]
+    operations: Mapping[Part, float]
+
+
+def _count(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool, steps: int = 2) -> _Counts:
+    """What cannot do without values, as a network that decides by them, is computed."""
     config = plan.config
     config = dataclasses.replace(
         config,
         schedule=ScheduleConfig(),
         data=dataclasses.replace(config.data, batch_size=IMAGES),
         precision=dataclasses.replace(config.precision, compile=False),
-        patches=dataclasses.replace(config.patches, at_once=1),  # PyTorch's formulas are wrong for grouped convolutions
     )
     plan = dataclasses.replace(plan, config=config, stages=()).placed((range(len(plan.modules)),))
     cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         try:
             with no_values():
-                return _flops(plan, blank_modules(plan, blocks, numerics), numerics, plain)
+                return _counts_of(plan, blank_modules(plan, blocks, numerics), numerics, plain, steps)
         except LocalpipeError:
             raise
         except Exception:  # whatever it is: the real modules decide
-            return _flops(plan, real_modules(plan, blocks, numerics), numerics, plain)
+            return _counts_of(plan, real_modules(plan, blocks, numerics), numerics, plain, steps)
 
 
-def _flops(plan: Plan, modules: list[LocalModule], numerics: Numerics, plain: bool) -> Counter[Part]:
-    for layer in (layer for module in modules for level in module.levels.values() for layer in level.modules()):
+def _counts_of(plan: Plan, modules: list[LocalModule], numerics: Numerics, plain: bool, steps: int) -> _Counts:
+    layers = [layer for module in modules for level in module.levels.values() for layer in level.modules()]
+    paired = [layer for layer in layers if isinstance(layer, PairedConv2d)]
+    patched = [(layer, layer.at_once) for layer in layers if isinstance(layer, PatchedHead)]
+    for layer in layers:
         if isinstance(layer, UpsampledConv2d):
             layer.factorise = not plain
-        elif isinstance(layer, PairedConv2d):
-            layer.paired = False  # products with its zeros are no operations of the method
-    tally = Tally()
-    inlet = BatchInlet(random_batch(plan, modules, numerics))
-    Stage(modules, plan.schedules[0], inlet, Edges(), watch=tally).train_step(1, 0)
-    return tally.flops
+    flops, operations = Tally(), Tally()
+    stage = Stage(modules, plan.schedules[0], BatchInlet(random_batch(plan, modules, numerics)), Edges(), watch=flops)
+    for layer in paired:
+        layer.paired = False  # products with its zeros are no FLOPs of the method
+    for head, _ in patched:
+        head.at_once = 1  # PyTorch's formulas are wrong for the gradients of grouped convolutions
+    stage.train_step(1, 0)
+    for layer in paired:
+        layer.paired = True
+    for head, at_once in patched:
+        head.at_once = at_once
+    stage.watch = operations
+    if steps > 1:
+        stage.train_step(1, 1)
+    return _Counts(flops.flops, operations.operations)

@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,25 +26,22 @@ class Tally(Watch):
     """Counts the work of a stage.
 
     Attributes:
-        operations, flops: by module and kind of action, since :meth:`clear`.
+        operations, flops: by module and kind of action; what is done for several modules at once counts in equal parts.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations: Counter[Part] = Counter()
-        self.flops: Counter[Part] = Counter()
-
-    def clear(self) -> None:
-        """Count from zero."""
-        self.operations.clear()
-        self.flops.clear()
+        self.operations: dict[Part, float] = defaultdict(float)
+        self.flops: dict[Part, float] = defaultdict(float)
 
     @contextmanager
-    def working(self, action: Action, step: int, waited: Callable[[], float]) -> Iterator[None]:
-        with _Operations(reads=action.kind is Kind.UPDATE) as counted:
+    def working(self, actions: Sequence[Action], step: int, waited: Callable[[], float]) -> Iterator[None]:
+        kind = actions[0].kind
+        with _Operations(reads=kind is Kind.UPDATE) as counted:
             yield
-        self.operations[action.module, action.kind] += counted.calls
-        self.flops[action.module, action.kind] += counted.flops
+        for action in actions:
+            self.operations[action.module, kind] += counted.calls / len(actions)
+            self.flops[action.module, kind] += counted.flops / len(actions)
 
 
 class _Operations(TorchDispatchMode):

@@ -41,6 +41,11 @@ def report() -> PlanReport:
     return explain(config(), 4, PROFILE)
 
 
+@pytest.fixture(scope="module")
+def counted() -> PlanReport:
+    return explain(config(), 4, PROFILE, count=True)
+
+
 def shown(report: PlanReport, width: int) -> str:
     out = io.StringIO()
     show_plan(report, Console(file=out, width=width))
@@ -68,6 +73,13 @@ def test_a_given_placement_is_compared_with_both() -> None:
     report = explain(config("partition.kind=given", "partition.stages=[3,1]"), 2, PROFILE)
     assert [p.kind for p in report.placements] == ["given", "count", "measured"]
     assert [rank.modules for rank in report.ranks] == [(0, 2), (3, 3)]
+
+
+def test_placement_by_flops_asks_neither_times_nor_numbers() -> None:
+    """Three modules of one residual block, and the rest of the network in the fourth."""
+    cuts = 'model.cuts=["layer1.1", "layer1.2", "layer1.3"]'
+    report = explain(config(cuts, "partition.kind=auto"), 2, PROFILE)
+    assert [(p.kind, p.sizes) for p in report.placements] == [("auto", (3, 1)), ("count", (2, 2)), ("measured", (1, 3))]
 
 
 def test_bytes_of_a_step_are_those_of_its_messages(report: PlanReport) -> None:
@@ -185,6 +197,18 @@ def test_no_number_is_cut_off_on_a_narrow_screen(report: PlanReport, width: int)
     for row in rows:
         assert all("…" not in cell for cell in row.split()[3:]), row
         assert len(row) <= width
+
+
+@pytest.mark.parametrize("width", [100, 110, 120, 140, 160])
+def test_what_is_counted_stands_beside_the_times(counted: PlanReport, width: int) -> None:
+    text = shown(counted, width)
+    rows = [line for line in text.splitlines() if line.startswith(("0  ", "1  ", "2  ", "3  "))]
+    calls = [module.operations for module in counted.modules]
+    assert None not in calls and counted.bp_operations is not None and sum(calls) > counted.bp_operations
+    assert [f" {number:,} " in row for row, number in zip(rows, calls, strict=False)] == [width >= 110] * 4
+    assert all("…" not in cell for row in rows for cell in row.split()[3:])
+    assert f"operations       {sum(calls):,} calls" in text and "units of one BP step" in text
+    assert max(map(len, text.splitlines()[4:])) <= width
 
 
 def test_the_schedule_is_printed_a_line_per_rank_under_its_legend(report: PlanReport) -> None:
