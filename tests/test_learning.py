@@ -16,7 +16,6 @@ from pipeline import load_config, load_model
 from pipeline.data import open_data
 from pipeline.store.run_directory import read_metrics
 
-pytestmark = pytest.mark.alone
 ROOT = Path(__file__).parent.parent
 DEFAULT_ERROR_PCT = 2.0
 CIFAR_STEPS, CIFAR_BATCH = 240, 64
@@ -33,6 +32,7 @@ def launch(tmp_path: Path, *arguments: str, ranks: int = 4) -> tuple[dict[str, A
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.real
 def test_the_default_job_learns_and_leaves_a_complete_run_directory(tmp_path: Path) -> None:
     summary, output = launch(tmp_path)

@@ -145,6 +145,6 @@ def initialise(module: nn.Module) -> None:
         reset = getattr(child, "reset_parameters", None)
         if callable(reset):
             reset()
-        if isinstance(child, nn.Conv2d):
+        if isinstance(child, nn.Conv2d) and not child.weight.is_meta:  # a planned one has no values to draw
             fan_out = child.kernel_size[0] * child.kernel_size[1] * child.out_channels
             nn.init.normal_(child.weight, 0.0, math.sqrt(2.0 / fan_out))

@@ -6,13 +6,15 @@ Jobs of the real command: launch/train.py on two ranks; ``MARK`` makes a rank do
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,7 @@ from pipeline import LoaderData, train
 from pipeline.base.errors import ConfigError, InUseError
 from pipeline.ranks import launcher
 from pipeline.ranks.command import command
+from pipeline.ranks.process import Process
 
 pytestmark = pytest.mark.long
 
@@ -164,6 +167,37 @@ def test_what_may_pass_is_tried_again(
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert command(main, trains=True) == 2
     assert len(runs) == 1 + again
+
+
+def refuses() -> int:
+    raise ConfigError("no")
+
+
+def test_a_rank_that_refuses_as_well_waits_for_torchrun_and_is_no_failure(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun would list it in seven lines."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    torchrun_ends_it = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+    torchrun_ends_it.start()
+    try:
+        assert command(refuses, trains=True) == 0
+    finally:
+        torchrun_ends_it.cancel()
+    assert capsys.readouterr().err == ""
+
+
+def test_the_first_rank_waits_until_the_others_can_be_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    other = folder / "attempt_0" / "1"
+    other.mkdir()
+    here = json.dumps(asdict(Process.current("starting")))
+    comes = threading.Timer(0.1, (other / launcher.PROCESS).write_text, (here,))
+    comes.start()
+    assert command(refuses, trains=True) == 2
+    assert list(launcher.siblings()) == [1]
+    comes.join()
 
 
 def stopped_in_start_up(rank: int, folder: str) -> int:

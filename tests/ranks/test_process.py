@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tiny import Batches, network, tiny_config
 
 from pipeline import LoaderData, train
 from pipeline.ranks import process, resources
+from pipeline.ranks.peers import WATCH_S
 from pipeline.ranks.process import Process, reap
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
@@ -108,11 +110,12 @@ def forget_linux() -> None:
 
 
 def elsewhere(rank: int, folder: str) -> None:
-    """A job with a trace, in which rank 1 is killed."""
+    """A job with a trace, in which rank 1 is killed, but not before the other one has looked at it twice."""
     forget_linux()
 
     def before_action(step: int, action: Any) -> None:
         if rank == 1 and step == 2:
+            time.sleep(2.4 * WATCH_S)
             os.kill(os.getpid(), signal.SIGKILL)
 
     train(

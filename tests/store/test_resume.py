@@ -45,7 +45,7 @@ def run(
     return train(
         tiny_config(method, variant, span, 4, **sections),
         network=network(seed),
-        data=LoaderData(Batches(), Batches()),
+        data=LoaderData(Batches(), [next(iter(Batches()))]),
         run_dir=folder,
         resume=resume,
         quiet=True,
