@@ -205,6 +205,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 def configuration(row: Row, **checkpoint: int) -> Any:
     values: dict[str, Section] = {
         "model": {"modules": 4},
+        "patches": {"at_once": 1},
         "data": {"batch_size": BATCH},
         "optim": {"warmup_epochs": 0, "schedule": "constant", "lr": 0.05},
         "train": {"epochs": 2, "seed": 3},

@@ -98,6 +98,12 @@ class PatchesConfig:
     grid: int = key(
         1, "n: every auxiliary head runs on n x n patches; 1 = whole feature", at_least=1, at_most=1024
     )
+    at_once: int | str = key(
+        "auto",
+        "patches that a head works on together: 1 = one after another, least memory; more = fewer, larger operations; "
+        "auto: as many as memory allows",
+        choices=("auto",), at_least=1, at_most=2**20,
+    )
 
 
 @dataclass(frozen=True)

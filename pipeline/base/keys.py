@@ -143,7 +143,7 @@ class Setting:
     def valid(self) -> str:
         """The valid values, for people: ``1 to 1,000``, ``exact | async | free``, ``true | false``."""
         bounds = self.bounds
-        if bounds.choices:
+        if bounds.choices and int not in self.kinds:
             words = " | ".join(bounds.choices)
             return f"{words}, or a list of names" if len(self.kinds) > 1 else words
         if bool in self.kinds:
@@ -152,6 +152,8 @@ class Setting:
             return "text"
         low, high = number(bounds.low), number(bounds.high)
         numbers = f"greater than {low}, at most {high}" if bounds.above else f"{low} to {high}"
+        if bounds.choices:
+            return f"{' | '.join(bounds.choices)} | {numbers}"
         return f"each {numbers}" if typing.get_origin(self.kinds[0]) is tuple else numbers
 
 

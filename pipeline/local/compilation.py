@@ -26,7 +26,7 @@ def compile_parts(plan: ModulePlan, blocks: Iterable[nn.Module], levels: Iterabl
     for level in levels:
         for _, patched in level.heads():
             for head in patched.heads:
-                for name in ("loss", "loss_of_means"):
+                for name in ("loss", "loss_of_means", "losses_of_patches"):
                     setattr(head, name, torch.compile(getattr(head, name)))
     if not late and (plan.merged or not plan.outgoing):
         for block in blocks:

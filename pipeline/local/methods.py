@@ -30,6 +30,7 @@ from pipeline.local.upstream import Upstream
 from pipeline.models import heads
 from pipeline.models.backbones import initialise
 from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given
+from pipeline.models.layers import VectorInput
 from pipeline.models.patches import Autocast, PatchedHead, patch_shape
 
 DEFAULT_HEADS = {"dgl": "mlp-sr", "greedy": "0c1f", "infopro": "1c2f", "infopro-contrast": "1c2f", "predsim": ""}
@@ -157,10 +158,17 @@ def build_level(
                 f"use at most {min(sides)}"
             )
         separate = released and grid > 1 and len(shape) == 3
-        head = PatchedHead(partial(_head_of, term, patch_shape(shape, grid)), grid, separate)
+        make = partial(_head_of, term, patch_shape(shape, grid))
+        head = PatchedHead(make, grid, separate, at_once(config, grid))
         initialise(head)
         built[term.name] = (term.weight, head)
     return Level(weight, built)
+
+
+def at_once(config: Config, grid: int) -> int:
+    """Patches that a head works on together."""
+    wanted = config.patches.at_once
+    return grid * grid if isinstance(wanted, str) else wanted
 
 
 def _head_of(term: Term, shape: FeatureShape) -> AuxiliaryHead:
@@ -221,7 +229,7 @@ def method_terms(config: MethodConfig, task: Task, position: float) -> list[Term
         if not contrast:
             return task.head(shape, network)
         if len(shape) == 1:
-            flat = nn.Sequential(heads.VectorInput(), *network((shape[0], 1, 1)))
+            flat = nn.Sequential(VectorInput(), *network((shape[0], 1, 1)))
             return heads.ContrastHead(flat, config.temperature)
         return heads.ContrastHead(network(shape), config.temperature)
 

@@ -27,7 +27,8 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.flow import LABEL, MAIN, Specs, TensorSpec
 from pipeline.base.metric import MetricForm
 from pipeline.models import losses
-from pipeline.models.heads import AuxiliaryHead, FeatureShape, TaskHead, VectorInput, xcyf
+from pipeline.models.heads import AuxiliaryHead, FeatureShape, TaskHead, xcyf
+from pipeline.models.layers import VectorInput
 
 
 @dataclass(frozen=True)

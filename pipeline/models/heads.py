@@ -7,15 +7,16 @@ it asks for besides. :mod:`pipeline.models.patches` runs a head patch by patch (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from pipeline.base.config import XCYF
 from pipeline.base.errors import ConfigError
 from pipeline.base.flow import Tensors
-from pipeline.models import losses
+from pipeline.models import grouped, losses
 from pipeline.models.layers import PairedConv2d, PointwiseConv2d, PoolTo2d, RowBatchNorm2d
 from pipeline.models.upsampling import UpsampledConv2d
 
@@ -41,6 +42,25 @@ class Given:
     image: Tensor | None = None
     inputs: Tensors | None = None
     step: int = 0
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Patches of a feature, all of one shape, that a head gets at once, as groups of channels side by side.
+
+    Attributes:
+        feature: (B, G C, h, w) of G patches of a map, (B, t, G D) of a sequence.
+        groups: G.
+        targets: of every patch.
+        image: (B, G C, h, w), where the head asks for it.
+        pooled: the feature holds the means of the head's windows (:meth:`AuxiliaryHead.window`).
+    """
+
+    feature: Tensor
+    groups: int
+    targets: Sequence[Tensor]
+    image: Tensor | None = None
+    pooled: bool = False
 
 
 class AuxiliaryHead(nn.Module):
@@ -78,6 +98,17 @@ class AuxiliaryHead(nn.Module):
         """The loss on a feature that is already averaged over its windows."""
         raise NotImplementedError
 
+    def takes_patches(self, dims: int) -> bool:
+        """Whether :meth:`losses_of_patches` gives what :meth:`loss` or :meth:`loss_of_means` give one patch after
+        another, on features of ``dims`` dimensions with the batch; also the same running statistics. False where
+        random numbers are drawn."""
+        return False
+
+    def losses_of_patches(self, patches: Patches, heads: Sequence[AuxiliaryHead]) -> Tensor:
+        """The losses of all patches at once, (G,). ``heads`` are W heads of one structure, this one first: patch g goes
+        through head g mod W."""
+        raise NotImplementedError
+
 
 class TaskHead(AuxiliaryHead):
     """A network that does what the whole network is to do, trained by the same loss: class scores by cross-entropy,
@@ -111,6 +142,17 @@ class TaskHead(AuxiliaryHead):
             means = layer(means)
         return self._loss(means, given.target)
 
+    def takes_patches(self, dims: int) -> bool:
+        return type(self) is TaskHead and grouped.can_group(self.head, dims)
+
+    def losses_of_patches(self, patches: Patches, heads: Sequence[AuxiliaryHead]) -> Tensor:
+        outputs = grouped.run(_networks(heads, skip=int(patches.pooled)), patches.feature, patches.groups)
+        target = patches.targets[0]
+        if self._loss is losses.cross_entropy and outputs.dim() == 2 and target.dim() == 1:
+            return losses.grouped_cross_entropy(outputs, target, patches.groups)
+        each = outputs.chunk(patches.groups, dim=2 if outputs.dim() == 3 else 1)
+        return torch.stack([self._loss(output, target) for output, target in zip(each, patches.targets, strict=True)])
+
     def logits(self, feature: Tensor) -> Tensor:
         logits: Tensor = self.head(feature)
         return logits
@@ -126,6 +168,14 @@ class ContrastHead(AuxiliaryHead):
 
     def loss(self, feature: Tensor, given: Given) -> Tensor:
         return losses.supervised_contrast(self.head(feature), given.target, self.temperature)
+
+    def takes_patches(self, dims: int) -> bool:
+        return type(self) is ContrastHead and grouped.can_group(self.head, dims)
+
+    def losses_of_patches(self, patches: Patches, heads: Sequence[AuxiliaryHead]) -> Tensor:
+        embedding = grouped.run(_networks(heads), patches.feature, patches.groups)
+        each = embedding.view(len(embedding), patches.groups, -1).transpose(0, 1)
+        return losses.supervised_contrast(each, patches.targets[0], self.temperature)
 
 
 class DecoderHead(AuxiliaryHead):
@@ -152,6 +202,17 @@ class DecoderHead(AuxiliaryHead):
             x = layer(x)
         return losses.reconstruction(x, image)
 
+    def takes_patches(self, dims: int) -> bool:
+        return type(self) is DecoderHead and dims == 4
+
+    def losses_of_patches(self, patches: Patches, heads: Sequence[AuxiliaryHead]) -> Tensor:
+        image, groups = patches.image, patches.groups
+        assert image is not None
+        first, *layers = zip(*(head.decoder for head in heads if isinstance(head, DecoderHead)), strict=True)
+        x = grouped.upsampled_convolution(first, patches.feature, (image.size(2), image.size(3)), groups)
+        x = grouped.run(list(zip(*layers, strict=True)), x, groups)
+        return losses.reconstruction(x, image, groups)
+
 
 class SimilarityHead(AuxiliaryHead):
     """PredSim's similarity matching behind its own 3x3 convolution."""
@@ -163,6 +224,20 @@ class SimilarityHead(AuxiliaryHead):
 
     def loss(self, feature: Tensor, given: Given) -> Tensor:
         return losses.similarity_matching(self.conv(feature), given.target, self.classes)
+
+    def takes_patches(self, dims: int) -> bool:
+        return type(self) is SimilarityHead and dims == 4
+
+    def losses_of_patches(self, patches: Patches, heads: Sequence[AuxiliaryHead]) -> Tensor:
+        layers = [head.conv for head in heads if isinstance(head, SimilarityHead)]
+        x = grouped.convolution(layers, patches.feature, patches.groups)
+        return losses.similarity_matching(x, patches.targets[0], self.classes, patches.groups)
+
+
+def _networks(heads: Sequence[AuxiliaryHead], skip: int = 0) -> list[list[nn.Module]]:
+    """The layers of every head's network, without the first ``skip``."""
+    networks = [head.head for head in heads if isinstance(head, TaskHead | ContrastHead)]
+    return [list(grouped.flat(network))[skip:] for network in networks]
 
 
 def xcyf(shape: FeatureShape, out: int, config: str, feature_dim: int, widen: int) -> nn.Sequential:
@@ -249,12 +324,3 @@ def pooled_linear(shape: FeatureShape, classes: int, max_features: int) -> nn.Se
     return nn.Sequential(
         nn.AvgPool2d((kernel[0], kernel[1])), nn.Flatten(), nn.Linear(features, classes)
     )
-
-
-class VectorInput(nn.Module):
-    """Views a vector feature (B, D) as a map (B, D, 1, 1), so that heads for maps serve flat modules too; of a sequence
-    (B, T, D) the mean over its T tokens."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.mean(dim=1) if x.dim() == 3 else x
-        return x[:, :, None, None] if x.dim() == 2 else x

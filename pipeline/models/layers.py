@@ -222,3 +222,12 @@ class PoolTo2d(nn.AdaptiveAvgPool2d):
         if size[0] % rows == 0 and size[1] % columns == 0:
             return F.avg_pool2d(x, (size[0] // rows, size[1] // columns))
         return super().forward(x)
+
+
+class VectorInput(nn.Module):
+    """Views a vector feature (B, D) as a map (B, D, 1, 1), so that heads for maps serve flat modules too; of a sequence
+    (B, T, D) the mean over its T tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.mean(dim=1) if x.dim() == 3 else x
+        return x[:, :, None, None] if x.dim() == 2 else x

@@ -1,5 +1,6 @@
 """The local losses, as functions of tensors. Every loss is the mean over the batch and is computed in full precision.
 
+Those with ``groups`` = G are of G patches at once, groups of channels side by side: they give one loss for each, (G,).
 `full` precision means float32 or wider: autocast is switched off inside, bf16 inputs are widened.
 """
 
@@ -35,40 +36,56 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(_full(logits), labels)
 
 
+def grouped_cross_entropy(logits: Tensor, labels: Tensor, groups: int) -> Tensor:
+    """Softmax cross-entropy of G patches that have the same labels: logits (B, G classes), labels (B,) -> (G,)."""
+    with torch.autocast(logits.device.type, enabled=False):
+        rows = _full(logits).reshape(len(labels) * groups, -1)
+        return F.cross_entropy(rows, labels.repeat_interleave(groups), reduction="none").view(-1, groups).mean(dim=0)
+
+
 class _SigmoidEntropy(torch.autograd.Function):
     """Mean binary cross-entropy of sigmoid(logits) against a target of the same shape, as two published operations.
+    Of more than one group of channels, the mean of each.
 
     The gradient is (p - t) p (1 - p) / max(p (1 - p), 1e-12), where PyTorch's entropy has the floor: p - t, and 0
     where the sigmoid has saturated. It is computed with the loss, while p is at hand, so only one tensor is kept.
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, groups: int) -> Tensor:
         p = torch.sigmoid(logits)
         present = p.log().clamp_(min=-100.0)
         absent = p.neg().log1p_().clamp_(min=-100.0)
-        entropy = torch.addcmul(absent, target, present.sub_(absent)).mean().neg_()
+        entropy = torch.addcmul(absent, target, present.sub_(absent))
+        ctx.groups = groups
         if ctx.needs_input_grad[0]:
             unsaturated = (1.0 - p).mul_(p).div_(_ENTROPY_FLOOR).clamp_(max=1.0)
             ctx.save_for_backward(p.sub_(target).mul_(unsaturated))
-        return entropy
+        if groups == 1:
+            return entropy.mean().neg_()
+        return entropy.mean(dim=(0, 2, 3)).view(groups, -1).mean(dim=1).neg_()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         (slope,) = ctx.saved_tensors
-        return slope * (gradient / slope.numel()), None
+        share = gradient / (slope.numel() // ctx.groups)
+        if ctx.groups > 1:  # of every channel
+            share = share.repeat_interleave(slope.size(1) // ctx.groups)[:, None, None]
+        return slope * share, None, None
 
 
-def reconstruction(logits: Tensor, image: Tensor) -> Tensor:
+def reconstruction(logits: Tensor, image: Tensor, groups: int = 1) -> Tensor:
     """Binary cross-entropy of sigmoid(logits) against the image, mean over all B*C*S*S entries (InfoPro, eq. 6).
 
     logits (B, C, S, S); image (B, C, S, S) uint8 or floating point in [0, 1]. Sigmoid and entropy stay separate, as
     published: where the sigmoid saturates the gradient is 0 and the logarithm is cut at -100, and the golden vectors
     see the difference to the numerically stable form.
+
+    Of G > 1 groups: logits and image (B, G C, S, S) -> (G,).
     """
     with torch.autocast(logits.device.type, enabled=False):
-        loss: Tensor = _SigmoidEntropy.apply(_full(logits), image_target(image, logits))
+        loss: Tensor = _SigmoidEntropy.apply(_full(logits), image_target(image, logits), groups)
     return loss
 
 
@@ -76,38 +93,42 @@ def supervised_contrast(embedding: Tensor, labels: Tensor, temperature: float = 
     """Supervised contrastive loss with one view (Khosla et al. 2020, L_out; InfoPro `contrast`).
 
     embedding (B, D), normalised here to unit length; labels int64 (B,). An anchor without a positive in the batch
-    contributes 0 and stays in the batch mean.
+    contributes 0 and stays in the batch mean. Of G patches at once: (G, B, D) -> (G,).
     """
     with torch.autocast(embedding.device.type, enabled=False):
-        z = F.normalize(_full(embedding), dim=1)
-        similarity = z @ z.t() / temperature
-        itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-        log_probability = similarity - similarity.masked_fill(itself, -torch.inf).logsumexp(dim=1, keepdim=True)
+        z = F.normalize(_full(embedding), dim=-1)
+        similarity = z @ z.mT / temperature
+        itself = torch.eye(z.size(-2), dtype=torch.bool, device=z.device)
+        log_probability = similarity - similarity.masked_fill(itself, -torch.inf).logsumexp(dim=-1, keepdim=True)
         positive = (labels[:, None] == labels[None, :]) & ~itself
         count = positive.sum(dim=1).clamp(min=1)
-        return -(log_probability.masked_fill(~positive, 0.0).sum(dim=1) / count).mean()
+        return -(log_probability.masked_fill(~positive, 0.0).sum(dim=-1) / count).mean(dim=-1)
 
 
-def similarity_matrix(x: Tensor) -> Tensor:
+def similarity_matrix(x: Tensor, groups: int = 1) -> Tensor:
     """Adjusted cosine similarity between samples, (B, ...) -> (B, B) in [-1, 1] (Nokland & Eidnes 2019, eq. 2).
 
     A feature map with more than 3 channels and more than 1 row is first reduced to its per-channel standard deviation
-    over positions (unbiased).
+    over positions (unbiased). Of G > 1 groups of channels, (B, G C, h, w) -> (G, B, B).
     """
     x = _full(x)
-    reduced = x.dim() == 4 and x.size(1) > 3 and x.size(2) > 1
+    reduced = x.dim() == 4 and x.size(1) > 3 * groups and x.size(2) > 1
     x = x.flatten(2).std(dim=2) if reduced else x.flatten(1)
-    x = x - x.mean(dim=1, keepdim=True)
-    x = x / (x.norm(dim=1, keepdim=True) + 1e-8)
-    return (x @ x.t()).clamp(-1.0, 1.0)
+    if groups > 1:
+        x = x.view(len(x), groups, -1).transpose(0, 1)
+    x = x - x.mean(dim=-1, keepdim=True)
+    x = x / (x.norm(dim=-1, keepdim=True) + 1e-8)
+    return (x @ x.mT).clamp(-1.0, 1.0)
 
 
-def similarity_matching(feature: Tensor, labels: Tensor, classes: int) -> Tensor:
+def similarity_matching(feature: Tensor, labels: Tensor, classes: int, groups: int = 1) -> Tensor:
     """Mean squared difference between the similarities of features and those of one-hot labels (PredSim, eq. 1).
 
-    feature (B, ...), labels int64 (B,).
+    feature (B, ...), labels int64 (B,). Of G > 1 groups of channels, (B, G C, h, w) -> (G,).
     """
     with torch.autocast(feature.device.type, enabled=False):
-        similarity = similarity_matrix(feature)
+        similarity = similarity_matrix(feature, groups)
         target = similarity_matrix(F.one_hot(labels, classes).to(similarity.dtype))
-        return F.mse_loss(similarity, target)
+        if groups == 1:
+            return F.mse_loss(similarity, target)
+        return (similarity - target).square().mean(dim=(1, 2))

@@ -1,4 +1,4 @@
-"""Patch feature fusion: a head on each patch of a feature, one patch after another (HPFF, eq. 6-7).
+"""Patch feature fusion: a head on each patch of a feature (HPFF, eq. 6-7), one after another or many at once.
 
     map (B, C, H, W)         sequence (B, T, D)        vector (B, D)
     +----+----+
@@ -14,13 +14,13 @@ of inputs and of a target with three dimensions or more; of a sequence the dimen
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given
+from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given, Patches
 
 Autocast = Callable[[], contextlib.AbstractContextManager[None]]
 Patch = tuple[slice, ...]
@@ -58,8 +58,10 @@ def patches_of(x: Tensor, feature: Tensor, grid: int) -> list[Patch]:
 class PatchedHead(nn.Module):
     """A head on ``grid`` x ``grid`` patches of a map, or ``grid`` patches of a sequence.
 
-    Each patch: loss, backward, graph freed; so only one patch's graph is alive and BatchNorm inside the head sees one
-    patch at a time.
+    One after another: loss, backward, graph freed; so only one patch's graph is alive. Many at once: a few large
+    operations in place of many small ones, and as many graphs. BatchNorm inside the head sees one patch at a time in
+    both; patches at once must be of one size and the head must say that it takes them
+    (:meth:`AuxiliaryHead.takes_patches`), else they come one after another.
 
         shared      one head for all patches, average of losses  (paper)
         separate    a head per patch of a map, sum of losses     (released code, decoder only)
@@ -68,12 +70,16 @@ class PatchedHead(nn.Module):
         make: builds one head for a patch.
         grid: patches along each side; 1 is the plain head.
         separate: one head per patch and the sum of losses instead of a shared head and their average.
+        at_once: most patches that are worked on together; the bits of the result depend on it.
     """
 
-    def __init__(self, make: Callable[[], AuxiliaryHead], grid: int, separate: bool = False) -> None:
+    def __init__(
+        self, make: Callable[[], AuxiliaryHead], grid: int, separate: bool = False, at_once: int = 1
+    ) -> None:
         super().__init__()
         self.grid = grid
         self.separate = separate
+        self.at_once = at_once
         self.heads = nn.ModuleList(make() for _ in range(grid * grid if separate else 1))
 
     @property
@@ -130,6 +136,8 @@ class PatchedHead(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The work of :meth:`backward`; ``pooled``: the feature holds the means of the head's windows."""
         patches = patches_of(feature, feature, self.grid)
+        if self.together(feature, given):
+            return self._at_once(feature, given, weight, gradient, autocast, pooled)
         share = 1.0 if self.separate else 1.0 / len(patches)
         total = feature.new_zeros((), dtype=torch.float64)
         whole = len(patches) == 1
@@ -150,6 +158,50 @@ class PatchedHead(nn.Module):
             else:  # the patches cover the feature once, so nothing needs to be zeroed first
                 result[patch].copy_(leaf.grad)
         assert result is not None
+        return result, total
+
+    def together(self, feature: Tensor, given: Given) -> bool:
+        """Whether there are patches to be worked on together, all of one size, and the head can do that."""
+        if min(self.at_once, self.grid) == 1 or feature.dim() not in (3, 4):
+            return False
+        image = feature if given.image is None else given.image
+        sides = [*feature.shape[2:], *image.shape[2:]] if feature.dim() == 4 else [feature.size(1)]
+        return all(side % self.grid == 0 for side in sides) and self._head(0).takes_patches(feature.dim())
+
+    def _at_once(
+        self,
+        feature: Tensor,
+        given: Given,
+        weight: float,
+        gradient: Tensor | None,
+        autocast: Autocast,
+        pooled: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`_by_patches` with ``at_once`` patches in every call of the head."""
+        result = torch.empty_like(feature) if gradient is None else gradient
+        cut, into = _split(feature.detach(), self.grid), _split(result, self.grid)
+        image = None if given.image is None else _split(given.image, self.grid)
+        targets = [given.target[patch] for patch in patches_of(given.target, feature, self.grid)]
+        share = 1.0 if self.separate else 1.0 / len(targets)
+        total = feature.new_zeros((), dtype=torch.float64)
+        nhwc = feature.dim() == 4 and feature.stride(1) == 1
+        for rows, columns in rectangles(cut.size(1), cut.size(2), self.at_once):
+            some = [row * self.grid + column for row in rows for column in columns]
+            here = (slice(None), slice(rows.start, rows.stop), slice(columns.start, columns.stop))
+            leaf = _packed(cut[here], nhwc).requires_grad_()
+            its_image = None if image is None else _packed(image[here], nhwc=False)
+            patches = Patches(leaf, len(some), [targets[patch] for patch in some], its_image, pooled)
+            heads = [self._head(patch) for patch in some] if self.separate else [self._head(0)]
+            with torch.enable_grad(), autocast():
+                losses = heads[0].losses_of_patches(patches, heads).view(-1)
+            losses.backward(torch.full_like(losses, weight * share))
+            total.add_(losses.detach().sum(dtype=torch.float64), alpha=share)
+            assert leaf.grad is not None
+            found = _unpacked(leaf.grad, cut[here].shape)
+            if gradient is None:  # the patches cover the feature once, so nothing needs to be zeroed first
+                into[here].copy_(found)
+            else:
+                into[here].add_(found)
         return result, total
 
     def _cut(self, given: Given, feature: Tensor) -> list[Given]:
@@ -189,6 +241,41 @@ class PatchedHead(nn.Module):
             rows = [torch.cat(scores[start : start + self.grid], dim=3) for start in range(0, len(scores), self.grid)]
             return torch.cat(rows, dim=2)
         return torch.stack(scores).mean(dim=0)
+
+
+def rectangles(rows: int, columns: int, most: int) -> Iterator[tuple[range, range]]:
+    """Cut a grid of patches into blocks of at most ``most``: as many whole rows as fit, else parts of a row."""
+    height, width = max(most // columns, 1), min(most, columns)
+    for row in range(0, rows, height):
+        for column in range(0, columns, width):
+            yield range(row, min(row + height, rows)), range(column, min(column + width, columns))
+
+
+def _split(x: Tensor, grid: int) -> Tensor:
+    """The patches of a map as a view (B, grid, grid, C, h, w), of a sequence (B, 1, grid, t, D)."""
+    if x.dim() == 3:
+        batch, length, depth = x.shape
+        return x.view(batch, 1, grid, length // grid, depth)
+    batch, channels, height, width = x.shape
+    return x.view(batch, channels, grid, height // grid, grid, width // grid).permute(0, 2, 4, 1, 3, 5)
+
+
+def _packed(patches: Tensor, nhwc: bool) -> Tensor:
+    """Some of :func:`_split` as groups of channels, dense: (B, G C, h, w), NHWC if asked for, or (B, t, G D)."""
+    if patches.dim() == 5:
+        return patches.permute(0, 3, 1, 2, 4).flatten(2)
+    batch, *_, height, width = patches.shape
+    if not nhwc:
+        return patches.reshape(batch, -1, height, width)
+    return patches.permute(0, 4, 5, 1, 2, 3).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+
+
+def _unpacked(groups: Tensor, shape: Sequence[int]) -> Tensor:
+    """The view of :func:`_packed` 's result that has the ``shape`` of its patches."""
+    if len(shape) == 5:
+        batch, rows, columns, length, depth = shape
+        return groups.view(batch, length, rows, columns, depth).permute(0, 2, 3, 1, 4)
+    return groups.view(shape)
 
 
 def _dense(patch: Tensor) -> Tensor:

@@ -114,6 +114,23 @@ class UpsampledConv2d(nn.Conv2d):
             )
         return y
 
+    def taps(self) -> tuple[Tensor, Tensor]:
+        """Weight (9 O, C) and bias (9 O,) of the 1x1 convolution of the factorised form; taps in the order dx, dy,
+        output, the bias at the centre tap."""
+        assert self.bias is not None
+        out = self.out_channels
+        return self.weight.permute(3, 2, 0, 1).reshape(9 * out, -1), F.pad(self.bias, (4 * out, 4 * out))
+
+    def interpolated(self, taps: Tensor, size: tuple[int, int]) -> Tensor:
+        """The rest of the factorised form: taps (N, h, w, 9 O) -> (N, H, O, W), in float32 or wider."""
+        (count, h, w), out = taps.shape[:3], self.out_channels
+        exact = torch.float32 if taps.dtype in HALF else taps.dtype
+        rows, columns = (self._constant(n, m, exact, taps.device) for n, m in zip((h, w), size, strict=True))
+        with torch.autocast(taps.device.type, enabled=False):
+            taps = taps.to(exact).view(count * h, 3 * w, 3 * out).transpose(1, 2)
+            lines = torch.bmm(taps, columns.t().expand(count * h, -1, -1)).view(count, 3 * h, out * size[1])
+            return torch.bmm(rows.expand(count, -1, -1), lines).view(count, size[0], out, size[1])
+
     def is_cheaper_factorised(self, low: tuple[int, int], size: tuple[int, int]) -> bool:
         """Whether the factorised form needs fewer multiplications for one forward and backward.
 

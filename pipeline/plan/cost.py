@@ -147,6 +147,7 @@ def _count(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool) -> Count
         schedule=ScheduleConfig(),
         data=dataclasses.replace(config.data, batch_size=IMAGES),
         precision=dataclasses.replace(config.precision, compile=False),
+        patches=dataclasses.replace(config.patches, at_once=1),  # PyTorch's formulas are wrong for grouped convolutions
     )
     plan = dataclasses.replace(plan, config=config, stages=()).placed((range(len(plan.modules)),))
     cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []

@@ -105,7 +105,10 @@ class _ReLUWithSites(nn.Module):
         self._kinks = kinks
 
     def forward(self, z: Tensor) -> Tensor:
-        return _KinkedReLU.apply(z, next(self._next_site), self._kinks)
+        site = next(self._next_site)
+        parts = z.chunk(z.size(1) // len(site.target), dim=1)  # more than one: of as many heads at once
+        peers = self._kinks.peers(site, len(parts))
+        return torch.cat([_KinkedReLU.apply(*pair, self._kinks) for pair in zip(parts, peers, strict=True)], dim=1)
 
 
 class Kinks:
@@ -134,6 +137,11 @@ class Kinks:
                 setattr(parent, name, _ReLUWithSites(sites, self))
                 self.sites += sites
             below = child
+
+    def peers(self, site: Site, count: int) -> list[Site]:
+        """The sites at the same place of the first ``count`` of a patched term's heads; ``site`` is of the first."""
+        names = [site.name.replace("heads.0.", f"heads.{index}.") for index in range(count)]
+        return [site] if count == 1 else [next(s for s in self.sites if s.name == name) for name in names]
 
     def before_action(self, step: int, action: Action) -> None:
         """Stage hook: a relay carries a part of the gradient only, so it must use, not choose, branches."""
