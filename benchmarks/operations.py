@@ -3,7 +3,8 @@
     python benchmarks/operations.py [--method NAME ...] [--quick] [--json FILE] [--output FILE.md] ...      see --help
 
 The methods are those of step_cost.py. A profiler makes every step slower, the more steps it has kept: the shares count
-here, and for times and ratios that tool.
+here, and for times, ratios and the operations of a step that tool: the profiler's calls are those of kernels within
+operations too.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 One process with one thread; ResNet-32 at 32x32, or with ``--recipes`` every recipe that ships with the package. In
 every round each step of a method has a step of backpropagation before it, so a ratio compares neighbours in time.
 Seconds are CPU seconds of the process, which other processes on the machine disturb less; the table shows wall seconds
-too. The units counted in operations (``step_cost``) stand beside.
+too. The units counted in FLOPs and the operations of a step (``step_cost``) stand beside.
 """
 
 from __future__ import annotations
@@ -137,16 +137,19 @@ def seconds(case: Case, steps: int) -> tuple[float, float]:
 
 COLUMNS = (
     K, Column("batch", "batch"), Column("CPU s/step", "cpu_s_per_step", ".2f"),
-    Column("BP units", "bp_units_measured", ".2f"), Column("low", "bp_units_low", ".2f"),
+    Column("BP units", "bp_units", ".2f"), Column("low", "bp_units_low", ".2f"),
     Column("high", "bp_units_high", ".2f"), Column("wall units", "bp_units_wall", ".2f"),
     Column("FLOP units", "bp_units_flops", ".2f"), Column("measured / FLOPs", "measured_over_flops", ".2f"),
     Column("trunk", "trunk", ".2f"), Column("heads", "heads", ".2f"),
     Column("largest module", "largest_module", ".2f"), Column("plain order", "bp_units_flops_plain", ".2f"),
     Column("BP GFLOP/image", "bp_gflops_per_image", ".2f"),
+    Column("operations per step", "operations", ",d"), Column("per BP's", "operations_ratio", ".2f"),
 )  # fmt: skip
 LEGEND = (
     "BP units: CPU seconds of a step to those of backpropagation (wall units: wall seconds). FLOP units: counted "
-    "operations and their parts; plain order: with upsampling before the convolution, as published."
+    "FLOPs and their parts; plain order: with upsampling before the convolution, as published. Operations: calls of "
+    "PyTorch's dispatcher, below autograd, in forward, heads, backward and update of all local modules; on the code "
+    "path of a CPU."
 )
 
 
@@ -159,10 +162,10 @@ def row_of(case: Case, found: Sequence[Any], cost: StepCost, plain: StepCost) ->
     return make_row(
         case.batch, [own[1] for own, _ in found], method=method, modules=len(cost.modules), ratio_to_bp=1.0 / wall,
         name=case.name, batch=case.batch, cpu_s_per_step=statistics.median(own[0] for own, _ in found),
-        bp_units_measured=units, bp_units_low=low, bp_units_high=high, bp_units_wall=wall,
+        bp_units=units, bp_units_low=low, bp_units_high=high, bp_units_wall=wall,
         bp_gflops_per_image=cost.bp_flops / 1e9, bp_units_flops=cost.bp_units, bp_units_flops_plain=plain.bp_units,
         trunk=cost.trunk, heads=cost.heads, largest_module=max(module.total for module in cost.modules),
-        measured_over_flops=units / cost.bp_units,
+        measured_over_flops=units / cost.bp_units, operations=cost.operations, operations_ratio=cost.operations_ratio,
     )  # fmt: skip
 
 

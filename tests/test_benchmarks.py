@@ -126,6 +126,9 @@ def test_benchmarks_of_one_process_run(of_one_process: Quick, name: str) -> None
         assert set(row) >= ROW_KEYS
         assert row["ranks"] == 1 and row["images_per_s"] > 0
         assert row["ratio_to_bp"] == pytest.approx(1.0) if row["method"] == "bp" else 0 < row["ratio_to_bp"] < 1.5
+        if name == "step_cost":
+            assert row["bp_units"] > 0 and row["operations"] > 100
+            assert row["operations_ratio"] == 1.0 if row["method"] == "bp" else row["operations_ratio"] > 1.0
 
 
 def test_operations_are_those_of_the_method(of_one_process: Quick) -> None:

@@ -1,4 +1,4 @@
-"""What a training step costs in floating-point operations, in units of one backpropagation step of the same network.
+"""What a training step costs, in FLOPs and in calls of PyTorch's operations, and what backpropagation would.
 
 The step is really executed, on two images, but without memory or arithmetic (see :mod:`pipeline.plan.blank`), and
 PyTorch's formulas see every matrix product and convolution (elementwise work, BatchNorm and losses count nothing). The
@@ -6,12 +6,15 @@ schedule's actions say what each operation was for:
 
     unit = forward + backward of the uncut network = 1 BP step
     step = trunk forward + relays + trunk backward + cascade heads + independent heads
+
+Every operation is a call whatever it computes, and where tensors are small a step takes as long as its calls do. They
+are those of the second step: in the first one, an optimiser and some heads still make what they keep.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +48,8 @@ class ModuleUnits:
         module: 0-based position.
         forward, relay, backward: of the trunk; a relay is an activation-only backward for a cascade's message.
         cascade, independent: the heads of a level with their backward passes.
+        operations: calls in all its actions, of losses and updates too; no BP units. What is done for several modules
+            at once counts in equal parts.
     """
 
     module: int
@@ -53,6 +58,7 @@ class ModuleUnits:
     backward: float
     cascade: float
     independent: float
+    operations: float
 
     @property
     def trunk(self) -> float:
@@ -70,11 +76,13 @@ class StepCost:
     """Cost of one training step.
 
     Attributes:
-        bp_flops: operations of one backpropagation step of the whole network, per image (1 multiply-add = 2).
+        bp_flops: of one backpropagation step of the whole network, per image (1 multiply-add = 2).
+        bp_operations: calls of such a step, of any number of images in one micro-batch.
         modules: in order.
     """
 
     bp_flops: float
+    bp_operations: int
     modules: tuple[ModuleUnits, ...]
 
     @property
@@ -92,12 +100,23 @@ class StepCost:
         """The part of the heads, in BP units."""
         return self.bp_units - self.trunk
 
+    @property
+    def operations(self) -> int:
+        """Calls of a step of one micro-batch, on one rank."""
+        return round(sum(module.operations for module in self.modules))
+
+    @property
+    def operations_ratio(self) -> float:
+        """The same to those of backpropagation."""
+        return self.operations / self.bp_operations
+
 
 def step_cost(config: Config, image_shape: tuple[int, ...], classes: int, plain: bool = False) -> StepCost:
     """Count one step of ``config`` on images (C, S, S).
 
     Args:
-        config: precision, schedule and batch size do not matter, the cost is per image and synchronous.
+        config: schedule and batch size do not matter, the cost is per image and synchronous; nor does the precision
+            for FLOPs. Calls are those on a CPU.
         image_shape: (C, S, S).
         classes: of the data set.
         plain: upsample before convolving, as published, instead of the factorised order.
@@ -122,25 +141,33 @@ def planned_cost(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool = F
     """
     uncut = dataclasses.replace(plan.config, model=ModelConfig(plan.config.model.name, modules=1))
     bp = _count(make_plan(uncut, blocks, plan.task, 1, plan.inputs), blocks, numerics, plain)
-    unit = sum(bp.values())
+    unit = sum(bp.flops.values())
     step = _count(plan, blocks, numerics, plain)
     modules = tuple(
         ModuleUnits(
             module=module,
-            forward=step[module, Kind.FORWARD] / unit,
-            relay=step[module, Kind.RELAY] / unit,
-            backward=step[module, Kind.BACKWARD] / unit,
-            cascade=step[module, Kind.CASCADE] / unit,
-            independent=step[module, Kind.INDEPENDENT] / unit,
+            forward=step.flops[module, Kind.FORWARD] / unit,
+            relay=step.flops[module, Kind.RELAY] / unit,
+            backward=step.flops[module, Kind.BACKWARD] / unit,
+            cascade=step.flops[module, Kind.CASCADE] / unit,
+            independent=step.flops[module, Kind.INDEPENDENT] / unit,
+            operations=sum(step.operations[module, kind] for kind in Kind),
         )
         for module in range(len(plan.modules))
     )
-    return StepCost(unit / IMAGES, modules)
+    return StepCost(unit / IMAGES, round(sum(bp.operations.values())), modules)
 
 
-def _count(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool) -> Counter[Part]:
-    """FLOPs of one step over ``IMAGES`` images; what cannot do without values, as a network that decides by them, is
-    computed."""
+@dataclass(frozen=True)
+class _Counts:
+    """FLOPs of one step over ``IMAGES`` images, and its operations."""
+
+    flops: Mapping[Part, int]
+    operations: Mapping[Part, float]
+
+
+def _count(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool) -> _Counts:
+    """What cannot do without values, as a network that decides by them, is computed."""
     config = plan.config
     config = dataclasses.replace(
         config,
@@ -154,20 +181,26 @@ def _count(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool) -> Count
     with torch.random.fork_rng(devices=cuda):
         try:
             with no_values():
-                return _flops(plan, blank_modules(plan, blocks, numerics), numerics, plain)
+                return _counts_of(plan, blank_modules(plan, blocks, numerics), numerics, plain)
         except LocalpipeError:
             raise
         except Exception:  # whatever it is: the real modules decide
-            return _flops(plan, real_modules(plan, blocks, numerics), numerics, plain)
+            return _counts_of(plan, real_modules(plan, blocks, numerics), numerics, plain)
 
 
-def _flops(plan: Plan, modules: list[LocalModule], numerics: Numerics, plain: bool) -> Counter[Part]:
-    for layer in (layer for module in modules for level in module.levels.values() for layer in level.modules()):
+def _counts_of(plan: Plan, modules: list[LocalModule], numerics: Numerics, plain: bool) -> _Counts:
+    layers = [layer for module in modules for level in module.levels.values() for layer in level.modules()]
+    paired = [layer for layer in layers if isinstance(layer, PairedConv2d)]
+    for layer in layers:
         if isinstance(layer, UpsampledConv2d):
             layer.factorise = not plain
-        elif isinstance(layer, PairedConv2d):
-            layer.paired = False  # products with its zeros are no operations of the method
-    tally = Tally()
-    inlet = BatchInlet(random_batch(plan, modules, numerics))
-    Stage(modules, plan.schedules[0], inlet, Edges(), watch=tally).train_step(1, 0)
-    return tally.flops
+    first, second = Tally(), Tally()
+    stage = Stage(modules, plan.schedules[0], BatchInlet(random_batch(plan, modules, numerics)), Edges(), watch=first)
+    for layer in paired:
+        layer.paired = False  # products with its zeros are no FLOPs of the method
+    stage.train_step(1, 0)
+    for layer in paired:
+        layer.paired = True
+    stage.watch = second
+    stage.train_step(1, 1)
+    return _Counts(first.flops, second.operations)

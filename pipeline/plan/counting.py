@@ -26,18 +26,13 @@ class Tally(Watch):
     """Counts the work of a stage.
 
     Attributes:
-        operations, flops: by module and kind of action, since :meth:`clear`.
+        operations, flops: by module and kind of action.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: Counter[Part] = Counter()
         self.flops: Counter[Part] = Counter()
-
-    def clear(self) -> None:
-        """Count from zero."""
-        self.operations.clear()
-        self.flops.clear()
 
     @contextmanager
     def working(self, action: Action, step: int, waited: Callable[[], float]) -> Iterator[None]:

@@ -69,7 +69,7 @@ def explain(
         config: from :func:`pipeline.load_config`; ``partition.kind`` chooses the placement.
         ranks: number of processes, each on a device like the profiled one.
         profile: costs of the modules; None: :func:`measure` them here, once nothing else is left to refuse.
-        count: give the operations of every module in BP units too, which takes a few seconds.
+        count: give FLOPs, in BP units, and operations of every module too, which takes a few seconds.
         latency_s: seconds that a message takes besides its transfer.
         bytes_per_s: bandwidth between two ranks.
 
@@ -125,6 +125,7 @@ def explain(
         events=simulation.events(first - MARGIN, first + 2 + MARGIN),
         first_step=first,
         refusal=_refusal(memory, profile),
+        bp_operations=units.bp_operations if units is not None else None,
     )
 
 
@@ -223,6 +224,7 @@ def _modules(
                 step_s=work[role.index],
                 memory_bytes=cost.memory_bytes,
                 bp_units=units.modules[role.index].total if units is not None else None,
+                operations=round(units.modules[role.index].operations) if units is not None else None,
             )
         )
     return tuple(rows)

@@ -25,7 +25,8 @@ class PlannedModule:
             is left out.
         step_s: their sum, over all messages.
         memory_bytes: of a stage that owns it alone.
-        bp_units: operations of a step in units of one backpropagation step of the whole network; None: not counted.
+        bp_units: FLOPs of a step in units of one backpropagation step of the whole network; None: not counted.
+        operations: that PyTorch is asked for in a step of one micro-batch, with its update; None: not counted.
     """
 
     index: int
@@ -38,6 +39,7 @@ class PlannedModule:
     step_s: float
     memory_bytes: int
     bp_units: float | None
+    operations: int | None
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class PlanReport:
         events: some simulated steps of the full pipeline.
         first_step: the first of two complete steps in ``events``.
         refusal: why this cannot run on these devices, or None.
+        bp_operations: of a backpropagation step of the whole network; None: not counted.
     """
 
     lines: tuple[str, ...]
@@ -103,6 +106,7 @@ class PlanReport:
     events: tuple[Event, ...]
     first_step: int
     refusal: str | None
+    bp_operations: int | None
 
     @property
     def images_per_s(self) -> float:

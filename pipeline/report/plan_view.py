@@ -57,6 +57,8 @@ def _time_of(kind: str) -> Callable[[PlannedModule], str]:
 def _module_table(modules: Sequence[PlannedModule], width: int) -> Table:
     """``width``: columns of the console; on a narrow one the less important columns are left out."""
     kinds = [kind for kind in NAMES if any(kind in module.seconds for module in modules)]
+    counted = all(module.bp_units is not None for module in modules)
+    room = width - 16 if counted else width
     about: list[tuple[str, int, Callable[[PlannedModule], str]]] = [
         ("#", 0, lambda m: str(m.index)),
         ("rank", 0, lambda m: str(m.rank)),
@@ -69,11 +71,12 @@ def _module_table(modules: Sequence[PlannedModule], width: int) -> Table:
         heading = f"{NAMES[kind]} {kind}".replace("independent", "indep.").replace(" ", "\n")
         about.append((heading, 90 if kind == "U" else 0, _time_of(kind)))
     about.append(("all", 0, lambda m: _ms(m.step_s)))
-    if all(module.bp_units is not None for module in modules):
-        about.append(("BP\nunits", 100, lambda m: f"{m.bp_units:.3f}"))
+    if counted:
+        about.append(("BP\nunits", 84, lambda m: f"{m.bp_units:.3f}"))
+        about.append(("opera-\ntions", 94, lambda m: f"{m.operations:,}"))
     about += [("memory\nMiB", 90, lambda m: mebibytes(m.memory_bytes))]
-    columns = [(heading, cell) for heading, least, cell in about if width >= least]
-    table = _table(*(heading for heading, _ in columns), gap=2 if width >= 120 else 1)
+    columns = [(heading, cell) for heading, least, cell in about if room >= least]
+    table = _table(*(heading for heading, _ in columns), gap=2 if room >= (144 if counted else 120) else 1)
     for module in modules:
         table.add_row(*(Text(cell(module)) for _, cell in columns))
     return table
@@ -103,8 +106,11 @@ def _totals(report: PlanReport) -> list[tuple[str, str]]:
         ("bound", f"{_ms(report.bound_s)} ms (work of the busiest rank); bubble {100 * report.bubble:.1f} %"),
         ("one rank alone", f"{_ms(report.alone_s)} ms; {len(report.ranks)} ranks are {gain:.2f} times as fast"),
     ]
-    if units:
-        totals.append(("operations", f"{sum(units):.2f} units of one BP step of the whole network"))
+    if report.bp_operations is not None:
+        calls = sum(module.operations or 0 for module in report.modules)
+        ratio = f"{calls / report.bp_operations:.2f} times those of a BP step"
+        totals.append(("FLOPs", f"{sum(units):.2f} units of one BP step of the whole network"))
+        totals.append(("operations", f"{calls:,} calls for a step of one micro-batch, {ratio}"))
     for placement in report.placements:
         sizes = _sizes(placement.sizes)
         totals.append((f"by {placement.kind}", f"{_ms(placement.step_s)} ms a step with {sizes} modules per rank"))

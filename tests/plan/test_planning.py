@@ -41,6 +41,11 @@ def report() -> PlanReport:
     return explain(config(), 4, PROFILE)
 
 
+@pytest.fixture(scope="module")
+def counted() -> PlanReport:
+    return explain(config(), 4, PROFILE, count=True)
+
+
 def shown(report: PlanReport, width: int) -> str:
     out = io.StringIO()
     show_plan(report, Console(file=out, width=width))
@@ -185,6 +190,18 @@ def test_no_number_is_cut_off_on_a_narrow_screen(report: PlanReport, width: int)
     for row in rows:
         assert all("…" not in cell for cell in row.split()[3:]), row
         assert len(row) <= width
+
+
+@pytest.mark.parametrize("width", [100, 110, 120, 140, 160])
+def test_what_is_counted_stands_beside_the_times(counted: PlanReport, width: int) -> None:
+    text = shown(counted, width)
+    rows = [line for line in text.splitlines() if line.startswith(("0  ", "1  ", "2  ", "3  "))]
+    calls = [module.operations for module in counted.modules]
+    assert None not in calls and counted.bp_operations is not None and sum(calls) > counted.bp_operations
+    assert [f" {number:,} " in row for row, number in zip(rows, calls, strict=False)] == [width >= 110] * 4
+    assert all("…" not in cell for row in rows for cell in row.split()[3:])
+    assert f"operations       {sum(calls):,} calls" in text and "units of one BP step" in text
+    assert max(map(len, text.splitlines()[4:])) <= width
 
 
 def test_the_schedule_is_printed_a_line_per_rank_under_its_legend(report: PlanReport) -> None:
