@@ -4,7 +4,7 @@
                                        +--> independent level  a_m = w_I dIL_m/dh_m
     relay(key)    g = (df_m/dx_m)^T (c_m if it is its key + what came from m+1 with this key)     -> module m-1
     backward      grad theta_m = (df_m/dtheta_m)^T (a_m + c_m + everything that came from m+1)
-    update        one optimiser step for theta_m and the heads of m, if its losses and its gradients are finite
+    (update       one optimiser step for theta_m and the heads of m: see local.updates)
     share, adopt  weights upstream: what its first block weighs, for the heads of m-1; what came from m+1, for its own
 
 The independent gradient a_m and messages that end here never go upstream. The order of summation is fixed, so the
@@ -30,7 +30,7 @@ from pipeline.local.guard import FiniteGuard
 from pipeline.local.losses import Losses
 from pipeline.local.methods import Level
 from pipeline.local.micro_batch import BatchKey, InFlight, MicroBatch
-from pipeline.local.optimiser import build_optimiser, set_learning_rate
+from pipeline.local.optimiser import Optimiser
 from pipeline.local.roles import ModulePlan
 from pipeline.local.stashes import Stashes
 from pipeline.local.task import Task
@@ -102,7 +102,6 @@ class LocalModule:
         self._maps = maps
         self._shared: FlatWeights | None = None
         self._seed = config.train.seed
-        self._clip_norm = config.optim.clip_norm
         parts = (*blocks.values(), *levels.values())
         for part in parts:
             numerics.place(part)
@@ -111,7 +110,7 @@ class LocalModule:
         self.parameters = [p for block in blocks.values() for p in block.parameters()]
         head_parameters = [p for level in levels.values() for p in level.parameters()]
         self._trained = self.parameters + head_parameters
-        self.optimiser = build_optimiser(self._trained, config.optim)
+        self.optimiser = Optimiser(self._trained, config.optim)
         self._repeated = self._imitate_repeated_evaluations() if config.hierarchy.variant == "released" else []
         self.stashes = Stashes(blocks, head_parameters) if lag > 0 else None
         self.in_flight: dict[BatchKey, InFlight] = {}
@@ -119,7 +118,7 @@ class LocalModule:
         buffers = [b for part in parts for b in part.buffers()]
         skips, on_gpu = config.train.nonfinite == "skip", numerics.device.type == "cuda"
         self._counts_steps_itself = config.schedule.kind == "free"
-        self.guard = FiniteGuard(self.losses, self._trained, buffers, skips, on_gpu, self._not_finite)
+        self.guard = FiniteGuard(self.losses, buffers, skips, on_gpu, self._not_finite)
 
     def _imitate_repeated_evaluations(self) -> list[nn.modules.batchnorm._BatchNorm]:
         """The released code evaluates a module n times a step, which moves BatchNorm statistics n times: momentum
@@ -176,7 +175,7 @@ class LocalModule:
         with torch.enable_grad():
             loss = self.task.loss(leaf, item.batch.labels)
             loss.backward()
-        self.losses.add(key[0], "final", loss.detach(), item.batch.scale)
+        self.losses.add(key[0], {"final": loss.detach()}, item.batch.scale)
         total = (self.plan.final_local + self.plan.final_cascade) * item.batch.scale
         assert leaf.grad is not None
         item.independent = leaf.grad if total == 1.0 else leaf.grad * total
@@ -203,7 +202,6 @@ class LocalModule:
 
     def backward(self, key: BatchKey) -> Tensors | None:
         """Full backward into the parameters; frees the graph. Returns the message upstream where it is `merged`."""
-        self.guard.heads_done(key[0])
         item = self.in_flight.pop(key)
         received = [item.received[message_key] for message_key in self.plan.incoming]
         outputs, gradients = _gradients_of(item.outputs, [item.independent, item.own], received)
@@ -220,25 +218,11 @@ class LocalModule:
             upstream = upstream if share == 1.0 else {name: x * share for name, x in upstream.items()}
         return self._boundary(upstream)
 
-    def update(self, step: int) -> None:
-        """Clip, step with the gradients of the batch of ``step``, clear the gradients.
-
-        Without the step where a loss of that batch or a gradient is not finite and ``train.nonfinite`` is "skip".
-
-        Raises:
-            NonFiniteError: one of them is not finite and it is "stop".
-        """
+    def take_stashed_gradients(self, step: int) -> None:
+        """Where the module is late: put the gradients of the batch of ``step`` where its optimiser looks for them."""
         if self.stashes is not None:
             for parameter, gradient in zip(self._trained, self.stashes.close(step), strict=True):
                 parameter.grad = gradient
-        allowed = self.guard.allows(step)
-        if allowed:
-            if self._clip_norm:
-                torch.nn.utils.clip_grad_norm_(self._trained, self._clip_norm)
-            self.optimiser.step()
-        self.losses.close(step, updated=allowed)
-        self.optimiser.zero_grad(set_to_none=True)
-        self.guard.mend_buffers()
 
     def share(self) -> Tensor:
         """A copy of the parameters of its first block, (1, elements); the next call writes it again."""
@@ -258,7 +242,7 @@ class LocalModule:
 
     def set_learning_rate(self, lr: float) -> None:
         """Use ``lr`` from the next update on."""
-        set_learning_rate(self.optimiser, lr)
+        self.optimiser.lr = lr
 
     def take_losses(self) -> dict[str, float]:
         """Mean of every loss over the steps that were updated since the last call.
@@ -288,8 +272,7 @@ class LocalModule:
         else:
             with self.stashes.heads_of(step):
                 gradient, losses = self.levels[name].backward(*arguments)
-        for term, loss in losses.items():
-            self.losses.add(step, f"{name}.{term}", loss, batch.scale)
+        self.losses.add(step, {f"{name}.{term}": loss for term, loss in losses.items()}, batch.scale)
         return channels_last(gradient) if self._maps.output else gradient
 
     def _feature(self, outputs: Tensors) -> Tensor:

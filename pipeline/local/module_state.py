@@ -23,10 +23,11 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.flow import MAIN, Tensors
 from pipeline.local.local_module import LocalModule
 from pipeline.local.micro_batch import BatchKey, InFlight, MicroBatch
-from pipeline.local.weights import State, live_weights, weights_of
+from pipeline.local.weights import State, below, live_weights, weights_of
 
 STRIDES = "@strides"  # in which a tensor of four dimensions lies decides which kernels work on it, so on the last bits
 BUSY = "busy_s"
+OPTIMISER = "optimiser."
 
 
 def module_state(module: LocalModule) -> State:
@@ -40,13 +41,10 @@ def module_state(module: LocalModule) -> State:
     state: State = {}
     for name, value in live_weights(module).items():
         state[name] = _copy(value)
-    for index, values in module.optimiser.state_dict()["state"].items():
-        for name, value in values.items():
-            if value is not None:  # momentum before the first step
-                state[f"optimiser.{index}.{name}"] = _copy(torch.as_tensor(value))
+    state |= {OPTIMISER + name: _copy(value) for name, value in module.optimiser.state()}
     losses = module.losses
     for name, total in losses.sums.items():
-        state[f"losses.{name}"] = _copy(torch.as_tensor(total))
+        state[f"losses.{name}"] = _copy(total)
     state["losses.steps"] = torch.tensor(losses.steps)
     state["losses.skipped"] = torch.tensor(losses.skipped)
     for step, terms in losses.open.items():
@@ -101,7 +99,7 @@ def restore_module(module: LocalModule, state: State) -> None:
             # in training mode does not read.
             value.data.copy_(state[name])
     module.guard.mend_buffers()
-    _restore_optimiser(module, state)
+    module.optimiser.restore(below(state, OPTIMISER))
     device = module.numerics.device
     for name, total in state.items():
         if name.startswith("open."):
@@ -110,20 +108,6 @@ def restore_module(module: LocalModule, state: State) -> None:
     losses = {name.removeprefix("losses."): value for name, value in state.items() if name.startswith("losses.")}
     module.losses.steps, module.losses.skipped = int(losses.pop("steps")), int(losses.pop("skipped"))
     module.losses.sums = {name: value.to(device) for name, value in losses.items()}
-
-
-def _restore_optimiser(module: LocalModule, state: State) -> None:
-    document = module.optimiser.state_dict()
-    parameters = module.optimiser.param_groups[0]["params"]
-    document["state"] = {}
-    for name, value in state.items():
-        if name.startswith("optimiser."):
-            _, index, entry = name.split(".", 2)
-            parameter = parameters[int(index)]
-            if value.shape == parameter.shape:  # in the parameter's layout, so that the same kernel updates it
-                value = torch.empty_like(parameter).copy_(value)
-            document["state"].setdefault(int(index), {})[entry] = value
-    module.optimiser.load_state_dict(document)
 
 
 def _restore_late(module: LocalModule, state: State) -> None:

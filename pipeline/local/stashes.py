@@ -59,10 +59,10 @@ class Stashes:
         """The stash of ``step``, with the weights as they are when it is first asked for: micro-batches share them."""
         if step not in self.open:
             stash = self.open[step] = self._spare.pop() if self._spare else self.empty()
-            parameters = [p for block in self._blocks.values() for p in block.parameters()]
-            with torch.no_grad():
-                for copy, parameter in zip(stash.leaves(), parameters, strict=True):
-                    copy.copy_(parameter)
+            parameters: list[Tensor] = [p for block in self._blocks.values() for p in block.parameters()]
+            if parameters:
+                with torch.no_grad():
+                    torch._foreach_copy_(stash.leaves(), parameters)
         return self.open[step]
 
     def run(self, step: int, flow: Flow) -> Flow:

@@ -55,8 +55,9 @@ def boundary_specs(blocks: Blocks, inputs: Specs, entrances: Collection[str] = (
 def _with_layouts(found: dict[str, Specs], blocks: Blocks, inputs: Specs) -> dict[str, Specs]:
     """The specs, with the maps (H, W, C) among them marked."""
     image = inputs[MAIN].shape
-    if len(image) != 3 or not any(len(specs[MAIN].shape) == 3 for specs in found.values()):
-        return found
+    maps = [spec.shape for specs in found.values() for spec in specs.values() if len(spec.shape) == 3]
+    if len(image) != 3 or not any(_like_sides(shape[:2], image[1:]) for shape in maps):
+        return found  # channels first, all of them
     larger = _of_larger_images(blocks, inputs)
     marked: dict[str, Specs] = {}
     for block, specs in found.items():
@@ -93,9 +94,12 @@ def _channels_last(shape: tuple[int, ...], larger: TensorSpec | None, sides: tup
         grows = [size != other for size, other in zip(shape, larger.shape, strict=True)]
         if grows in ([True, True, False], [False, True, True]):
             return grows[0]
-    height, width = sides
-    first, middle, last = shape
-    return first * width == middle * height and middle * width != last * height
+    return _like_sides(shape[:2], sides) and not _like_sides(shape[1:], sides)
+
+
+def _like_sides(axes: tuple[int, ...], sides: tuple[int, ...]) -> bool:
+    """Whether two axes of a map are to each other as the sides of the image."""
+    return axes[0] * sides[1] == axes[1] * sides[0]
 
 
 def _shortened(spec: TensorSpec, shorter: Any) -> TensorSpec:

@@ -3,7 +3,8 @@
     planned blocks, or a user's --shapes--> blank blocks and heads --> LocalModule --> Stage: every operation is called
 
 On the meta device alone it would not be the step of the run: layers choose their form by the device, and autocast knows
-no device "meta". PyTorch's fake tensors are meta tensors that give the device of the run as theirs.
+no device "meta". PyTorch's fake tensors are meta tensors that give the device of the run as theirs. The operations are
+the run's but for a few that PyTorch chooses itself by whether a tensor is real.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from pipeline.local.local_module import LocalModule
 from pipeline.local.task import Classification
 from pipeline.models.backbones import Blocks
 from pipeline.models.layers import PairedConv2d
+from pipeline.models.patches import PatchedHead
 from pipeline.models.unbuilt import planned_blocks
 from pipeline.models.upsampling import UpsampledConv2d
 from pipeline.plan.alone import random_batch
@@ -158,15 +159,21 @@ def planned_cost(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool = F
     return StepCost(unit / IMAGES, round(sum(bp.operations.values())), modules)
 
 
+def module_flops(plan: Plan, blocks: Blocks, numerics: Numerics) -> list[int]:
+    """FLOPs of a step by local module, heads included, in a common unit; arguments as of :func:`planned_cost`."""
+    flops = _count(plan, blocks, numerics, plain=False, steps=1).flops
+    return [sum(flops[module, kind] for kind in Kind) for module in range(len(plan.modules))]
+
+
 @dataclass(frozen=True)
 class _Counts:
-    """FLOPs of one step over ``IMAGES`` images, and its operations."""
+    """FLOPs of the first step over ``IMAGES`` images, and the operations of the second."""
 
     flops: Mapping[Part, int]
     operations: Mapping[Part, float]
 
 
-def _count(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool) -> _Counts:
+def _count(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool, steps: int = 2) -> _Counts:
     """What cannot do without values, as a network that decides by them, is computed."""
     config = plan.config
     config = dataclasses.replace(
@@ -174,33 +181,38 @@ def _count(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool) -> _Coun
         schedule=ScheduleConfig(),
         data=dataclasses.replace(config.data, batch_size=IMAGES),
         precision=dataclasses.replace(config.precision, compile=False),
-        patches=dataclasses.replace(config.patches, at_once=1),  # PyTorch's formulas are wrong for grouped convolutions
     )
     plan = dataclasses.replace(plan, config=config, stages=()).placed((range(len(plan.modules)),))
     cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         try:
             with no_values():
-                return _counts_of(plan, blank_modules(plan, blocks, numerics), numerics, plain)
+                return _counts_of(plan, blank_modules(plan, blocks, numerics), numerics, plain, steps)
         except LocalpipeError:
             raise
         except Exception:  # whatever it is: the real modules decide
-            return _counts_of(plan, real_modules(plan, blocks, numerics), numerics, plain)
+            return _counts_of(plan, real_modules(plan, blocks, numerics), numerics, plain, steps)
 
 
-def _counts_of(plan: Plan, modules: list[LocalModule], numerics: Numerics, plain: bool) -> _Counts:
+def _counts_of(plan: Plan, modules: list[LocalModule], numerics: Numerics, plain: bool, steps: int) -> _Counts:
     layers = [layer for module in modules for level in module.levels.values() for layer in level.modules()]
     paired = [layer for layer in layers if isinstance(layer, PairedConv2d)]
+    patched = [(layer, layer.at_once) for layer in layers if isinstance(layer, PatchedHead)]
     for layer in layers:
         if isinstance(layer, UpsampledConv2d):
             layer.factorise = not plain
-    first, second = Tally(), Tally()
-    stage = Stage(modules, plan.schedules[0], BatchInlet(random_batch(plan, modules, numerics)), Edges(), watch=first)
+    flops, operations = Tally(), Tally()
+    stage = Stage(modules, plan.schedules[0], BatchInlet(random_batch(plan, modules, numerics)), Edges(), watch=flops)
     for layer in paired:
         layer.paired = False  # products with its zeros are no FLOPs of the method
+    for head, _ in patched:
+        head.at_once = 1  # PyTorch's formulas are wrong for the gradients of grouped convolutions
     stage.train_step(1, 0)
     for layer in paired:
         layer.paired = True
-    stage.watch = second
-    stage.train_step(1, 1)
-    return _Counts(first.flops, second.operations)
+    for head, at_once in patched:
+        head.at_once = at_once
+    stage.watch = operations
+    if steps > 1:
+        stage.train_step(1, 1)
+    return _Counts(flops.flops, operations.operations)

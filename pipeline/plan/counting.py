@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,11 +35,12 @@ class Tally(Watch):
         self.flops: Counter[Part] = Counter()
 
     @contextmanager
-    def working(self, action: Action, step: int, waited: Callable[[], float]) -> Iterator[None]:
-        with _Operations(reads=action.kind is Kind.UPDATE) as counted:
+    def working(self, actions: Sequence[Action], step: int, waited: Callable[[], float]) -> Iterator[None]:
+        part = actions[0].module, actions[0].kind  # one call for several modules counts for the first
+        with _Operations(reads=part[1] is Kind.UPDATE) as counted:
             yield
-        self.operations[action.module, action.kind] += counted.calls
-        self.flops[action.module, action.kind] += counted.flops
+        self.operations[part] += counted.calls
+        self.flops[part] += counted.flops
 
 
 class _Operations(TorchDispatchMode):

@@ -26,7 +26,7 @@ from pipeline.local.task import Classification, Task
 from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import planned_blocks, without_memory
 from pipeline.plan.assembly import Plan, describe, make_plan
-from pipeline.plan.cost import StepCost, planned_cost
+from pipeline.plan.cost import StepCost, module_flops, planned_cost
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.placement import choose_stages, given, place, split_by_cost
 from pipeline.plan.profiling import profile_modules, work_of
@@ -93,21 +93,26 @@ def explain(
     work = [cost.step_s(role) for cost, role in zip(costs, plan.modules, strict=True)]
     if max(work) <= 0:
         raise ConfigError("the profile has no time for any action; give forward_s and backward_s of the modules")
-    stages = choose_stages(config.partition, len(work), ranks, work)
-    candidates = {config.partition.kind: stages}
-    candidates |= {"count": place(len(work), ranks), "measured": split_by_cost(work, ranks)}
+    chosen = config.partition.kind
+    units = planned_cost(plan, network.blocks, numerics) if count else None
+    flops = [module.total for module in units.modules] if units is not None else None
+    if chosen == "auto" and flops is None:
+        flops = [float(each) for each in module_flops(plan, network.blocks, numerics)]
+    stages = choose_stages(config.partition, len(work), ranks, flops if chosen == "auto" else work)
+    candidates = {chosen: stages} | {"count": place(len(work), ranks), "measured": split_by_cost(work, ranks)}
+    if flops is not None:
+        candidates["auto"] = split_by_cost(flops, ranks)
     link = (latency_s, bytes_per_s)
     runs = {}
     for kind, candidate in candidates.items():
         plan = plan.placed(candidate)
         runs[kind] = (plan, *_run(plan, costs, *link))
-    plan, simulation, steady = runs[config.partition.kind]
+    plan, simulation, steady = runs[chosen]
     bound_s = max(sum(work[m] for m in stage) for stage in stages)
     if config.schedule.kind == "free":  # every stage at its own pace; the first one sees every batch
         bound_s = sum(work[m] for m in stages[0])
         steady = dataclasses.replace(steady, step_s=bound_s)
     memory = rank_memory(plan, costs, numerics)
-    units = planned_cost(plan, network.blocks, numerics) if count else None
     first = STEPS // 2
     return PlanReport(
         lines=_lines(plan, numerics, profile, link),

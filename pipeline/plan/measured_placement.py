@@ -1,4 +1,5 @@
-"""Before training, all ranks together: the plan of the run, for which rank 0 measures if the placement asks for it."""
+"""Before training, all ranks together: the plan of the run, for which rank 0 counts or measures if the placement asks
+for it."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from pipeline.base.numerics import Numerics
 from pipeline.local.task import Task
 from pipeline.models.backbones import Blocks
 from pipeline.plan.assembly import Plan, make_plan
+from pipeline.plan.cost import module_flops
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.placement import choose_stages, place
 from pipeline.plan.profiling import profile_modules
@@ -20,8 +22,10 @@ MEBI = 2**20
 def placed_plan(
     config: Config, blocks: Blocks, task: Task, numerics: Numerics, runtime: Runtime, inputs: Specs | None = None
 ) -> tuple[Plan, str]:
-    """The plan of a run on all ranks, and what to tell people about a measured placement (else ""). Collective.
+    """The plan of a run on all ranks, and what to tell people about a placement by cost (else ""). Collective.
 
+    ``partition.kind = "auto"``: rank 0 counts the FLOPs of every module, which takes a second or a few; where the ranks
+    leave no choice, nobody does.
     ``partition.kind = "measured"``: rank 0 measures every module on its device, one after another, while the others
     wait; so their time has no share in it.
 
@@ -29,6 +33,8 @@ def placed_plan(
         ConfigError: a placement that does not fit; a measured one that needs more memory than its device has.
     """
     by_count = make_plan(config, blocks, task, runtime.team.size, inputs)
+    if config.partition.kind == "auto":
+        return _placed_by_flops(by_count, blocks, numerics, runtime)
     if config.partition.kind != "measured":
         stages = choose_stages(config.partition, len(by_count.modules), runtime.team.size)
         return by_count.placed(stages), ""
@@ -61,6 +67,19 @@ def placed_plan(
         f"measured placement: {parts} ms of work a step, {sizes} MiB; slowest {1e3 * slowest:.0f} ms "
         f"(by count {1e3 * by_count_slowest:.0f} ms)"
     )
+
+
+def _placed_by_flops(by_count: Plan, blocks: Blocks, numerics: Numerics, runtime: Runtime) -> tuple[Plan, str]:
+    team = runtime.team
+    if team.size in (1, len(by_count.modules)):
+        return by_count, ""
+    counted = [float(flops) for flops in module_flops(by_count, blocks, numerics)] if team.leads else []
+    work: list[float] = team.broadcast(counted)
+    plan = by_count.placed(choose_stages(by_count.config.partition, len(work), team.size, work))
+    whole = sum(work) or 1.0
+    parts = " | ".join(f"{100 * _load(stage, work) / whole:.0f}" for stage in plan.stages)
+    busiest = max(_load(stage, work) for stage in by_count.stages)
+    return plan, f"placement by FLOPs: {parts} % of a step (by count {100 * busiest / whole:.0f} % on the busiest rank)"
 
 
 def _load(stage: range, work: list[float]) -> float:

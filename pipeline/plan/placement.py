@@ -1,6 +1,6 @@
 """Placement: which consecutive local modules each rank owns. It decides how fast a run is, never its result.
 
-    local modules   0  1 | 2  3 | 4        on 3 ranks: by count, by cost (measured), or as given
+    local modules   0  1 | 2  3 | 4        on 3 ranks: by count, by cost (counted or measured), or as given
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from pipeline.base.errors import ConfigError
 def choose_stages(
     config: PartitionConfig, modules: int, ranks: int, costs: Sequence[float] | None = None
 ) -> tuple[range, ...]:
-    """Consecutive local modules of every rank, as ``config.kind`` asks; ``costs`` of every module for "measured".
+    """Consecutive local modules of every rank, as ``config.kind`` asks; ``costs`` of every module for "auto" and
+    "measured".
 
     Raises:
         ConfigError: more ranks than modules, or ``config.stages`` that do not fit.
     """
     if config.kind == "given":
         return given(config.stages, modules, ranks)
-    if config.kind == "measured":
+    if config.kind in ("auto", "measured"):
         assert costs is not None and len(costs) == modules
         return split_by_cost(costs, ranks)
     return place(modules, ranks)

@@ -17,7 +17,6 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from pipeline.base.flow import MAIN, named
 from pipeline.base.numerics import Numerics
@@ -137,6 +136,6 @@ def _state_bytes(module: LocalModule) -> int:
     parts = (*module.blocks.values(), *module.levels.values())
     parameters = [p for part in parts for p in part.parameters()]
     buffers = [b for part in parts for b in part.buffers()]
-    optimiser = [v for state in module.optimiser.state.values() for v in state.values() if isinstance(v, Tensor)]
+    optimiser = [value for _, value in module.optimiser.state()]
     gradients = sum(p.nbytes for p in parameters if p.requires_grad)
     return gradients + sum(tensor.nbytes for tensor in (*parameters, *buffers, *optimiser))

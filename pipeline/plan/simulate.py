@@ -31,7 +31,7 @@ class ModuleCost:
     Attributes:
         forward_s, cascade_s, independent_s, final_s, backward_s: seconds for a whole batch.
         relay_s: seconds of a whole batch for one gradient message that is sent on before the backward.
-        update_s: seconds of one optimiser step.
+        update_s: seconds of one optimiser step alone; of several modules together it takes no longer than their sum.
         state_bytes: parameters, gradients, buffers and optimiser state.
         graph_bytes: what one micro-batch keeps from its forward to its backward.
         work_bytes: the most that a single action needs on top of that, and gives back.

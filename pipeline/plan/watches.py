@@ -26,10 +26,10 @@ class Stopwatch(Watch):
         self._laps: list[tuple[Kind, Any, Any]] = []
 
     @contextmanager
-    def working(self, action: Action, step: int, waited: Callable[[], float]) -> Iterator[None]:
+    def working(self, actions: Sequence[Action], step: int, waited: Callable[[], float]) -> Iterator[None]:
         start = self._time()
         yield
-        self._laps.append((action.kind, start, self._time()))
+        self._laps.append((actions[0].kind, start, self._time()))
 
     def seconds(self) -> dict[Kind, float]:
         """By kind; where a kind ran several times (relays of several messages), the mean."""
@@ -66,7 +66,7 @@ class MemoryWatch(Watch):
         self._base = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
     @contextmanager
-    def working(self, action: Action, step: int, waited: Callable[[], float]) -> Iterator[None]:
+    def working(self, actions: Sequence[Action], step: int, waited: Callable[[], float]) -> Iterator[None]:
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             yield
@@ -77,9 +77,10 @@ class MemoryWatch(Watch):
             with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor):
                 yield
             peak, after = self._peak, self._now
-        if action.kind is Kind.FORWARD:
+        kind = actions[0].kind
+        if kind is Kind.FORWARD:
             self._after_forward = after
-        if action.kind is not Kind.UPDATE:
+        if kind is not Kind.UPDATE:
             self._most = max(self._most, peak)
 
     def graph_bytes(self, output: Tensor, levels: int) -> int:

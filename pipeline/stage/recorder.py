@@ -6,9 +6,10 @@ the run is over, so that recording never waits for the device.
 
 from __future__ import annotations
 
+import itertools
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ class Recorder:
         self._rank = rank
         self._cuda = device.type == "cuda"
         self._offset_s = offset_s
-        self._marks: list[tuple[Action, int, Mark, Mark, Mark, float]] = []
+        self._marks: list[tuple[Sequence[Action], int, Mark, Mark, Mark, float]] = []
         self._sent: list[Event] = []
         self.full = False
         self._origin: tuple[torch.cuda.Event, float] | None = None
@@ -56,12 +57,12 @@ class Recorder:
         event.record()
         return event
 
-    def action(self, action: Action, step: int, arrived: Mark, started: Mark, blocked_s: float) -> None:
-        """An action that ends now: reached at ``arrived``, begun at ``started`` when its messages were there;
-        ``blocked_s`` seconds of it went by waiting for room in a queue."""
+    def actions(self, actions: Sequence[Action], step: int, arrived: Mark, started: Mark, blocked_s: float) -> None:
+        """Actions that were done together in ``step`` and end now: reached at ``arrived``, begun at ``started`` when
+        their messages were there; ``blocked_s`` seconds of it went by waiting for room in a queue."""
         self.full = len(self._marks) >= LIMIT
         if not self.full:
-            self._marks.append((action, step, arrived, started, self.mark(), blocked_s))
+            self._marks.append((actions, step, arrived, started, self.mark(), blocked_s))
 
     def sent(self, module: int, header: Header, posted_s: float, taken_s: float) -> None:
         """A message of ``module`` was on its way from ``posted_s`` to ``taken_s``, host time. From any thread."""
@@ -74,16 +75,19 @@ class Recorder:
         if self._cuda:
             torch.cuda.synchronize()
         found: list[Event] = []
-        for action, step, *marks, blocked_s in self._marks:
+        for actions, step, *marks, blocked_s in self._marks:
             arrived, started, ended = (self._seconds(mark) for mark in marks)
-            about = (action.module, action.micro_batch, step)
-            if started - arrived > SHORTEST_WAIT_S:
-                found.append(Event(self._rank, WAIT, *about, arrived, started))
             # On a GPU the device may have worked while the host was blocked: its time is the kernels' alone.
             work_end = ended - (blocked_s if blocked_s > SHORTEST_WAIT_S and not self._cuda else 0.0)
-            found.append(Event(self._rank, action.kind.value, *about, started, work_end))
+            each = (work_end - started) / len(actions)  # of what is done together, nobody knows who took how long
+            bounds = [started, *(started + index * each for index in range(1, len(actions))), work_end]
+            about = [(action.module, action.micro_batch, step - action.lag) for action in actions]
+            if started - arrived > SHORTEST_WAIT_S:
+                found.append(Event(self._rank, WAIT, *about[0], arrived, started))
+            for action, its, span in zip(actions, about, itertools.pairwise(bounds), strict=True):
+                found.append(Event(self._rank, action.kind.value, *its, *span))
             if work_end < ended:
-                found.append(Event(self._rank, WAIT, *about, work_end, ended))
+                found.append(Event(self._rank, WAIT, *about[-1], work_end, ended))
         return sorted(found + self._sent, key=lambda event: event.start_s)
 
     def _seconds(self, mark: Mark) -> float:

@@ -7,9 +7,11 @@ Schedule `exact`, one module per stage, two micro-batches (k = 2; R sends the ca
     heads first what others     needs the gradient that the next stage's R0 sent: one hop, at any depth
     wait for: cascade, relay
 
-A stage with several modules interleaves them, so that at most k modules hold a graph:
+A stage with several modules interleaves them, so that at most k modules hold a graph. Updates come last, those that
+wait for the next stage after the others: updates side by side are done together, in one call (see local.updates):
 
-    F(m) C(m) R(m)  B(m-1) U(m-1)  I(m)   F(m+1) ...
+    F(m) C(m) R(m)  B(m-1)  I(m)   F(m+1) ...   U(m) U(m+1) ...   |   B(last) U(last)
+    |_________________________________________________________|   waits for the gradient of the next stage
 
 Schedule `async`, delay d = 1: a module that receives a gradient does its backward and its update one step late, on the
 weights that its forward used. What it waits for was sent a whole step ago, so nobody waits. "@-1" is the batch of the
@@ -28,7 +30,8 @@ from a replay ring and not from the next message in line (see transport).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -151,8 +154,9 @@ def stage_schedule(
     the method declares.
 
     Work that needs only this stage is done as early as possible. What needs a gradient of the next stage is left until
-    the next micro-batch's forward and heads are done, and the update until the last backward. Work that is late by
-    declaration follows the forward and heads of its micro-batch.
+    the next micro-batch's forward and heads are done. Updates that need only this stage are done before it waits for
+    the last gradient of the next one, the others at the end. Work that is late by declaration follows the forward and
+    heads of its micro-batch.
     """
     return _schedule(plans, modules, micro_batches, lags(plans, delay), upstream)
 
@@ -167,7 +171,9 @@ def _schedule(
         if micro_batch > 0:
             builder.finish(micro_batch - 1)
         builder.late_work(micro_batch)
+    builder.updates()
     builder.finish(micro_batches - 1)
+    builder.updates()
     return tuple(builder.actions)
 
 
@@ -184,6 +190,7 @@ class _StageBuilder:
         self._upstream = upstream
         self._there: set[Message] = set()
         self._pending: list[Action] = []
+        self._updates: list[Action] = []  # whose gradients are there
         self.actions: list[Action] = []
 
     def heads_of(self, module: int, micro_batch: int) -> None:
@@ -224,6 +231,14 @@ class _StageBuilder:
             self._pending.remove(action)
             self._emit(action)
 
+    def updates(self) -> None:
+        """Every update that has become possible, side by side; then weights upstream."""
+        done, self._updates = sorted(self._updates, key=lambda action: action.module), []
+        self.actions += done
+        for action in done:
+            if self._upstream is not None and action.module > 0 and adopts(self._plans[action.module - 1]):
+                self.actions.append(Action(Kind.SHARE, action.module, lag=action.lag, every=self._upstream.every))
+
     def _sweep(self, micro_batch: int) -> None:
         """Emit pending actions whose gradients are there, until nothing more becomes possible."""
         progress = True
@@ -241,9 +256,7 @@ class _StageBuilder:
         self.actions.append(action)
         self._there |= set(messages_sent(action))
         if action.kind is Kind.BACKWARD and action.micro_batch == self._last_micro_batch:
-            self.actions.append(Action(Kind.UPDATE, action.module, lag=action.lag))
-            if self._upstream is not None and action.module > 0 and adopts(self._plans[action.module - 1]):
-                self.actions.append(Action(Kind.SHARE, action.module, lag=action.lag, every=self._upstream.every))
+            self._updates.append(Action(Kind.UPDATE, action.module, lag=action.lag))
 
     def _possible(self, action: Action) -> bool:
         if action.lag:
@@ -261,6 +274,26 @@ class _StageBuilder:
 
 def _urgency(action: Action) -> tuple[bool, int, int]:
     return (action.kind is Kind.BACKWARD, -action.module, action.key or 0)
+
+
+def together(actions: Iterable[Action]) -> Iterator[tuple[Action, ...]]:
+    """What a stage does in one go: updates that stand side by side; each other action alone."""
+    for are_updates, side_by_side in itertools.groupby(actions, lambda action: action.kind is Kind.UPDATE):
+        group = tuple(side_by_side)
+        yield from [group] if are_updates else zip(group, strict=True)
+
+
+def last_backwards(schedule: Sequence[Action]) -> dict[Action, tuple[Action, ...]]:
+    """The last backward before updates that are done together, with those updates: all their losses are there."""
+    found: dict[Action, tuple[Action, ...]] = {}
+    last: dict[int, tuple[int, Action]] = {}  # by module, with its place
+    for place, actions in enumerate(together(schedule)):
+        if actions[0].kind is Kind.BACKWARD:
+            last[actions[0].module] = place, actions[0]
+        elif actions[0].kind is Kind.UPDATE:
+            _, backward = max((last[action.module] for action in actions), key=lambda entry: entry[0])
+            found[backward] = actions
+    return found
 
 
 def steps_of(schedule: Sequence[Action], first: int, end: int) -> Iterator[tuple[int, list[Action]]]:

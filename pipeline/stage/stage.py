@@ -12,7 +12,7 @@ that schedule `async` has left late. The stage knows nothing of files or screens
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 
@@ -23,11 +23,12 @@ from pipeline.base.flow import MAIN, Tensors
 from pipeline.edges.wire import Directive, Header, MessageKind
 from pipeline.local.local_module import LocalModule
 from pipeline.local.micro_batch import BatchKey, MicroBatch
+from pipeline.local.updates import Due, losses_together, update_together
 from pipeline.stage.counters import Counters
 from pipeline.stage.gradients import GRADIENT, GradientInlet
 from pipeline.stage.inlet import ACTIVATION, IMAGE, LABELS, Inlet, Input, payload
 from pipeline.stage.neighbours import Neighbours
-from pipeline.stage.schedule import Action, Kind, Message, messages_sent
+from pipeline.stage.schedule import Action, Kind, Message, last_backwards, messages_sent, together
 from pipeline.stage.watch import Watch
 from pipeline.stage.weights_upstream import WeightsUpstream
 
@@ -66,6 +67,7 @@ class Stage:
         self._first, self._last = min(self.modules), max(self.modules)
         self._gradients = GradientInlet(edges.gradient_in, gradient_order, self.modules)
         self._weights = WeightsUpstream(edges, schedule, self.modules)
+        self._last_backwards = last_backwards(schedule)
         self._forward_image = forward_image
         self._marks_epochs = marks_epochs
         self._inputs: dict[BatchKey, Input] = {}
@@ -84,14 +86,15 @@ class Stage:
 
     def train_step(self, epoch: int, step: int) -> None:
         """One training step of this rank. The schedule gives the order of the actions, this says what each one is."""
-        for action in self._due(step):
+        for actions in together(filter(self._in(step), self.schedule)):
+            action = actions[0]
             module, batch = self.modules[action.module], (step - action.lag, action.micro_batch)
-            self.watch.reached(action, epoch, batch[0])
+            self.watch.reached(actions, epoch, step)
             if action.kind is Kind.FORWARD and action.module == self._first:
                 self._take_input(epoch, batch)
             self._gradients.wait_for(action, epoch, batch[0])  # of the next stage, where the action needs any
             self._weights.wait_for(action, epoch, batch[0])  # likewise
-            with self.watch.working(action, batch[0], self.wait_s):
+            with self.watch.working(actions, step, self.wait_s):
                 match action.kind:
                     case Kind.FORWARD:
                         h = module.forward(batch, self._given(module, batch))
@@ -106,10 +109,12 @@ class Stage:
                     case Kind.FINAL:
                         module.final(batch)
                     case Kind.BACKWARD:
+                        if action in self._last_backwards:
+                            losses_together(self._due(self._last_backwards[action], step))
                         self._send_upstream(action, batch, module.backward(batch), epoch)
                         self._close(module, batch)
                     case Kind.UPDATE:
-                        self._update(module, batch[0])
+                        self._update(self._due(actions, step))
                     case Kind.SHARE:
                         self._weights.share(module, epoch, batch[0])
                     case Kind.ADOPT:
@@ -155,11 +160,13 @@ class Stage:
                 self._unfinished[batch] = self._unfinished.get(batch, 0) + 1
                 self._gradients.restored(batch, module)
 
-    def _due(self, step: int) -> Iterator[Action]:
-        """The actions of a step whose batch is one of this epoch."""
-        for action in self.schedule:
-            if action.in_step(step, self._first_step if action.lag else step, self._end_step):
-                yield action
+    def _in(self, step: int) -> Callable[[Action], bool]:
+        """Whether an action is to be done in ``step``: its batch is one of this epoch."""
+        return lambda action: action.in_step(step, self._first_step if action.lag else step, self._end_step)
+
+    def _due(self, updates: Sequence[Action], step: int) -> Due:
+        """The modules that these actions update in ``step``, with the steps of their batches."""
+        return [(self.modules[action.module], step - action.lag) for action in filter(self._in(step), updates)]
 
     @property
     def _longest_lag(self) -> int:
@@ -219,12 +226,13 @@ class Stage:
             del self._unfinished[batch]
             self._inputs.pop(batch).release()
 
-    def _update(self, module: LocalModule, step: int) -> None:
+    def _update(self, due: Due) -> None:
         try:
-            module.update(step)
+            update_together(due)
         except NonFiniteError as error:
             # It may have begun in another module of this stage, whose update comes later.
-            others = [other.guard.loss_error(step) for other in self.modules.values()]
+            steps = {step for _, step in due}
+            others = [other.guard.loss_error(step) for other in self.modules.values() for step in steps]
             raise min([error, *filter(None, others)], key=lambda each: each.precedence) from None
 
     # --- evaluation ---------------------------------------------------------------------------------------------------

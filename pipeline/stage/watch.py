@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -42,26 +42,28 @@ class Watch:
         self.recorder = recorder
         self._reached: Any = None
 
-    def reached(self, action: Action, epoch: int, step: int) -> None:
-        """The stage has come to an action on a batch of ``step``; what it needs may still be missing."""
-        self.current = action
-        if self._progress is not None:
-            self._progress(epoch, step, str(action))
-        if self._before_action is not None:
-            self._before_action(step, action)
+    def reached(self, actions: Sequence[Action], epoch: int, step: int) -> None:
+        """The stage has come, in ``step``, to actions that it does together; what they need may still be missing."""
+        for action in actions:
+            self.current = action
+            if self._progress is not None:
+                self._progress(epoch, step - action.lag, str(action))
+            if self._before_action is not None:
+                self._before_action(step - action.lag, action)
         self._reached = self._mark()
 
     @contextmanager
-    def working(self, action: Action, step: int, waited: Callable[[], float]) -> Iterator[None]:
-        """Around the work of an action. ``waited``: seconds of waiting so far, which is no work; here it is for room in
-        the queue of a message."""
+    def working(self, actions: Sequence[Action], step: int, waited: Callable[[], float]) -> Iterator[None]:
+        """Around the work of these actions in ``step``; each counts as an equal part of it. ``waited``: seconds of
+        waiting so far, which is no work; here it is for room in the queue of a message."""
         before, started, mark = waited(), time.perf_counter(), self._mark()
         yield
         blocked = waited() - before
         elapsed = time.perf_counter() - started - blocked
-        self.busy_s[action.module] = self.busy_s.get(action.module, 0.0) + elapsed
+        for action in actions:
+            self.busy_s[action.module] = self.busy_s.get(action.module, 0.0) + elapsed / len(actions)
         if self.recorder is not None:
-            self.recorder.action(action, step, self._reached, mark, blocked)
+            self.recorder.actions(actions, step, self._reached, mark, blocked)
         self.current = None
 
     def testing(self, epoch: int, step: int) -> None:

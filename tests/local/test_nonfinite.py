@@ -20,6 +20,7 @@ from pipeline.base.errors import NonFiniteError
 from pipeline.local.guard import Reading
 from pipeline.local.local_module import LocalModule
 from pipeline.local.module_state import module_state, restore_module
+from pipeline.local.updates import Due, update_together
 from pipeline.report.view import PlainView
 from pipeline.stage.inlet import Batch
 from pipeline.stage.schedule import Action, Kind
@@ -70,13 +71,12 @@ def same(ones: list[Tensor], others: list[Tensor]) -> bool:
 def note_updates(modules: list[LocalModule], monkeypatch: pytest.MonkeyPatch) -> dict[int, tuple[int, list[Tensor]]]:
     """By module: the step of the last update that was done, and the weights after it."""
     done = {module.plan.index: (-1, weights(module)) for module in modules}
-    update = LocalModule.update
 
-    def noted(self: LocalModule, step: int) -> None:
-        update(self, step)
-        done[self.plan.index] = step, weights(self)
+    def noted(due: Due) -> None:
+        update_together(due)
+        done.update({module.plan.index: (step, weights(module)) for module, step in due})
 
-    monkeypatch.setattr(LocalModule, "update", noted)
+    monkeypatch.setattr("pipeline.stage.stage.update_together", noted)
     return done
 
 
@@ -141,7 +141,8 @@ def test_where_gradients_are_read_late_the_message_names_their_step(
     """On a GPU the gradients of an update are looked at in the next one, or before its weights are saved."""
     stage, modules, _ = tiny_stage(tiny_config("dgl", "hpff", 2))
     spoil(modules[0], monkeypatch)
-    monkeypatch.setattr(modules[0].guard, "_reads_late", True)
+    for module in modules:
+        monkeypatch.setattr(module.guard, "reads_late", True)
     for step in range(BAD + 1):
         train_on(stage, 1, step, tiny_batch(step))
     with pytest.raises(NonFiniteError, match=f"batch of step {BAD}: losses are finite"):
@@ -164,7 +165,9 @@ def test_the_place_where_it_began_comes_first() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_number_of_a_gpu_is_read() -> None:
     value = torch.tensor([1.0, float("nan")], device="cuda")
-    assert not Reading(value.sum()).finite() and Reading(value[0]).finite()
+    reading = Reading(value)
+    assert reading.finite(0, 1) and not reading.finite(0, 2)
+    assert [finite() for finite in Reading(value).parts([1, 0, 1])] == [True, True, False]
 
 
 # --- skip -------------------------------------------------------------------------------------------------------------

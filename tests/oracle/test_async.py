@@ -14,6 +14,7 @@ from oracle.literal import literal_backward
 from tiny import tiny_batch, tiny_config, tiny_stage, train_on
 
 from pipeline.local.local_module import LocalModule
+from pipeline.local.optimiser import Optimiser, step_together
 
 pytestmark = pytest.mark.long
 
@@ -42,13 +43,13 @@ def delayed_descent(modules: list[LocalModule], late: list[int], config: object)
             literal_backward(modules, config, batch.x, batch.labels, batch.image)
         for index, module in enumerate(modules):
             kept[step, index] = [p.grad for p in parameters(module)]
-            module.optimiser.zero_grad()
+            module.optimiser.clear()
         for index, module in enumerate(modules):
             if 0 <= step - late[index] < STEPS:
                 for parameter, gradient in zip(parameters(module), kept[step - late[index], index], strict=True):
                     parameter.grad = gradient
-                module.optimiser.step()
-                module.optimiser.zero_grad()
+                step_together([module.optimiser])
+                module.optimiser.clear()
 
 
 @pytest.mark.parametrize("delay", [1, 2])
@@ -86,7 +87,7 @@ def test_the_simulation_notices_an_undeclared_delay() -> None:
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
-def test_clipping_sees_the_gradients_of_one_batch(clip: float) -> None:
+def test_clipping_sees_the_gradients_of_one_batch(clip: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The heads' gradients wait for those of the module: with a learning rate of 0 the norm of every update is that of
     the exact schedule, batch by batch."""
     norms: dict[str, list[float]] = {}
@@ -96,13 +97,13 @@ def test_clipping_sees_the_gradients_of_one_batch(clip: float) -> None:
         )
         stage, modules, _ = tiny_stage(config, torch.float64)
         seen = norms.setdefault(kind, [])
-        step_of = modules[1].optimiser.step
 
-        def step(step_of=step_of, module=modules[1], seen=seen) -> None:
-            seen.append(sum(float(p.grad.pow(2).sum()) for p in parameters(module) if p.grad is not None))
-            step_of()
+        def step(optimisers: list[Optimiser], mine: Optimiser = modules[1].optimiser, seen: list[float] = seen) -> None:
+            if mine in optimisers:
+                seen.append(sum(float(gradient.pow(2).sum()) for gradient in mine.gradients()))
+            step_together(optimisers)
 
-        modules[1].optimiser.step = step
+        monkeypatch.setattr("pipeline.local.updates.step_together", step)
         stage.begin_epoch(0, 0)
         for index in range(4):
             train_on(stage, 1, index, tiny_batch(index, dtype=torch.float64))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pipeline.base.config import Config
 from pipeline.local.local_module import LocalModule
+from pipeline.local.optimiser import step_together
 
 MODULES = 4
 EPOCHS = ((0, 6), (6, 11))
@@ -48,14 +49,14 @@ def literal_descent(
                 literal_backward(modules, config, batch.x, batch.labels, batch.image)
                 for index, module in enumerate(modules):
                     kept[step, index] = [p.grad for p in parameters(module)]
-                    module.optimiser.zero_grad()
+                    module.optimiser.clear()
             for index, module in enumerate(modules):
                 of = step - late[index]
                 if first <= of < end:
                     for parameter, gradient in zip(parameters(module), kept[of, index], strict=True):
                         parameter.grad = gradient
-                    module.optimiser.step()
-                    module.optimiser.zero_grad()
+                    step_together([module.optimiser])
+                    module.optimiser.clear()
                     seen[of, index] = first_block(module)
 
 

@@ -116,22 +116,33 @@ def test_a_step_without_values_does_what_the_real_step_does(
     real = cost_module._count(plan, blocks, CPU, plain=False)
     assert computed == [3]
     assert blank.flops == real.flops
-    if method != "predsim":  # on a CPU its one-hot labels are checked by reading them
-        assert before_updates(blank.operations) == before_updates(real.operations)
+    # Not the same to the last one: PyTorch itself asks whether a tensor is real before it writes into a view of it, and
+    # on a CPU reads one-hot labels to check them.
+    assert before_updates(blank.operations) == pytest.approx(before_updates(real.operations), rel=0.02)
 
 
 def before_updates(operations: Mapping[Part, float]) -> dict[Part, float]:
     return {part: calls for part, calls in operations.items() if part[1] is not Kind.UPDATE}
 
 
+DGL = ["method.name=dgl", "patches.at_once=1"]
+
+
 def test_every_module_has_its_operations() -> None:
     bp = cost("model.modules=1")
     assert bp.operations == bp.bp_operations and bp.operations_ratio == 1.0
-    heads, patches = (cost("model.modules=4", "method.name=dgl", f"patches.grid={grid}") for grid in (1, 2))
+    heads, patches = (cost("model.modules=4", *DGL, f"patches.grid={grid}") for grid in (1, 2))
     assert heads.bp_operations == patches.bp_operations == bp.bp_operations
     assert heads.operations == sum(module.operations for module in heads.modules) > bp.operations
     assert [a.operations < b.operations for a, b in zip(heads.modules, patches.modules, strict=True)] == [1, 1, 1, 0]
     assert heads.modules[3].operations == patches.modules[3].operations  # it has no head
+
+
+def test_patches_at_once_are_fewer_operations_and_as_many_flops() -> None:
+    settings = ["model.modules=2", "method.name=infopro", "method.head=1c2f", "patches.grid=4"]
+    one_by_one, together = (cost(*settings, f"patches.at_once={number}") for number in (1, 16))
+    assert together.modules[0].operations < one_by_one.modules[0].operations / 3
+    assert [module.total for module in together.modules] == [module.total for module in one_by_one.modules]
 
 
 def test_counting_needs_no_memory(computed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from pipeline.plan.profiling import profile_modules
 from pipeline.ranks.team import Team
 
 KINDS: dict[str, dict[str, Any]] = {
+    "auto": {"kind": "auto"},
     "count": {"kind": "count"},
     "given": {"kind": "given", "stages": [3, 1]},
     "measured": {"kind": "measured", "steps": 2},
@@ -57,8 +58,25 @@ def test_the_plan_is_stored(runs: tuple[dict[str, str], dict[str, Any]]) -> None
     plans = runs[1]
     assert plans["count"]["stages"] == [2, 2]
     assert plans["given"]["stages"] == [3, 1]
+    assert sum(plans["auto"]["stages"]) == 4 and plans["auto"]["partition"] == "auto"
     assert sum(plans["measured"]["stages"]) == 4 and plans["measured"]["partition"] == "measured"
     assert plans["given"]["modules"][0] == ["stem", "a"] and plans["given"]["schedules"][1].startswith("F3.0 L3.0")
+
+
+@pytest.mark.parametrize(("ranks", "stages"), [(1, [4]), (2, [3, 1]), (3, [1, 2, 1]), (4, [1, 1, 1, 1])])
+def test_flops_are_counted_where_the_ranks_leave_a_choice(
+    ranks: int, stages: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measured_placement, "module_flops", lambda *_: [10, 10, 10, 40])
+    team = SimpleNamespace(size=ranks, leads=True, broadcast=lambda value: value)
+    config = tiny_config("dgl", "plain", 1, 4, partition=KINDS["auto"])
+    plan, words = measured_placement.placed_plan(
+        config, tiny_blocks(), Classification(CLASSES, IMAGE), CPU, SimpleNamespace(team=team)
+    )
+    assert [len(stage) for stage in plan.stages] == stages
+    assert words.startswith("placement by FLOPs: ") == (1 < ranks < 4)
+    if ranks == 2:
+        assert words == "placement by FLOPs: 43 | 57 % of a step (by count 71 % on the busiest rank)"
 
 
 def one_rank() -> Any:

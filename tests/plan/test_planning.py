@@ -75,6 +75,13 @@ def test_a_given_placement_is_compared_with_both() -> None:
     assert [rank.modules for rank in report.ranks] == [(0, 2), (3, 3)]
 
 
+def test_placement_by_flops_asks_neither_times_nor_numbers() -> None:
+    """Three modules of one residual block, and the rest of the network in the fourth."""
+    cuts = 'model.cuts=["layer1.1", "layer1.2", "layer1.3"]'
+    report = explain(config(cuts, "partition.kind=auto"), 2, PROFILE)
+    assert [(p.kind, p.sizes) for p in report.placements] == [("auto", (3, 1)), ("count", (2, 2)), ("measured", (1, 3))]
+
+
 def test_bytes_of_a_step_are_those_of_its_messages(report: PlanReport) -> None:
     activation, label, image = 16 * 32 * 32 * 4, 8, 3 * 32 * 32
     assert report.ranks[0].sent_down_bytes == pytest.approx(32 * (activation + label + image), rel=1e-3)

@@ -20,7 +20,6 @@ from torchvision import models, ops
 from torchvision.models import swin_transformer
 
 from pipeline import Config, LoaderData, evaluate, train
-from pipeline.local.optimiser import build_optimiser
 
 SIDE, ROWS, STEPS = 32, 8, 2
 
@@ -146,7 +145,10 @@ def test_one_module_is_the_network_trained_plainly(tmp_path: Path) -> None:
     config, plain = settings((), 1, precision={"channels_last": "off"}), seeded(Skips)
     network = copy.deepcopy(plain)
     train(config, network=network, data=LoaderData(batches(), batches()), run_dir=tmp_path / "run", quiet=True)
-    optimiser = build_optimiser(list(plain.parameters()), config.optim)
+    chosen = config.optim
+    optimiser = torch.optim.SGD(
+        plain.parameters(), chosen.lr, chosen.momentum, weight_decay=chosen.weight_decay, nesterov=chosen.nesterov
+    )
     plain.train()
     for x, labels in batches():
         F.cross_entropy(plain(x), labels).backward()

@@ -12,7 +12,7 @@ from pipeline.local.roles import ModulePlan, plan_hierarchy
 from pipeline.local.upstream import Upstream
 from pipeline.plan.placement import place
 from pipeline.stage.capacity import activations_held
-from pipeline.stage.schedule import Kind, lags, stage_schedule, stage_schedules, steps_of
+from pipeline.stage.schedule import Kind, lags, last_backwards, stage_schedule, stage_schedules, steps_of, together
 
 PAPER = HierarchyConfig(cascade_span=2, independent_weight=1.0, cascade_weight=1.0)
 
@@ -44,6 +44,35 @@ def test_a_stage_of_several_modules_keeps_two_graphs_at_most() -> None:
         if action.kind is Kind.BACKWARD:
             open_graphs.remove(action.module)
         assert len(open_graphs) <= 2
+
+
+def test_updates_come_last_and_only_what_needs_the_next_stage_waits_for_it() -> None:
+    actions = stage_schedule(plans(6, 2), range(1, 4), 2)
+    assert " ".join(map(str, actions)).split("B2.1 ")[1] == "I3.1 B3.0 U1 U2 B3.1 U3"
+    groups = [group for group in together(actions) if group[0].kind is Kind.UPDATE]
+    assert [len(group) for group in groups] == [2, 1]
+    assert [len(group) for group in together(actions) if group[0].kind is not Kind.UPDATE] == [1] * (len(actions) - 3)
+    last = {str(backward): group for backward, group in last_backwards(actions).items()}
+    assert last == {"B2.1": groups[0], "B3.1": groups[1]}
+
+
+@pytest.mark.parametrize("delay", [0, 1, 2])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_a_rank_makes_two_calls_for_its_updates_at_most_and_one_where_it_waits_for_nobody(
+    micro_batches: int, delay: int
+) -> None:
+    for span in (1, 2, 3, 6):
+        for owned in (range(6), range(0, 4), range(2, 5), range(5, 6)):
+            actions = stage_schedule(plans(6, span), owned, micro_batches, delay)
+            groups = [group for group in together(actions) if group[0].kind is Kind.UPDATE]
+            assert sorted(action.module for group in groups for action in group) == list(owned)
+            assert len(groups) <= 2 and (len(groups) == 1 or (owned.stop < 6 and span > 1 and not delay))
+            places = {action: place for place, action in enumerate(actions)}
+            for backward, group in last_backwards(actions).items():
+                its = [a for a in actions if a.module in {update.module for update in group} and a not in group]
+                assert backward == max((a for a in its if a.kind is Kind.BACKWARD), key=places.__getitem__)
+                heads = [a for a in its if a.kind in (Kind.CASCADE, Kind.INDEPENDENT, Kind.FINAL)]
+                assert all(places[head] < places[backward] < places[group[0]] for head in heads)
 
 
 def test_plain_local_learning_waits_for_nobody() -> None:

@@ -63,6 +63,6 @@ def test_uneven_micro_batches_weigh_images_equally() -> None:
             assert gradient is not None
             total[name] = total.get(name, torch.zeros_like(gradient)) + gradient * rows / 7
         for module in reference:
-            module.optimiser.zero_grad()
+            module.optimiser.clear()
     for name, gradient in gradients(modules).items():
         torch.testing.assert_close(gradient, total[name], rtol=1e-10, atol=1e-12)

@@ -17,6 +17,7 @@ from pipeline.edges.wire import Header, MessageKind
 from pipeline.stage import recorder as recording
 from pipeline.stage.events import SEND, WAIT, Event, read_trace, steady_state, write_trace
 from pipeline.stage.recorder import Recorder, clock_offset_s
+from pipeline.stage.schedule import together
 from pipeline.stage.watch import Watch
 
 
@@ -102,12 +103,26 @@ def test_waiting_for_a_message_and_for_room_become_wait_events(monkeypatch: pyte
     recorder = Recorder(3, torch.device("cpu"), offset_s=100.0)
     clock = iter([8.0])
     monkeypatch.setattr(recording.time, "perf_counter", lambda: next(clock))
-    recorder.action(stage.schedule[0], step=7, arrived=1.0, started=3.0, blocked_s=2.0)
+    recorder.actions(stage.schedule[:1], step=7, arrived=1.0, started=3.0, blocked_s=2.0)
     monkeypatch.undo()
     recorder.sent(3, Header(MessageKind.TRAIN, 1, 7, 0), 6.0, 9.0)
     recorder.sent(3, Header(MessageKind.EVAL, 1, 7, 0), 6.0, 9.0)
     found = [(event.kind, event.start_s, event.end_s) for event in recorder.events()]
     assert found == [(WAIT, 101.0, 103.0), ("F", 103.0, 106.0), (WAIT, 106.0, 108.0), (SEND, 106.0, 109.0)]
+
+
+def test_what_is_done_together_is_shown_in_equal_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, modules, _ = tiny_stage(tiny_config("dgl", "hpff", 2, schedule={"kind": "async"}))
+    *_, updates = together(stage.schedule)
+    assert len(updates) == len(modules)
+    recorder = Recorder(0, torch.device("cpu"))
+    monkeypatch.setattr(recording.time, "perf_counter", lambda: 6.0)
+    recorder.actions(updates, step=7, arrived=1.0, started=1.0, blocked_s=0.0)
+    found = recorder.events()
+    assert [(event.kind, event.module, event.start_s, event.end_s) for event in found] == [
+        ("U", index, 1.0 + index, 2.0 + index) for index in range(5)
+    ]
+    assert [event.step for event in found] == [7 - update.lag for update in updates] != [7] * 5
 
 
 def offsets(rank: int) -> list[float]:

@@ -1,0 +1,73 @@
+"""The updates of a rank's local modules that are due together: as many operations as for one module.
+
+    heads of all modules --> losses_together: one tensor to the host
+    backwards
+    update_together:  norms of all gradients in one call --> host        finite? per module
+                      clipping per module, where it is asked for         (two operations for each)
+                      SGD or AdamW over the weights of all modules       without those that are left out
+                      losses into the sums of the epoch
+
+What an update of one module does depends on no other module, so the result does not depend on what is done together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.local.guard import allowed, send_losses
+from pipeline.local.local_module import LocalModule
+from pipeline.local.losses import close_together
+from pipeline.local.optimiser import step_together
+
+Due = Sequence[tuple[LocalModule, int]]
+"""Local modules of one rank, each with the step whose batch it is to be updated with."""
+
+
+def losses_together(due: Due) -> None:
+    """All heads of these updates have run: their losses leave for the host before the last backward."""
+    send_losses([(module.guard, step) for module, step in due])
+
+
+def update_together(due: Due) -> None:
+    """Clip, step with the gradients of the batch of each module's step, clear the gradients.
+
+    Without the modules of which a loss of that batch or a gradient is not finite, where ``train.nonfinite`` is "skip".
+
+    Raises:
+        NonFiniteError: one of them is not finite and it is "stop"; nothing has been updated on a CPU.
+    """
+    for module, step in due:
+        module.take_stashed_gradients(step)
+    gradients = [module.optimiser.gradients() for module, _ in due]
+    clip_norm = due[0][0].optimiser.config.clip_norm
+    norms = _norms(gradients, 2.0 if clip_norm else math.inf)
+    may = allowed([(module.guard, step) for module, step in due], norms, map(len, gradients))
+    if clip_norm:
+        _clip(gradients, norms, clip_norm)
+    updated = [(module, step) for (module, step), yes in zip(due, may, strict=True) if yes]
+    step_together([module.optimiser for module, _ in updated])
+    close_together([(module.losses, step) for module, step in updated])
+    for (module, step), yes in zip(due, may, strict=True):
+        if not yes:
+            module.losses.skip(step)
+        module.optimiser.clear()
+        module.guard.mend_buffers()
+
+
+def _norms(gradients: Sequence[list[Tensor]], order: float) -> Tensor:
+    """Of every gradient, module by module, (n,)."""
+    every = [gradient for of_module in gradients for gradient in of_module]
+    return torch.stack(torch._foreach_norm(every, order)) if every else torch.empty(0)
+
+
+def _clip(gradients: Sequence[list[Tensor]], norms: Tensor, largest: float) -> None:
+    """Scale the gradients of each module to a norm of ``largest`` at most, as torch.nn.utils.clip_grad_norm_ does."""
+    totals = [torch.linalg.vector_norm(part) for part in norms.split(list(map(len, gradients)))]
+    scales = torch.clamp(largest / (torch.stack(totals) + 1e-6), max=1.0)
+    for of_module, scale in zip(gradients, scales.unbind(), strict=True):
+        if of_module:
+            torch._foreach_mul_(of_module, scale)
