@@ -1,66 +1,15 @@
-"""Explain a training run without starting it: placement, predicted step time, bubble, memory, messages.
-
-    python launch/plan.py --ranks 4                                     the default recipe, its modules profiled here
-    python launch/plan.py --ranks 4 --schedule                          and what every rank does in a step
-    python launch/plan.py --ranks 8 --recipe cifar10-resnet110-k32-dgl-hpff --profile mine.json --chart steps.png
-"""
+"""Explain a training run without starting it: ``python launch/plan.py --help``."""
 
 from __future__ import annotations
 
-import argparse
-import importlib.util
-import math
 import sys
-from pathlib import Path
 
-import pipeline
+from pipeline.cli import plan
+from pipeline.cli.main import script
 
 
 def main() -> int:
-    return pipeline.command(_plan)
-
-
-def _plan() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", metavar="NAME", help="a recipe that ships with localpipe")
-    parser.add_argument("--config", metavar="FILE.toml", type=Path, help="your own recipe; on top of --recipe if both")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one key; repeatable")
-    parser.add_argument("--ranks", metavar="P", type=int, default=1, help="number of processes; default 1")
-    parser.add_argument("--schedule", action="store_true", help="print what every rank does in one step")
-    parser.add_argument("--profile", metavar="FILE.json", type=Path, help="use these costs, measure nothing")
-    parser.add_argument("--save-profile", metavar="FILE.json", type=Path, help="write the costs used")
-    parser.add_argument("--latency-us", metavar="US", type=float, default=0.0, help="of a message; default 0")
-    parser.add_argument("--gbit", metavar="RATE", type=float, default=math.inf, help="Gbit/s of a link; default any")
-    parser.add_argument("--chart", metavar="FILE.png", type=Path, help="draw two steps of the full pipeline")
-    parser.add_argument("--json", metavar="FILE.json", type=Path, help="write the plan")
-    arguments = parser.parse_args()
-    _refuse_files(arguments)
-    config = pipeline.load_config(arguments.recipe, arguments.config, arguments.set)
-    profile = pipeline.Profile.read(arguments.profile) if arguments.profile else None  # None: measured here
-    link = {"latency_s": arguments.latency_us * 1e-6, "bytes_per_s": arguments.gbit * 1e9 / 8}
-    report = pipeline.explain(config, arguments.ranks, profile, count=True, **link)
-    pipeline.show_plan(report)
-    if arguments.schedule:
-        print(f"\n{pipeline.schedule_text(report)}")
-    if arguments.save_profile:
-        report.profile.write(arguments.save_profile)
-    if arguments.chart:
-        pipeline.plot_timeline(report.events, arguments.chart, report.first_step, title=report.lines[0])
-    if arguments.json:
-        report.write_json(arguments.json)
-    if report.refusal:
-        print(f"localpipe: {report.refusal}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _refuse_files(arguments: argparse.Namespace) -> None:
-    """What cannot be written in the end is said before anything is measured."""
-    for path in (arguments.save_profile, arguments.chart, arguments.json):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise pipeline.ConfigError(f"'{path}': there is no directory '{path.parent}'; make it, or choose another")
-    if arguments.chart and importlib.util.find_spec("matplotlib") is None:
-        raise pipeline.ConfigError(f"--chart {arguments.chart} needs matplotlib; run: pip install localpipe[plot]")
+    return script(plan)
 
 
 if __name__ == "__main__":

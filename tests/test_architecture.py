@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("pipeline", "launch", "benchmarks")
+FOLDERS = ("pipeline", "launch", "benchmarks", "docker")
 # From the bottom to the top: a file imports only from its own room and from those before it.
-ROOMS = ["base", "models", "local", "ranks", "edges", "stage", "data", "plan", "store", "report", "run", "__init__"]
+ROOMS = ["base", "models", "local", "ranks", "edges", "stage", "data", "plan", "store", "report", "run", "cli"]
+LEVELS = [*ROOMS[:-1], "__init__", "cli", "__main__"]  # the command line stands on the public interface
 
 
 def room(path: Path) -> str:
@@ -43,16 +44,16 @@ def attributes(path: Path, module: str) -> set[str]:
 
 
 def test_every_file_is_in_a_room() -> None:
-    assert {room(path) for path in (ROOT / "pipeline").rglob("*.py")} == set(ROOMS)
+    assert {room(path) for path in (ROOT / "pipeline").rglob("*.py")} == set(LEVELS)
 
 
 def test_every_room_says_what_it_is_for() -> None:
-    for name in ROOMS[:-1]:
+    for name in ROOMS:
         assert ast.get_docstring(ast.parse((ROOT / "pipeline" / name / "__init__.py").read_text())), name
 
 
 def test_imports_point_downwards_only() -> None:
-    level = {name: index for index, name in enumerate(ROOMS)}
+    level = {name: index for index, name in enumerate(LEVELS)}
     for path in (ROOT / "pipeline").rglob("*.py"):
         mine = room(path)
         for name in imports(path):
@@ -62,13 +63,20 @@ def test_imports_point_downwards_only() -> None:
             assert name.split(".")[0] not in ("launch", "benchmarks", "tests"), f"{path.name} imports {name}"
 
 
-def test_launch_and_benchmarks_use_the_public_interface_only() -> None:
-    for folder in ("launch", "benchmarks"):
+def test_benchmarks_and_the_command_line_use_the_public_interface_only() -> None:
+    public = {f"pipeline.{name}" for name in __import__("pipeline").__all__}
+    for folder in ("benchmarks", "pipeline/cli"):
         for path in (ROOT / folder).rglob("*.py"):
             own = {name for name in imports(path) if name.split(".")[0] == "pipeline"} - {"pipeline"}
             own |= {f"pipeline.{name}" for name in attributes(path, "pipeline") if "pipeline" in imports(path)}
-            public = {f"pipeline.{name}" for name in __import__("pipeline").__all__}
+            own = {name for name in own if folder == "benchmarks" or not name.startswith("pipeline.cli")}
             assert own <= public, (path, own - public)
+
+
+def test_launch_parses_arguments_with_the_parsers_of_the_package_and_does_nothing_else() -> None:
+    for path in (ROOT / "launch").rglob("*.py"):
+        assert imports(path) == {"__future__", "sys", "pipeline.cli", "pipeline.cli.main"}, path
+        assert len(path.read_text().splitlines()) < 20, path
 
 
 def test_files_stay_readable() -> None:

@@ -87,6 +87,11 @@ class PatchedHead(nn.Module):
         """What its head asks for."""
         return self._head(0).asks
 
+    @property
+    def first(self) -> AuxiliaryHead:
+        """Its head, that of the first patch where there is one per patch."""
+        return self._head(0)
+
     def _head(self, patch: int) -> AuxiliaryHead:
         head = self.heads[patch if self.separate else 0]
         assert isinstance(head, AuxiliaryHead)
@@ -224,6 +229,10 @@ class PatchedHead(nn.Module):
             )
             for index, (target, image) in enumerate(zip(targets, images, strict=True))
         ]
+
+    def first_patch(self, feature: Tensor, given: Given) -> tuple[Tensor, Given]:
+        """The first patch and what goes with it."""
+        return _dense(feature[patches_of(feature, feature, self.grid)[0]]), self._cut(given, feature)[0]
 
     def logits(self, feature: Tensor) -> Tensor | None:
         """Of a head that gives one output per row, the mean over patches; of one that gives a map or a sequence, the

@@ -159,7 +159,7 @@ def planned_cost(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool = F
     return StepCost(unit / IMAGES, round(sum(bp.operations.values())), modules)
 
 
-def module_flops(plan: Plan, blocks: Blocks, numerics: Numerics) -> list[int]:
+def module_flops(plan: Plan, blocks: Blocks, numerics: Numerics) -> list[float]:
     """FLOPs of a step by local module, heads included, in a common unit; arguments as of :func:`planned_cost`."""
     flops = _count(plan, blocks, numerics, plain=False, steps=1).flops
     return [sum(flops[module, kind] for kind in Kind) for module in range(len(plan.modules))]
@@ -169,7 +169,7 @@ def module_flops(plan: Plan, blocks: Blocks, numerics: Numerics) -> list[int]:
 class _Counts:
     """FLOPs of the first step over ``IMAGES`` images, and the operations of the second."""
 
-    flops: Mapping[Part, int]
+    flops: Mapping[Part, float]
     operations: Mapping[Part, float]
 
 

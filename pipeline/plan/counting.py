@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,21 +26,22 @@ class Tally(Watch):
     """Counts the work of a stage.
 
     Attributes:
-        operations, flops: by module and kind of action.
+        operations, flops: by module and kind of action; what is done for several modules at once counts in equal parts.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations: Counter[Part] = Counter()
-        self.flops: Counter[Part] = Counter()
+        self.operations: dict[Part, float] = defaultdict(float)
+        self.flops: dict[Part, float] = defaultdict(float)
 
     @contextmanager
     def working(self, actions: Sequence[Action], step: int, waited: Callable[[], float]) -> Iterator[None]:
-        part = actions[0].module, actions[0].kind  # one call for several modules counts for the first
-        with _Operations(reads=part[1] is Kind.UPDATE) as counted:
+        kind = actions[0].kind
+        with _Operations(reads=kind is Kind.UPDATE) as counted:
             yield
-        self.operations[part] += counted.calls
-        self.flops[part] += counted.flops
+        for action in actions:
+            self.operations[action.module, kind] += counted.calls / len(actions)
+            self.flops[action.module, kind] += counted.flops / len(actions)
 
 
 class _Operations(TorchDispatchMode):

@@ -97,7 +97,7 @@ def explain(
     units = planned_cost(plan, network.blocks, numerics) if count else None
     flops = [module.total for module in units.modules] if units is not None else None
     if chosen == "auto" and flops is None:
-        flops = [float(each) for each in module_flops(plan, network.blocks, numerics)]
+        flops = module_flops(plan, network.blocks, numerics)
     stages = choose_stages(config.partition, len(work), ranks, flops if chosen == "auto" else work)
     candidates = {chosen: stages} | {"count": place(len(work), ranks), "measured": split_by_cost(work, ranks)}
     if flops is not None:

@@ -73,7 +73,7 @@ def _placed_by_flops(by_count: Plan, blocks: Blocks, numerics: Numerics, runtime
     team = runtime.team
     if team.size in (1, len(by_count.modules)):
         return by_count, ""
-    counted = [float(flops) for flops in module_flops(by_count, blocks, numerics)] if team.leads else []
+    counted = module_flops(by_count, blocks, numerics) if team.leads else []
     work: list[float] = team.broadcast(counted)
     plan = by_count.placed(choose_stages(by_count.config.partition, len(work), team.size, work))
     whole = sum(work) or 1.0
