@@ -16,13 +16,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.base.config import Config
 from pipeline.base.errors import NonFiniteError
-from pipeline.base.flow import MAIN, Flow, Tensors, bare, named, passed
+from pipeline.base.flow import MAIN, Flow, Specs, Tensors, bare, channels_first, channels_last, named, passed
 from pipeline.base.numerics import Numerics, seed_rng, stable_hash
 from pipeline.local.compilation import compile_parts
 from pipeline.local.guard import FiniteGuard
@@ -37,6 +38,26 @@ from pipeline.local.upstream import FlatWeights, Mailbox, shapes_of
 from pipeline.models.heads import IMAGE, INPUTS, Given
 
 
+@dataclass(frozen=True)
+class Maps:
+    """Which maps of a local module are (B, H, W, C).
+
+    Attributes:
+        inputs: names of its inputs.
+        output: whether "x" of its outputs is one.
+    """
+
+    inputs: frozenset[str] = frozenset()
+    output: bool = False
+
+    @staticmethod
+    def of(inputs: Specs, outputs: Specs) -> Maps:
+        """From what is known of inputs and outputs."""
+        return Maps(
+            frozenset(name for name, spec in inputs.items() if spec.channels_last), outputs[MAIN].channels_last
+        )
+
+
 class LocalModule:
     """A local module with its auxiliary heads and its optimiser, on one device.
 
@@ -49,6 +70,7 @@ class LocalModule:
         numerics: dtype, memory layout and device.
         lag: steps between a forward and the backward and update of its batch (schedule `async`).
         mailbox: of the weights of module m+1, where its heads get any.
+        maps: those that its heads see as (B, C, H, W) though they are not.
 
     Attributes:
         asks: what its heads ask for, see :class:`pipeline.models.heads.Given`.
@@ -68,6 +90,7 @@ class LocalModule:
         numerics: Numerics,
         lag: int = 0,
         mailbox: Mailbox | None = None,
+        maps: Maps = Maps(),
     ) -> None:
         self.plan = plan
         self.blocks = blocks
@@ -76,6 +99,7 @@ class LocalModule:
         self.asks = frozenset().union(*(level.asks for level in levels.values()))
         self.numerics = numerics
         self.mailbox = mailbox
+        self._maps = maps
         self._shared: FlatWeights | None = None
         self._seed = config.train.seed
         parts = (*blocks.values(), *levels.values())
@@ -237,16 +261,23 @@ class LocalModule:
     def _run_level(self, name: str, item: InFlight, step: int) -> Tensor:
         seed_rng(stable_hash(item.rng_seed, name), self.numerics.device)
         batch = item.batch
-        inputs = {name: x.detach() for name, x in batch.inputs.items()} if INPUTS in self.asks else None
+        inputs = None
+        if INPUTS in self.asks:
+            turned = self._maps.inputs
+            inputs = {n: channels_first(x.detach()) if n in turned else x.detach() for n, x in batch.inputs.items()}
         given = Given(batch.labels, batch.image if IMAGE in self.asks else None, inputs, step)
-        arguments = (item.outputs[MAIN].detach(), given, batch.scale, self.numerics.autocast)
+        arguments = (self._feature(item.outputs).detach(), given, batch.scale, self.numerics.autocast)
         if self.stashes is None:
             gradient, losses = self.levels[name].backward(*arguments)
         else:
             with self.stashes.heads_of(step):
                 gradient, losses = self.levels[name].backward(*arguments)
         self.losses.add(step, {f"{name}.{term}": loss for term, loss in losses.items()}, batch.scale)
-        return gradient
+        return channels_last(gradient) if self._maps.output else gradient
+
+    def _feature(self, outputs: Tensors) -> Tensor:
+        """What heads stand on."""
+        return channels_first(outputs[MAIN]) if self._maps.output else outputs[MAIN]
 
     def _not_finite(self, step: int, what: str, in_losses: bool) -> NonFiniteError:
         names = list(self.blocks)
@@ -271,7 +302,7 @@ class LocalModule:
         self._set_training(False)
         with self.numerics.autocast():
             h = named(self._run_blocks(bare(inputs)))
-            scores = {name: level.logits(h[MAIN]) for name, level in self.levels.items()}
+            scores = {name: level.logits(self._feature(h)) for name, level in self.levels.items()}
         if self.plan.final:
             scores["final"] = h[MAIN]
         return self._boundary(h), {name: score for name, score in scores.items() if score is not None}
