@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 from torch.distributed.run import get_args_parser
 
-from pipeline import load_config
+from pipeline import Config, load_config
+from pipeline.cli import train
 
 yaml = pytest.importorskip("yaml")
 
@@ -30,6 +33,16 @@ def read(name: str) -> dict[str, Any]:
 def worker() -> dict[str, Any]:
     """The pods of the PyTorchJob."""
     return read("pytorchjob.yaml")["spec"]["pytorchReplicaSpecs"]["Worker"]
+
+
+def config_of(words: list[str]) -> Config:
+    """What a job would train that is started with these words; a data set of images is somewhere."""
+    parser = ArgumentParser()
+    train.add_arguments(parser)
+    arguments = parser.parse_args([word for word in words if word != "train"])
+    config = load_config(arguments.recipe, arguments.config, arguments.set)
+    assert config.data.name == "digits" or (config.data.root and config.data.download)
+    return config
 
 
 def instruction(name: str) -> str:
@@ -59,14 +72,14 @@ def test_what_goes_into_the_image_is_what_the_dockerfile_copies() -> None:
 
 
 def test_compose_gives_all_gpus_shared_memory_and_time_to_save() -> None:
-    train = read("compose.yaml")["services"]["train"]
-    (devices,) = train["deploy"]["resources"]["reservations"]["devices"]
+    service = read("compose.yaml")["services"]["train"]
+    (devices,) = service["deploy"]["resources"]["reservations"]["devices"]
     assert devices == {"driver": "nvidia", "count": "all", "capabilities": ["gpu"]}
-    assert train["ipc"] == "host" and train["read_only"] and train["ulimits"] == {"memlock": -1, "stack": 67108864}
-    assert train["stop_grace_period"] == "1m" and TORCHRUN_S < 60
-    assert [volume.partition(":")[2] for volume in train["volumes"]] == ["/data", "/runs"]
-    recipe = re.fullmatch(r"\$\{RECIPE:-(.*)\}", train["command"][1])
-    assert recipe and load_config(recipe[1])
+    assert service["ipc"] == "host" and service["read_only"]
+    assert service["ulimits"] == {"memlock": -1, "stack": 67108864}
+    assert service["stop_grace_period"] == "1m" and TORCHRUN_S < 60
+    assert [volume.partition(":")[2] for volume in service["volumes"]] == ["/data", "/runs"]
+    config_of([re.sub(r"\$\{RECIPE:-(.*)\}", r"\1", word) for word in service["command"]])
 
 
 def test_pods_have_the_user_the_time_and_the_words_of_the_image() -> None:
@@ -80,7 +93,7 @@ def test_pods_have_the_user_the_time_and_the_words_of_the_image() -> None:
     gpus, pods = container["resources"]["limits"]["nvidia.com/gpu"], worker()["replicas"]
     policy = read("pytorchjob.yaml")["spec"]["elasticPolicy"]
     assert policy["minReplicas"] == policy["maxReplicas"] == pods  # a rank owns its modules: no fewer, no more
-    config = load_config(container["args"][container["args"].index("--recipe") + 1])
+    config = config_of(container["args"])
     assert config.model.modules >= gpus * pods
 
 
@@ -125,8 +138,15 @@ def test_the_task_of_skypilot_speaks_to_torchrun_and_to_localpipe() -> None:
     named = set(re.findall(r"\bPET_\w+", task["run"]))
     assert {"PET_NNODES", "PET_RDZV_BACKEND", "PET_RDZV_ENDPOINT"} <= named <= read_by_torchrun
     assert task["resources"]["image_id"] == f"docker:{re.findall('^ARG BASE=(.*)$', DOCKERFILE, re.MULTILINE)[0]}"
-    words = task["run"].split("localpipe ")[1].split()
-    config = load_config(words[words.index("--recipe") + 1])
+    words = shlex.split(task["run"].split("localpipe ")[1].replace("\\\n", ""))
+    config = config_of(words)
     gpus = int(task["resources"]["accelerators"].partition(":")[2])
     assert words[:3] == ["train", "--nproc", "auto"] and config.model.modules >= gpus * task["num_nodes"]
     assert Path(words[words.index("--run-dir") + 1]).parent == Path(*task["volumes"])
+
+
+def test_the_check_of_the_image_says_what_it_lacks(tmp_path: Path) -> None:
+    """With it, it takes minutes: it is no part of the tests."""
+    done = subprocess.run([sys.executable, str(DOCKER / "check")], env={"PATH": str(tmp_path)}, capture_output=True,
+                          text=True, timeout=60)
+    assert done.returncode == 77 and done.stdout.startswith("docker/check: not here: buildah, mmdebstrap, ")
