@@ -142,7 +142,8 @@ def _linear(layers: Sequence[nn.Linear], x: Tensor, groups: int) -> Tensor:
     count, sides = len(layers), x.shape[:-1]
     parameters = [(layer.weight, layer.bias) for layer in layers]
     if count == 1:
-        return by_network(parameters, x.reshape(1, -1, layers[0].in_features)).view(*sides, -1)
+        weight, bias = parameters[0]
+        return F.linear(x.reshape(-1, layers[0].in_features), weight, bias).view(*sides, -1)
     rows = x.reshape(-1, count, layers[0].in_features).transpose(0, 1)
     return by_network(parameters, rows).transpose(0, 1).reshape(*sides, -1)
 
