@@ -14,8 +14,9 @@ result does not depend on timing or placement. x_m and h_m are named sets of ten
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from pipeline.base.config import Config
 from pipeline.base.errors import NonFiniteError
 from pipeline.base.flow import MAIN, Flow, Tensors, bare, named, passed
 from pipeline.base.numerics import Numerics, seed_rng, stable_hash
+from pipeline.local.both_levels import BothLevels
 from pipeline.local.compilation import compile_parts
 from pipeline.local.guard import FiniteGuard
 from pipeline.local.losses import Losses
@@ -72,6 +74,7 @@ class LocalModule:
         self.plan = plan
         self.blocks = blocks
         self.levels = levels
+        self._both = BothLevels(levels) if plan.together else None
         self.task = task
         self.asks = frozenset().union(*(level.asks for level in levels.values()))
         self.numerics = numerics
@@ -135,9 +138,13 @@ class LocalModule:
         return self._boundary(outputs)
 
     def cascade(self, key: BatchKey) -> None:
-        """Run the cascade level: c_m."""
+        """Run the cascade level: c_m. Where both levels go together, a_m as well."""
         item = self.in_flight[key]
-        item.own = self._run_level("cascade", item, key[0])
+        if self._both is None:
+            item.own = self._run_level("cascade", item, key[0])
+        else:
+            found = self._run_heads("cascade", item, key[0], self._both.backward)
+            item.own, item.independent = found["cascade"], found["independent"]
 
     def independent(self, key: BatchKey) -> None:
         """Run the independent level: a_m."""
@@ -235,18 +242,22 @@ class LocalModule:
         return flow
 
     def _run_level(self, name: str, item: InFlight, step: int) -> Tensor:
+        heads = self.levels[name]
+        return self._run_heads(name, item, step, lambda *arguments: {name: heads.backward(*arguments)})[name]
+
+    def _run_heads(
+        self, name: str, item: InFlight, step: int, run: Callable[..., dict[str, tuple[Tensor, dict[str, Tensor]]]]
+    ) -> dict[str, Tensor]:
+        """The gradients by level; ``name`` is that of their random numbers."""
         seed_rng(stable_hash(item.rng_seed, name), self.numerics.device)
         batch = item.batch
         inputs = {name: x.detach() for name, x in batch.inputs.items()} if INPUTS in self.asks else None
         given = Given(batch.labels, batch.image if IMAGE in self.asks else None, inputs, step)
-        arguments = (item.outputs[MAIN].detach(), given, batch.scale, self.numerics.autocast)
-        if self.stashes is None:
-            gradient, losses = self.levels[name].backward(*arguments)
-        else:
-            with self.stashes.heads_of(step):
-                gradient, losses = self.levels[name].backward(*arguments)
-        self.losses.add(step, {f"{name}.{term}": loss for term, loss in losses.items()}, batch.scale)
-        return gradient
+        with self.stashes.heads_of(step) if self.stashes is not None else contextlib.nullcontext():
+            found = run(item.outputs[MAIN].detach(), given, batch.scale, self.numerics.autocast)
+        losses = {f"{level}.{term}": loss for level, (_, terms) in found.items() for term, loss in terms.items()}
+        self.losses.add(step, losses, batch.scale)
+        return {level: gradient for level, (gradient, _) in found.items()}
 
     def _not_finite(self, step: int, what: str, in_losses: bool) -> NonFiniteError:
         names = list(self.blocks)

@@ -33,6 +33,7 @@ class ModulePlan:
         incoming: keys of the gradient messages from module + 1, in order of arrival.
         outgoing: keys of the gradient messages to module - 1, in order of departure.
         merged: its whole gradient is (a multiple of) the only message it sends, so one backward pass gives both.
+        together: both levels run in one action, that of the cascade level.
         evaluations: times the literal definition would run the module in one step (BatchNorm of the released code).
     """
 
@@ -47,6 +48,7 @@ class ModulePlan:
     outgoing: tuple[int, ...]
     merged: bool
     evaluations: int
+    together: bool = False
 
     @property
     def needs_input_gradient(self) -> bool:
@@ -54,8 +56,9 @@ class ModulePlan:
         return bool(self.outgoing)
 
 
-def plan_hierarchy(modules: int, config: HierarchyConfig) -> tuple[ModulePlan, ...]:
-    """The role of each of ``modules`` local modules (weights already resolved by ``config.validate``)."""
+def plan_hierarchy(modules: int, config: HierarchyConfig, late: bool = False) -> tuple[ModulePlan, ...]:
+    """The role of each of ``modules`` local modules (weights already resolved by ``config.validate``). ``late``: nobody
+    waits for a cascade's gradient, it is used in a later step."""
     assert config.independent_weight is not None and config.cascade_weight is not None
     span = min(config.cascade_span, modules)
     released = config.variant == "released"
@@ -69,6 +72,7 @@ def plan_hierarchy(modules: int, config: HierarchyConfig) -> tuple[ModulePlan, .
     outgoing = [
         tuple(sorted({low for j, low in lowest.items() if j >= m and low < m})) for m in range(modules)
     ]
+    together = config.levels == "together" or (config.levels == "auto" and late)
     plans = []
     for m in range(modules):
         incoming = outgoing[m + 1] if m < last else ()
@@ -88,6 +92,7 @@ def plan_hierarchy(modules: int, config: HierarchyConfig) -> tuple[ModulePlan, .
                 outgoing=outgoing[m],
                 merged=not independent and len(outgoing[m]) == 1 and contributions == set(outgoing[m]),
                 evaluations=1 + sum(1 for j, low in lowest.items() if low <= m <= j),
+                together=together and independent and has_cascade[m],
             )
         )
     return tuple(plans)

@@ -161,7 +161,7 @@ def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int, inputs: Sp
     inputs = task.inputs if inputs is None else inputs
     cut = make_cut(list(blocks), config.model)
     count = len(cut)
-    modules = plan_hierarchy(count, config.hierarchy)
+    modules = plan_hierarchy(count, config.hierarchy, late=_delay(config) > 0)
     stages = place(count, ranks)
     by_block = boundary_specs(blocks, inputs, [names[0] for names in cut.modules[1:]])
     boundaries = tuple(by_block[names[-1]] for names in cut.modules)
@@ -231,7 +231,7 @@ def build_modules(
             for name, build in builders.items():
                 levels[name] = _seeded(build, seed, "head", index, name)
         if memory is not None:
-            memory.fit(levels.values(), plan.feature(index))
+            memory.fit(levels.values(), plan.feature(index), plan.modules[index].together)
         role, mailbox = plan.modules[index], None
         if plan.upstream is not None:
             mailbox = plan.upstream.mailbox(index, numerics)
