@@ -206,7 +206,6 @@ def configuration(row: Row, **checkpoint: int) -> Any:
     values: dict[str, Section] = {
         "model": {"modules": 4},
         "patches": {"at_once": 1},
-        "hierarchy": {"levels": "separate"},
         "data": {"batch_size": BATCH},
         "optim": {"warmup_epochs": 0, "schedule": "constant", "lr": 0.05},
         "train": {"epochs": 2, "seed": 3},

@@ -85,10 +85,9 @@ class HierarchyConfig:
         None, "level weight; default 1, or 0.999 in the released variant; 0 = no heads", at_least=0, at_most=10**6
     )
     levels: str = key(
-        "auto",
-        "separate: the cascade level first, others wait for it; together: both in half as many operations; auto: "
-        "together where nobody waits (schedule async)",
-        choices=("auto", "separate", "together"),
+        "separate",
+        "separate: the cascade level first, others wait for it; together: both in fewer, larger operations",
+        choices=("separate", "together"),
     )
     final_loss: str = key(
         "auto",

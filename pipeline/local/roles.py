@@ -56,9 +56,8 @@ class ModulePlan:
         return bool(self.outgoing)
 
 
-def plan_hierarchy(modules: int, config: HierarchyConfig, late: bool = False) -> tuple[ModulePlan, ...]:
-    """The role of each of ``modules`` local modules (weights already resolved by ``config.validate``). ``late``: nobody
-    waits for a cascade's gradient, it is used in a later step."""
+def plan_hierarchy(modules: int, config: HierarchyConfig) -> tuple[ModulePlan, ...]:
+    """The role of each of ``modules`` local modules (weights already resolved by ``config.validate``)."""
     assert config.independent_weight is not None and config.cascade_weight is not None
     span = min(config.cascade_span, modules)
     released = config.variant == "released"
@@ -72,7 +71,6 @@ def plan_hierarchy(modules: int, config: HierarchyConfig, late: bool = False) ->
     outgoing = [
         tuple(sorted({low for j, low in lowest.items() if j >= m and low < m})) for m in range(modules)
     ]
-    together = config.levels == "together" or (config.levels == "auto" and late)
     plans = []
     for m in range(modules):
         incoming = outgoing[m + 1] if m < last else ()
@@ -92,7 +90,7 @@ def plan_hierarchy(modules: int, config: HierarchyConfig, late: bool = False) ->
                 outgoing=outgoing[m],
                 merged=not independent and len(outgoing[m]) == 1 and contributions == set(outgoing[m]),
                 evaluations=1 + sum(1 for j, low in lowest.items() if low <= m <= j),
-                together=together and independent and has_cascade[m],
+                together=config.levels == "together" and independent and has_cascade[m],
             )
         )
     return tuple(plans)

@@ -97,6 +97,8 @@ def convolution(layers: Sequence[nn.Conv2d], x: Tensor, groups: int) -> Tensor:
         return pixels.view(batch, height, width, -1).permute(0, 3, 1, 2)
     weight = joined([layer.weight for layer in layers], groups)
     bias = None if first.bias is None else joined([layer.bias for layer in layers], groups)
+    if isinstance(first, PairedConv2d) and bias is not None and first.pays_for(x):
+        return first.paired_groups(x, weight, bias, groups)
     return F.conv2d(x, weight, bias, first.stride, first.padding, first.dilation, groups)
 
 

@@ -161,7 +161,7 @@ def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int, inputs: Sp
     inputs = task.inputs if inputs is None else inputs
     cut = make_cut(list(blocks), config.model)
     count = len(cut)
-    modules = plan_hierarchy(count, config.hierarchy, late=_delay(config) > 0)
+    modules = plan_hierarchy(count, config.hierarchy)
     stages = place(count, ranks)
     by_block = boundary_specs(blocks, inputs, [names[0] for names in cut.modules[1:]])
     boundaries = tuple(by_block[names[-1]] for names in cut.modules)
