@@ -7,7 +7,8 @@ block that returns one to every block after it:
     block({"x": x, "mask": mask})  -> {"x": x, "mask": mask}     what a later block needs must be passed on
     block({"x": x, "skip": skip})  -> x                          a skip connection may cross an edge
 
-Auxiliary heads stand on "x". Gradients of a cascade flow back through every tensor of floating point.
+Auxiliary heads stand on "x", and see every map as (B, C, H, W), also where the network has it as (B, H, W, C).
+Gradients of a cascade flow back through every tensor of floating point.
 
 Batches may vary in length up to a maximum: then some axes of some tensors do, and the plan knows which (TensorSpec).
 """
@@ -32,11 +33,18 @@ class TensorSpec:
         shape: without the batch, of the longest there is.
         dtype: of floating point: any; it travels in the boundary dtype.
         varies: the axes of ``shape`` that are shorter in shorter batches.
+        channels_last: it is a map (H, W, C), as Swin makes them, where others are (C, H, W).
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     varies: tuple[int, ...] = ()
+    channels_last: bool = False
+
+    @property
+    def feature(self) -> tuple[int, ...]:
+        """The shape that heads see: (C, H, W) of every map."""
+        return (self.shape[-1], *self.shape[:-1]) if self.channels_last else self.shape
 
     def fits(self, tensor: Tensor) -> bool:
         """Whether a tensor (B, ...) has this shape, varying axes no longer than this."""
@@ -66,3 +74,13 @@ def passed(flow: Flow) -> Flow:
 def bare(tensors: Tensors) -> Flow:
     """The tensor itself where "x" is all there is."""
     return tensors[MAIN] if len(tensors) == 1 and MAIN in tensors else tensors
+
+
+def channels_first(x: Tensor) -> Tensor:
+    """A map (B, H, W, C) as (B, C, H, W), on the same memory."""
+    return x.permute(0, 3, 1, 2)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """A map (B, C, H, W) as (B, H, W, C), on the same memory."""
+    return x.permute(0, 2, 3, 1)

@@ -17,13 +17,14 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.base.config import Config
 from pipeline.base.errors import NonFiniteError
-from pipeline.base.flow import MAIN, Flow, Tensors, bare, named, passed
+from pipeline.base.flow import MAIN, Flow, Specs, Tensors, bare, channels_first, channels_last, named, passed
 from pipeline.base.numerics import Numerics, seed_rng, stable_hash
 from pipeline.local.both_levels import BothLevels
 from pipeline.local.compilation import compile_parts
@@ -39,6 +40,26 @@ from pipeline.local.upstream import FlatWeights, Mailbox, shapes_of
 from pipeline.models.heads import IMAGE, INPUTS, Given
 
 
+@dataclass(frozen=True)
+class Maps:
+    """Which maps of a local module are (B, H, W, C).
+
+    Attributes:
+        inputs: names of its inputs.
+        output: whether "x" of its outputs is one.
+    """
+
+    inputs: frozenset[str] = frozenset()
+    output: bool = False
+
+    @staticmethod
+    def of(inputs: Specs, outputs: Specs) -> Maps:
+        """From what is known of inputs and outputs."""
+        return Maps(
+            frozenset(name for name, spec in inputs.items() if spec.channels_last), outputs[MAIN].channels_last
+        )
+
+
 class LocalModule:
     """A local module with its auxiliary heads and its optimiser, on one device.
 
@@ -51,6 +72,7 @@ class LocalModule:
         numerics: dtype, memory layout and device.
         lag: steps between a forward and the backward and update of its batch (schedule `async`).
         mailbox: of the weights of module m+1, where its heads get any.
+        maps: those that its heads see as (B, C, H, W) though they are not.
 
     Attributes:
         asks: what its heads ask for, see :class:`pipeline.models.heads.Given`.
@@ -70,6 +92,7 @@ class LocalModule:
         numerics: Numerics,
         lag: int = 0,
         mailbox: Mailbox | None = None,
+        maps: Maps = Maps(),
     ) -> None:
         self.plan = plan
         self.blocks = blocks
@@ -79,6 +102,7 @@ class LocalModule:
         self.asks = frozenset().union(*(level.asks for level in levels.values()))
         self.numerics = numerics
         self.mailbox = mailbox
+        self._maps = maps
         self._shared: FlatWeights | None = None
         self._seed = config.train.seed
         parts = (*blocks.values(), *levels.values())
@@ -251,13 +275,21 @@ class LocalModule:
         """The gradients by level; ``name`` is that of their random numbers."""
         seed_rng(stable_hash(item.rng_seed, name), self.numerics.device)
         batch = item.batch
-        inputs = {name: x.detach() for name, x in batch.inputs.items()} if INPUTS in self.asks else None
+        inputs = None
+        if INPUTS in self.asks:
+            maps = self._maps.inputs
+            inputs = {n: channels_first(x.detach()) if n in maps else x.detach() for n, x in batch.inputs.items()}
         given = Given(batch.labels, batch.image if IMAGE in self.asks else None, inputs, step)
         with self.stashes.heads_of(step) if self.stashes is not None else contextlib.nullcontext():
-            found = run(item.outputs[MAIN].detach(), given, batch.scale, self.numerics.autocast)
+            found = run(self._feature(item.outputs).detach(), given, batch.scale, self.numerics.autocast)
         losses = {f"{level}.{term}": loss for level, (_, terms) in found.items() for term, loss in terms.items()}
         self.losses.add(step, losses, batch.scale)
-        return {level: gradient for level, (gradient, _) in found.items()}
+        turned = self._maps.output
+        return {level: channels_last(gradient) if turned else gradient for level, (gradient, _) in found.items()}
+
+    def _feature(self, outputs: Tensors) -> Tensor:
+        """What heads stand on."""
+        return channels_first(outputs[MAIN]) if self._maps.output else outputs[MAIN]
 
     def _not_finite(self, step: int, what: str, in_losses: bool) -> NonFiniteError:
         names = list(self.blocks)
@@ -282,7 +314,7 @@ class LocalModule:
         self._set_training(False)
         with self.numerics.autocast():
             h = named(self._run_blocks(bare(inputs)))
-            scores = {name: level.logits(h[MAIN]) for name, level in self.levels.items()}
+            scores = {name: level.logits(self._feature(h)) for name, level in self.levels.items()}
         if self.plan.final:
             scores["final"] = h[MAIN]
         return self._boundary(h), {name: score for name, score in scores.items() if score is not None}

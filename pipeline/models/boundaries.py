@@ -2,6 +2,7 @@
 
     blank batch on the meta device --> block --> block --> ...     shapes and dtypes only: no arithmetic, no memory
     the same, shorter              --> block --> block --> ...     where a shape differs, that axis varies
+    images of twice the sides      --> block --> block --> ...     the axis of a map that stays is its channels
 
 The blocks of a user's own network are copied without their weights. What cannot run on the meta device, because it
 looks at values, runs for real, on two rows.
@@ -39,7 +40,7 @@ def boundary_specs(blocks: Blocks, inputs: Specs, entrances: Collection[str] = (
             tensors, each with a row per sample; one of ``entrances`` changes its input in place, which others still
             need. The message names the block.
     """
-    longest = _dry_run(blocks, inputs, entrances)
+    longest = _with_layouts(_dry_run(blocks, inputs, entrances), blocks, inputs)
     if not any(spec.varies for spec in inputs.values()):
         return longest
     shorter = _dry_run(blocks, {name: _shortened(spec, lambda size: max(size - 1, 1)) for name, spec in inputs.items()})
@@ -49,6 +50,56 @@ def boundary_specs(blocks: Blocks, inputs: Specs, entrances: Collection[str] = (
     except ConfigError:  # too short for this network, and perhaps for its data
         return found
     return {name: _varying(found[name], half[name], name) for name in found}
+
+
+def _with_layouts(found: dict[str, Specs], blocks: Blocks, inputs: Specs) -> dict[str, Specs]:
+    """The specs, with the maps (H, W, C) among them marked."""
+    image = inputs[MAIN].shape
+    maps = [spec.shape for specs in found.values() for spec in specs.values() if len(spec.shape) == 3]
+    if len(image) != 3 or not any(_like_sides(shape[:2], image[1:]) for shape in maps):
+        return found  # channels first, all of them
+    larger = _of_larger_images(blocks, inputs)
+    marked: dict[str, Specs] = {}
+    for block, specs in found.items():
+        marked[block] = {}
+        for name, spec in specs.items():
+            other = larger.get(block, {}).get(name)
+            last = len(spec.shape) == 3 and _channels_last(spec.shape, other, image[1:])
+            marked[block][name] = dataclasses.replace(spec, channels_last=last)
+    return marked
+
+
+def _of_larger_images(blocks: Blocks, inputs: Specs) -> dict[str, Specs]:
+    """What the blocks give for images of twice the sides, up to the first one that cannot take them."""
+    channels, *sides = inputs[MAIN].shape
+    specs = {**inputs, MAIN: dataclasses.replace(inputs[MAIN], shape=(channels, *(2 * side for side in sides)))}
+    dtype = next((p.dtype for block in blocks.values() for p in block.parameters()), torch.float32)
+    flow = bare({name: blank(spec, ROWS, dtype, META) for name, spec in specs.items()})
+    found = {}
+    for name, block in blocks.items():
+        stripped = without_weights(block).eval()
+        try:
+            with META, torch.no_grad():
+                flow = _checked(stripped(flow), name)
+        except Exception:  # whatever it is: a network may take images of one size only
+            break
+        found[name] = {key: TensorSpec(tuple(x.shape[1:]), x.dtype) for key, x in named(flow).items()}
+    return found
+
+
+def _channels_last(shape: tuple[int, ...], larger: TensorSpec | None, sides: tuple[int, ...]) -> bool:
+    """Whether (H, W, C) is how a map is to be read: its first two axes grow with the image; or, where that is not
+    known, they are to each other as the sides of the image and the last two are not."""
+    if larger is not None and len(larger.shape) == 3:
+        grows = [size != other for size, other in zip(shape, larger.shape, strict=True)]
+        if grows in ([True, True, False], [False, True, True]):
+            return grows[0]
+    return _like_sides(shape[:2], sides) and not _like_sides(shape[1:], sides)
+
+
+def _like_sides(axes: tuple[int, ...], sides: tuple[int, ...]) -> bool:
+    """Whether two axes of a map are to each other as the sides of the image."""
+    return axes[0] * sides[1] == axes[1] * sides[0]
 
 
 def _shortened(spec: TensorSpec, shorter: Any) -> TensorSpec:

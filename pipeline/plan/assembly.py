@@ -19,7 +19,7 @@ from pipeline.base.flow import MAIN, Specs, TensorSpec
 from pipeline.base.numerics import Numerics, stable_hash
 from pipeline.edges.wire import FieldSpec, MessageSpec
 from pipeline.local.at_once import HeadMemory, largest_graph
-from pipeline.local.local_module import LocalModule
+from pipeline.local.local_module import LocalModule, Maps
 from pipeline.local.methods import Level, levels_of
 from pipeline.local.roles import ModulePlan, plan_hierarchy
 from pipeline.local.task import Classification, Task, task_name
@@ -80,8 +80,8 @@ class Plan:
         return self.boundaries[module - 1] if module > 0 else self.inputs
 
     def feature(self, module: int) -> tuple[int, ...]:
-        """Shape, without the batch, of what the heads of a local module stand on."""
-        return self.boundaries[module][MAIN].shape
+        """Shape, without the batch, of what the heads of a local module stand on: (C, H, W) of a map."""
+        return self.boundaries[module][MAIN].feature
 
     @property
     def micro_batch_rows(self) -> int:
@@ -179,7 +179,7 @@ def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int, inputs: Sp
             )
     reconstructing = set()
     for plan, end in zip(modules, ends, strict=True):
-        levels = [without_memory(build) for build in levels_of(plan, count, end.shape, task, config).values()]
+        levels = [without_memory(build) for build in levels_of(plan, count, end.feature, task, config).values()]
         if any(IMAGE in level.asks for level in levels):
             reconstructing.add(plan.index)
     upstream = plan_upstream(config, blocks, modules, cut.modules)
@@ -235,7 +235,8 @@ def build_modules(
         role, mailbox = plan.modules[index], None
         if plan.upstream is not None:
             mailbox = plan.upstream.mailbox(index, numerics)
-        built.append(LocalModule(role, mine, levels, plan.task, plan.config, numerics, late[index], mailbox))
+        maps = Maps.of(plan.given(index), plan.boundaries[index])
+        built.append(LocalModule(role, mine, levels, plan.task, plan.config, numerics, late[index], mailbox, maps))
     return built
 
 

@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers_spawn import free_port
 
 from pipeline import ConfigError
 from pipeline.cli import torchrun
+
+pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
 FOUR = "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0)\n  MIG 1g.10gb Device 0: (UUID: MIG-0)\n" + "".join(
@@ -93,16 +96,30 @@ def test_one_node_is_alone_and_several_meet_where_the_environment_says() -> None
     assert options({"PET_NNODES": "2"}) == options({"PET_MASTER_ADDR": "node0"}) == ["--nproc_per_node=4"]
 
 
-def test_it_really_becomes_torchrun_and_what_cannot_work_is_said_before(tmp_path: Path) -> None:
-    """From another directory, without torch in the first process."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+@pytest.mark.slow
+def test_two_nodes_meet_by_what_the_environment_says(tmp_path: Path) -> None:
+    """Two of them on this machine, a rank each."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PET_NNODES": "2"}
+    environment |= {"PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": f"127.0.0.1:{free_port()}", "PET_RDZV_ID": "job"}
+    environment |= {"PET_LOCAL_ADDR": "127.0.0.1"}
     words = ["--set", "train.max_steps=2", "--set", "data.batch_size=16", "--set", "runtime.device=cpu"]
-    start = [sys.executable, "-m", "pipeline", "train", "--nproc=2", "--run-dir", "run", *words]
-    done = subprocess.run(start, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "on 2 rank(s)" in done.stdout
-    assert (tmp_path / "run" / "model.pt").is_file()
-    wrong = [*start, "--set", "method.name=xx"]
+    start = [sys.executable, "-m", "pipeline", "train", "--nproc=1", "--run-dir", "run", *words]
+    nodes = [
+        subprocess.Popen(start, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    try:
+        outputs = [node.communicate(timeout=120)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], outputs
+    assert "on 2 rank(s)" in "".join(outputs) and (tmp_path / "run" / "model.pt").is_file()
+
+
+def test_what_cannot_work_is_said_before_torchrun_is_started(tmp_path: Path) -> None:
+    """What can, test_entrypoint.py starts: two ranks on one node."""
+    wrong = [sys.executable, "-m", "pipeline", "train", "--nproc=2", "--set", "method.name=xx"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(wrong, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stderr.startswith("localpipe: method.name = 'xx'")
     assert done.stderr.count("\n") == 1

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="an image is Linux: /proc, sessions, orphans")
+
 ROOT = Path(__file__).parents[2]
 ENTRYPOINT = ROOT / "docker" / "entrypoint.py"
 ENTRY: dict[str, Any] = runpy.run_path(str(ENTRYPOINT))

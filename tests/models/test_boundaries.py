@@ -114,3 +114,30 @@ def test_a_block_must_give_the_same_names_at_every_length() -> None:
     network = OrderedDict(odd=Does(lambda x: {"x": x, "late": x} if x.size(1) == 8 else x))
     with pytest.raises(ConfigError, match=r"block 'odd' gives x \(8,\) \+ late \(8,\) for the longest batch and x"):
         boundary_specs(network, {"x": TensorSpec((8,), varies=(0,))})
+
+
+class Last(nn.Module):
+    """(B, C, H, W) -> (B, H, W, C); of images with ``side`` rows only, where that is given."""
+
+    def __init__(self, side: int | None = None) -> None:
+        super().__init__()
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.side not in (None, x.size(2)):
+            raise ValueError("another size")
+        return x.permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("image", "side", "shape"),
+    [((8, 8, 8), None, (8, 8, 8)), ((3, 8, 3), None, (8, 3, 3)), ((3, 8, 9), 8, (8, 9, 3)), ((3, 8, 8), 8, (8, 8, 3))],
+)
+def test_maps_with_their_channels_last_are_seen_as_such(
+    image: tuple[int, ...], side: int | None, shape: tuple[int, ...]
+) -> None:
+    network = OrderedDict(same=nn.Identity(), turn=Last(side), back=nn.Flatten())
+    specs = boundary_specs(network, {"x": TensorSpec(image)})
+    assert not specs["same"]["x"].channels_last and not specs["back"]["x"].channels_last
+    assert specs["turn"]["x"] == TensorSpec(shape, channels_last=True)
+    assert specs["turn"]["x"].feature == image

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib.util
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from helpers_spawn import run_ranks
 from tiny import CLASSES, tiny_config
 from torch import Tensor, nn
+from torchvision import models, ops
+from torchvision.models import swin_transformer
 
 from pipeline import Config, LoaderData, evaluate, train
 
@@ -59,8 +62,17 @@ def of_timm(name: str, **options: Any) -> nn.Module:
     return network
 
 
+def swin(**parts: Any) -> nn.Module:
+    sizes = {"embed_dim": 8, "depths": [1, 1, 1], "num_heads": [1, 2, 2], "patch_size": [4, 4], "window_size": [2, 2]}
+    return models.SwinTransformer(num_classes=CLASSES, stochastic_depth_prob=0.2, **sizes, **parts)
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "skips": Skips,
+    "swin": swin,
+    "swin v2": functools.partial(
+        swin, block=swin_transformer.SwinTransformerBlockV2, downsample_layer=swin_transformer.PatchMergingV2
+    ),
     "resnet": functools.partial(of_timm, "resnet10t", channels=(8, 8, 16, 16), stem_width=8),
     "vit": functools.partial(
         of_timm, "vit_tiny_patch16_224", img_size=SIDE, patch_size=8, depth=4, embed_dim=24, num_heads=3
@@ -73,6 +85,9 @@ CASES: dict[str, Case] = {
     "skips, k=2": ("skips", ("mid", "up", "last"), 2, {"schedule": {"micro_batches": 2}}),
     "skips, k=K": ("skips", ("down", "mid", "up"), 4, {}),
     "skips, async": ("skips", ("mid", "up", "last"), 2, {"schedule": {"kind": "async"}}),
+    "Swin, k=1": ("swin", ("features.3", "features.5"), 1, {"patches": {"grid": 2}}),
+    "Swin, k=2": ("swin", ("features.2", "features.3", "features.5"), 2, {}),
+    "Swin v2, k=1": ("swin v2", ("features.3", "norm"), 1, {"patches": {"grid": 2}}),
 }
 TIMM: dict[str, Case] = {
     "ResNet, k=1": ("resnet", ("layer2", "layer3", "layer4"), 1, {"patches": {"grid": 2}}),
@@ -141,3 +156,27 @@ def test_one_module_is_the_network_trained_plainly(tmp_path: Path) -> None:
         optimiser.zero_grad()
     for (name, value), other in zip(plain.state_dict().items(), network.state_dict().values(), strict=True):
         assert torch.equal(value, other), name
+
+
+def turned(first: bool) -> nn.Module:
+    """Linear layers on (B, H, W, C) with a cut between them, where the map is turned to (B, C, H, W) if ``first``."""
+    torch.manual_seed(5)
+    there = OrderedDict(turn=ops.Permute([0, 2, 3, 1]))
+    a = OrderedDict(conv=nn.Conv2d(3, 6, 4, 4), **there, mix=nn.Linear(6, 6))
+    b = OrderedDict(mix=nn.Linear(6, 6), back=ops.Permute([0, 3, 1, 2]), pool=nn.AdaptiveAvgPool2d(1), end=nn.Flatten())
+    b["fc"] = nn.Linear(6, CLASSES)
+    if first:
+        a["out"], b = ops.Permute([0, 3, 1, 2]), OrderedDict(there, **b)
+    return nn.Sequential(OrderedDict(a=nn.Sequential(a), b=nn.Sequential(b)))
+
+
+def test_heads_and_patches_see_a_map_of_swin_as_any_other(tmp_path: Path) -> None:
+    config = settings(("b",), 2, patches={"grid": 2}, precision={"compute": "fp64"})
+    states = []
+    for first in (False, True):
+        network = turned(first)
+        train(config, network=network, data=LoaderData(batches(), batches()), run_dir=tmp_path / str(first), quiet=True)
+        states.append(network.state_dict())
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(value, states[1][name], rtol=1e-9, atol=1e-12, msg=name)
