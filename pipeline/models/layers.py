@@ -167,26 +167,14 @@ class PairedConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, O, H, W)."""
-        if not self.pays_for(x):
+        if not (self.paired and self._fits(x)):
             return super().forward(x)
         y: Tensor = _PairedConvolution.apply(x, self.weight, self.bias)
         return y
 
-    def paired_groups(self, x: Tensor, weight: Tensor, bias: Tensor, groups: int) -> Tensor:
-        """(B, G C, H, W) -> (B, G O, H, W) for weights (G O, C, 3, 3) and biases (G O,) of G groups."""
-        batch, _, height, width = x.shape
-        pairs = torch.stack([F.pad(weight, (0, 1)), F.pad(weight, (1, 0))], dim=1)
-        kernel = pairs.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 2)  # group, pixel, output
-        twice = bias.view(groups, 1, -1).expand(-1, 2, -1).reshape(-1)
-        y = F.conv2d(x, kernel, twice, stride=(1, 2), padding=1, groups=groups).permute(0, 2, 3, 1)
-        y = y.reshape(batch, height, width // 2, groups, 2, -1).transpose(3, 4)
-        return y.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
-
-    def pays_for(self, x: Tensor) -> bool:
-        """Whether two pixels at a time are faster."""
+    def _fits(self, x: Tensor) -> bool:
         return (
-            self.paired
-            and x.device.type == "cpu"
+            x.device.type == "cpu"
             and x.dtype == self.weight.dtype
             and not torch.is_autocast_enabled("cpu")
             and 2 * self.out_channels <= VECTOR
