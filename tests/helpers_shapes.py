@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.base.flow import TensorSpec
@@ -22,7 +23,7 @@ def boundary_shapes(
 
 
 class RealTensors(TorchDispatchMode):
-    """Counts the tensors that operations make outside the meta device."""
+    """Counts the tensors with memory that operations make; those on the meta device and fake ones have none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,6 +31,6 @@ class RealTensors(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not result.is_meta:
+        if isinstance(result, Tensor) and not result.is_meta and not isinstance(result, FakeTensor):
             self.found.append(f"{func} {tuple(result.shape)}")
         return result

@@ -84,6 +84,11 @@ class HierarchyConfig:
     cascade_weight: float | None = key(
         None, "level weight; default 1, or 0.999 in the released variant; 0 = no heads", at_least=0, at_most=10**6
     )
+    levels: str = key(
+        "separate",
+        "separate: the cascade level first, others wait for it; together: both in fewer, larger operations",
+        choices=("separate", "together"),
+    )
     final_loss: str = key(
         "auto",
         "the last module's loss: local, cascade (reaches k modules), auto: cascade at k = K",

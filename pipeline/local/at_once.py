@@ -11,7 +11,7 @@ answer, so it must be the same on every rank and in every placement.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,16 +44,17 @@ class HeadMemory:
         self._task = task
         self._known: dict[str, int] = {}  # heads of a kind keep the same
 
-    def fit(self, levels: Iterable[Level], shape: FeatureShape) -> None:
-        """Choose for all patched heads of ``levels`` on features of ``shape``; one patch where it is not known what
-        they keep."""
+    def fit(self, levels: Collection[Level], shape: FeatureShape, together: bool = False) -> None:
+        """Choose for all patched heads of ``levels``, which may work ``together``, on features of ``shape``; one patch
+        where it is not known what they keep."""
+        available = self._available // (len(levels) if together else 1)
         for head in (head for level in levels for _, head in level.heads()):
             if head.grid > 1 and head.first.takes_patches(len(shape) + 1):
                 kind = f"{head} {shape}"
                 if kind not in self._known:
                     self._known[kind] = _patch_bytes(head, shape, self._task)
                 one = self._known[kind]
-                head.at_once = max(1, min(self._available // one, head.grid**2)) if one else 1
+                head.at_once = max(1, min(available // one, head.grid**2)) if one else 1
 
 
 def _module_bytes(blocks: Sequence[nn.Module], given: Specs) -> int:

@@ -14,8 +14,9 @@ result does not depend on timing or placement. x_m and h_m are named sets of ten
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from pipeline.base.config import Config
 from pipeline.base.errors import NonFiniteError
 from pipeline.base.flow import MAIN, Flow, Specs, Tensors, bare, channels_first, channels_last, named, passed
 from pipeline.base.numerics import Numerics, seed_rng, stable_hash
+from pipeline.local.both_levels import BothLevels
 from pipeline.local.compilation import compile_parts
 from pipeline.local.guard import FiniteGuard
 from pipeline.local.losses import Losses
@@ -95,6 +97,7 @@ class LocalModule:
         self.plan = plan
         self.blocks = blocks
         self.levels = levels
+        self._both = BothLevels(levels) if plan.together else None
         self.task = task
         self.asks = frozenset().union(*(level.asks for level in levels.values()))
         self.numerics = numerics
@@ -159,9 +162,13 @@ class LocalModule:
         return self._boundary(outputs)
 
     def cascade(self, key: BatchKey) -> None:
-        """Run the cascade level: c_m."""
+        """Run the cascade level: c_m. Where both levels go together, a_m as well."""
         item = self.in_flight[key]
-        item.own = self._run_level("cascade", item, key[0])
+        if self._both is None:
+            item.own = self._run_level("cascade", item, key[0])
+        else:
+            found = self._run_heads("cascade", item, key[0], self._both.backward)
+            item.own, item.independent = found["cascade"], found["independent"]
 
     def independent(self, key: BatchKey) -> None:
         """Run the independent level: a_m."""
@@ -259,21 +266,26 @@ class LocalModule:
         return flow
 
     def _run_level(self, name: str, item: InFlight, step: int) -> Tensor:
+        heads = self.levels[name]
+        return self._run_heads(name, item, step, lambda *arguments: {name: heads.backward(*arguments)})[name]
+
+    def _run_heads(
+        self, name: str, item: InFlight, step: int, run: Callable[..., dict[str, tuple[Tensor, dict[str, Tensor]]]]
+    ) -> dict[str, Tensor]:
+        """The gradients by level; ``name`` is that of their random numbers."""
         seed_rng(stable_hash(item.rng_seed, name), self.numerics.device)
         batch = item.batch
         inputs = None
         if INPUTS in self.asks:
-            turned = self._maps.inputs
-            inputs = {n: channels_first(x.detach()) if n in turned else x.detach() for n, x in batch.inputs.items()}
+            maps = self._maps.inputs
+            inputs = {n: channels_first(x.detach()) if n in maps else x.detach() for n, x in batch.inputs.items()}
         given = Given(batch.labels, batch.image if IMAGE in self.asks else None, inputs, step)
-        arguments = (self._feature(item.outputs).detach(), given, batch.scale, self.numerics.autocast)
-        if self.stashes is None:
-            gradient, losses = self.levels[name].backward(*arguments)
-        else:
-            with self.stashes.heads_of(step):
-                gradient, losses = self.levels[name].backward(*arguments)
-        self.losses.add(step, {f"{name}.{term}": loss for term, loss in losses.items()}, batch.scale)
-        return channels_last(gradient) if self._maps.output else gradient
+        with self.stashes.heads_of(step) if self.stashes is not None else contextlib.nullcontext():
+            found = run(self._feature(item.outputs).detach(), given, batch.scale, self.numerics.autocast)
+        losses = {f"{level}.{term}": loss for level, (_, terms) in found.items() for term, loss in terms.items()}
+        self.losses.add(step, losses, batch.scale)
+        turned = self._maps.output
+        return {level: channels_last(gradient) if turned else gradient for level, (gradient, _) in found.items()}
 
     def _feature(self, outputs: Tensors) -> Tensor:
         """What heads stand on."""

@@ -33,6 +33,7 @@ class ModulePlan:
         incoming: keys of the gradient messages from module + 1, in order of arrival.
         outgoing: keys of the gradient messages to module - 1, in order of departure.
         merged: its whole gradient is (a multiple of) the only message it sends, so one backward pass gives both.
+        together: both levels run in one action, that of the cascade level.
         evaluations: times the literal definition would run the module in one step (BatchNorm of the released code).
     """
 
@@ -47,6 +48,7 @@ class ModulePlan:
     outgoing: tuple[int, ...]
     merged: bool
     evaluations: int
+    together: bool = False
 
     @property
     def needs_input_gradient(self) -> bool:
@@ -88,6 +90,7 @@ def plan_hierarchy(modules: int, config: HierarchyConfig) -> tuple[ModulePlan, .
                 outgoing=outgoing[m],
                 merged=not independent and len(outgoing[m]) == 1 and contributions == set(outgoing[m]),
                 evaluations=1 + sum(1 for j, low in lowest.items() if low <= m <= j),
+                together=config.levels == "together" and independent and has_cascade[m],
             )
         )
     return tuple(plans)

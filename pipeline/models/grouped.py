@@ -15,10 +15,12 @@ random numbers or mixes channels in another way does not.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from pipeline.models.layers import PairedConv2d, PointwiseConv2d, PoolTo2d, RowBatchNorm2d, VectorInput
 from pipeline.models.upsampling import UpsampledConv2d
@@ -111,19 +113,38 @@ def upsampled_convolution(layers: Sequence[UpsampledConv2d], x: Tensor, size: tu
     taps = by_network(
         [layer.taps() for layer in layers], pixels.permute(4, 0, 3, 1, 2, 5).reshape(count, -1, channels)
     )  # (W, B G/W h w, 9 O)
-    y = first.interpolated(taps.view(-1, h, w, 9 * out), size)  # (W B G/W, H, O, W)
+    y = first.interpolated(taps.reshape(-1, h, w, 9 * out), size)  # (W B G/W, H, O, W)
     y = y.view(count, batch, groups // count, size[0], out, size[1])
     if x.is_contiguous(memory_format=torch.channels_last):
         return y.permute(1, 3, 5, 2, 0, 4).reshape(batch, *size, groups * out).permute(0, 3, 1, 2).to(taps.dtype)
     return y.permute(1, 2, 0, 4, 3, 5).reshape(batch, groups * out, *size).to(taps.dtype)
 
 
+class _Joined(torch.autograd.Function):
+    """``(repeats, W tensors (O, ...)) -> (repeats W O, ...)``: fewer operations than cat and repeat with their own
+    backward passes."""
+
+    @staticmethod
+    def forward(ctx: Any, repeats: int, *tensors: Tensor) -> Tensor:
+        ctx.sides = repeats, len(tensors)
+        return torch.cat(tensors * repeats)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        repeats, count = ctx.sides
+        if repeats > 1:
+            gradient = gradient.unflatten(0, (repeats, -1)).sum(dim=0)
+        return None, *(gradient.chunk(count) if count > 1 else (gradient,))
+
+
 def joined(tensors: Sequence[Tensor | None], groups: int) -> Tensor:
     """The parameters (O, ...) of W layers side by side, repeated until every group has its own: (G O, ...)."""
     present = [tensor for tensor in tensors if tensor is not None]
-    one = present[0] if len(present) == 1 else torch.cat(present)
-    repeats = groups // len(present)
-    return one if repeats == 1 else one.repeat(repeats, *[1] * (one.dim() - 1))
+    if len(present) == groups == 1:
+        return present[0]
+    every: Tensor = _Joined.apply(groups // len(present), *present)
+    return every
 
 
 def by_network(layers: Sequence[tuple[Tensor, Tensor | None]], x: Tensor) -> Tensor:
@@ -131,21 +152,19 @@ def by_network(layers: Sequence[tuple[Tensor, Tensor | None]], x: Tensor) -> Ten
     weights, biases = zip(*layers, strict=True)
     if len(layers) == 1:
         return F.linear(x[0], weights[0], biases[0])[None]
-    weight = torch.stack(weights).transpose(1, 2)
+    weight = torch.stack(weights)  # to the left of the product, whose gradient then has its layout
     if biases[0] is None:
-        return torch.bmm(x, weight)
-    return torch.baddbmm(torch.stack(biases)[:, None], x, weight)
+        return torch.bmm(weight, x.mT).mT
+    return torch.baddbmm(torch.stack(biases)[:, :, None], weight, x.mT).mT
 
 
 def _linear(layers: Sequence[nn.Linear], x: Tensor, groups: int) -> Tensor:
     """(..., G F) -> (..., G O)."""
-    count, sides = len(layers), x.shape[:-1]
-    parameters = [(layer.weight, layer.bias) for layer in layers]
+    first, count, sides = layers[0], len(layers), x.shape[:-1]
     if count == 1:
-        weight, bias = parameters[0]
-        return F.linear(x.reshape(-1, layers[0].in_features), weight, bias).view(*sides, -1)
-    rows = x.reshape(-1, count, layers[0].in_features).transpose(0, 1)
-    return by_network(parameters, rows).transpose(0, 1).reshape(*sides, -1)
+        return F.linear(x.reshape(-1, first.in_features), first.weight, first.bias).view(*sides, -1)
+    rows = x.reshape(-1, count, first.in_features).transpose(0, 1)
+    return by_network([(layer.weight, layer.bias) for layer in layers], rows).transpose(0, 1).reshape(*sides, -1)
 
 
 class RunningStatistics:

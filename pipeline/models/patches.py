@@ -85,14 +85,15 @@ class PatchedHead(nn.Module):
     @property
     def asks(self) -> frozenset[str]:
         """What its head asks for."""
-        return self._head(0).asks
+        return self.of(0).asks
 
     @property
     def first(self) -> AuxiliaryHead:
         """Its head, that of the first patch where there is one per patch."""
-        return self._head(0)
+        return self.of(0)
 
-    def _head(self, patch: int) -> AuxiliaryHead:
+    def of(self, patch: int) -> AuxiliaryHead:
+        """The head of a patch."""
         head = self.heads[patch if self.separate else 0]
         assert isinstance(head, AuxiliaryHead)
         return head
@@ -114,23 +115,21 @@ class PatchedHead(nn.Module):
             ``weight * d loss / d feature``, added to ``gradient`` in place where one is given, and the un-weighted
             loss (float64 scalar, detached).
         """
-        window = self._window(feature)
-        if window == (1, 1):
-            return self._by_patches(feature, given, weight, gradient, autocast, pooled=False)
-        means = F.avg_pool2d(feature, window)
-        means_gradient, total = self._by_patches(means, given, weight, None, autocast, pooled=True)
-        spread = _spread(means_gradient, window)
-        if not feature.is_contiguous(memory_format=torch.channels_last):
-            spread = spread.contiguous()
-        return spread if gradient is None else gradient.add_(spread), total
+        ((found, loss),) = backward_together([self], feature, given, [weight], [gradient], autocast)
+        return found, loss
 
-    def _window(self, feature: Tensor) -> tuple[int, int]:
+    def like(self, other: PatchedHead) -> bool:
+        """Whether both are heads of one structure, so that :func:`backward_together` runs them at once."""
+        shared = not self.separate and not other.separate
+        return shared and self.grid == other.grid and repr(self.heads) == repr(other.heads)
+
+    def window(self, feature: Tensor) -> tuple[int, int]:
         """Windows by which the whole map may be pooled before it is cut; (1, 1) where patches do not allow it."""
         if feature.dim() != 4 or feature.size(2) % self.grid or feature.size(3) % self.grid:
             return 1, 1
-        return self._head(0).window(feature.size(2) // self.grid, feature.size(3) // self.grid)
+        return self.of(0).window(feature.size(2) // self.grid, feature.size(3) // self.grid)
 
-    def _by_patches(
+    def by_patches(
         self,
         feature: Tensor,
         given: Given,
@@ -139,10 +138,9 @@ class PatchedHead(nn.Module):
         autocast: Autocast,
         pooled: bool,
     ) -> tuple[Tensor, Tensor]:
-        """The work of :meth:`backward`; ``pooled``: the feature holds the means of the head's windows."""
+        """The work of :meth:`backward`, one patch after another; ``pooled``: the feature holds the means of the head's
+        windows."""
         patches = patches_of(feature, feature, self.grid)
-        if self.together(feature, given):
-            return self._at_once(feature, given, weight, gradient, autocast, pooled)
         share = 1.0 if self.separate else 1.0 / len(patches)
         total = feature.new_zeros((), dtype=torch.float64)
         whole = len(patches) == 1
@@ -150,7 +148,7 @@ class PatchedHead(nn.Module):
         for index, (patch, its) in enumerate(zip(patches, self._cut(given, feature), strict=True)):
             leaf = feature.detach() if whole else _dense(feature[patch])
             leaf.requires_grad_()
-            head = self._head(index)
+            head = self.of(index)
             with torch.enable_grad(), autocast():
                 loss = head.loss_of_means(leaf, its) if pooled else head.loss(leaf, its)
             (loss * (weight * share)).backward()
@@ -167,47 +165,15 @@ class PatchedHead(nn.Module):
 
     def together(self, feature: Tensor, given: Given) -> bool:
         """Whether there are patches to be worked on together, all of one size, and the head can do that."""
-        if min(self.at_once, self.grid) == 1 or feature.dim() not in (3, 4):
+        return min(self.at_once, self.grid) > 1 and self.groups(feature, given)
+
+    def groups(self, feature: Tensor, given: Given) -> bool:
+        """Whether patches of this feature, a whole one too, may be groups of channels for this head."""
+        if feature.dim() not in (3, 4):
             return False
         image = feature if given.image is None else given.image
         sides = [*feature.shape[2:], *image.shape[2:]] if feature.dim() == 4 else [feature.size(1)]
-        return all(side % self.grid == 0 for side in sides) and self._head(0).takes_patches(feature.dim())
-
-    def _at_once(
-        self,
-        feature: Tensor,
-        given: Given,
-        weight: float,
-        gradient: Tensor | None,
-        autocast: Autocast,
-        pooled: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """:meth:`_by_patches` with ``at_once`` patches in every call of the head."""
-        result = torch.empty_like(feature) if gradient is None else gradient
-        cut, into = _split(feature.detach(), self.grid), _split(result, self.grid)
-        image = None if given.image is None else _split(given.image, self.grid)
-        targets = [given.target[patch] for patch in patches_of(given.target, feature, self.grid)]
-        share = 1.0 if self.separate else 1.0 / len(targets)
-        total = feature.new_zeros((), dtype=torch.float64)
-        nhwc = feature.dim() == 4 and feature.stride(1) == 1
-        for rows, columns in rectangles(cut.size(1), cut.size(2), self.at_once):
-            some = [row * self.grid + column for row in rows for column in columns]
-            here = (slice(None), slice(rows.start, rows.stop), slice(columns.start, columns.stop))
-            leaf = _packed(cut[here], nhwc).requires_grad_()
-            its_image = None if image is None else _packed(image[here], nhwc=False)
-            patches = Patches(leaf, len(some), [targets[patch] for patch in some], its_image, pooled)
-            heads = [self._head(patch) for patch in some] if self.separate else [self._head(0)]
-            with torch.enable_grad(), autocast():
-                losses = heads[0].losses_of_patches(patches, heads).view(-1)
-            losses.backward(torch.full_like(losses, weight * share))
-            total.add_(losses.detach().sum(dtype=torch.float64), alpha=share)
-            assert leaf.grad is not None
-            found = _unpacked(leaf.grad, cut[here].shape)
-            if gradient is None:  # the patches cover the feature once, so nothing needs to be zeroed first
-                into[here].copy_(found)
-            else:
-                into[here].add_(found)
-        return result, total
+        return all(side % self.grid == 0 for side in sides) and self.of(0).takes_patches(feature.dim())
 
     def _cut(self, given: Given, feature: Tensor) -> list[Given]:
         """What the head is given with every patch: what it asks for, cut like the feature."""
@@ -240,7 +206,7 @@ class PatchedHead(nn.Module):
         patches = patches_of(feature, feature, self.grid)
         scores = []
         for index, patch in enumerate(patches):
-            score = self._head(index).logits(feature[patch])
+            score = self.of(index).logits(feature[patch])
             if score is None:
                 return None
             scores.append(score)
@@ -250,6 +216,81 @@ class PatchedHead(nn.Module):
             rows = [torch.cat(scores[start : start + self.grid], dim=3) for start in range(0, len(scores), self.grid)]
             return torch.cat(rows, dim=2)
         return torch.stack(scores).mean(dim=0)
+
+
+def backward_together(
+    heads: Sequence[PatchedHead],
+    feature: Tensor,
+    given: Given,
+    weights: Sequence[float],
+    gradients: Sequence[Tensor | None],
+    autocast: Autocast = contextlib.nullcontext,
+) -> list[tuple[Tensor, Tensor]]:
+    """:meth:`PatchedHead.backward` of W heads of one structure on the same feature, one weight and gradient for each;
+    more than one may be asked only if it :meth:`PatchedHead.groups`."""
+    first = heads[0]
+    window = first.window(feature)
+    if window == (1, 1):
+        return _run(heads, feature, given, weights, gradients, autocast, pooled=False)
+    means = F.avg_pool2d(feature, window)
+    nothing: list[Tensor | None] = [None] * len(heads)
+    results = []
+    for (found, loss), gradient in zip(
+        _run(heads, means, given, weights, nothing, autocast, pooled=True), gradients, strict=True
+    ):
+        spread = _spread(found, window)
+        if not feature.is_contiguous(memory_format=torch.channels_last):
+            spread = spread.contiguous()
+        results.append((spread if gradient is None else gradient.add_(spread), loss))
+    return results
+
+
+def _run(
+    heads: Sequence[PatchedHead],
+    feature: Tensor,
+    given: Given,
+    weights: Sequence[float],
+    gradients: Sequence[Tensor | None],
+    autocast: Autocast,
+    pooled: bool,
+) -> list[tuple[Tensor, Tensor]]:
+    """:func:`backward_together`; ``pooled``: the feature holds the means of the heads' windows."""
+    first, grid, count = heads[0], heads[0].grid, len(heads)
+    if count == 1 and not first.together(feature, given):
+        return [first.by_patches(feature, given, weights[0], gradients[0], autocast, pooled)]
+    results = [torch.empty_like(feature) if gradient is None else gradient for gradient in gradients]
+    cut, into = _split(feature.detach(), grid), [_split(result, grid) for result in results]
+    image = None if given.image is None else _split(given.image, grid)
+    targets = [given.target[patch] for patch in patches_of(given.target, feature, grid)]
+    share = 1.0 if first.separate else 1.0 / len(targets)
+    totals = feature.new_zeros(count, dtype=torch.float64)
+    nhwc = feature.dim() == 4 and feature.stride(1) == 1
+    for rows, columns in rectangles(cut.size(1), cut.size(2), first.at_once):
+        some = [row * grid + column for row in rows for column in columns]
+        here = (slice(None), slice(rows.start, rows.stop), slice(columns.start, columns.stop))
+        leaf = _packed(cut[here], count, nhwc).requires_grad_()
+        its_image = None if image is None else _packed(image[here], count, nhwc=False)
+        its_targets = [targets[patch] for patch in some for _ in heads]
+        patches = Patches(leaf, len(its_targets), its_targets, its_image, pooled)
+        networks = [first.of(patch) for patch in some] if first.separate else [head.of(0) for head in heads]
+        with torch.enable_grad(), autocast():
+            losses = networks[0].losses_of_patches(patches, networks).view(len(some), count)
+        losses.backward(_filled(losses, [weight * share for weight in weights]))
+        totals.add_(losses.detach().sum(dim=0, dtype=torch.float64), alpha=share)
+        assert leaf.grad is not None
+        for head, found in enumerate(_unpacked(leaf.grad, count, cut[here].shape)):
+            if gradients[head] is None:  # the patches cover the feature once, so nothing needs to be zeroed first
+                into[head][here].copy_(found)
+            else:
+                into[head][here].add_(found)
+    return list(zip(results, totals.unbind(), strict=True))
+
+
+def _filled(like: Tensor, values: Sequence[float]) -> Tensor:
+    """(n, W), every column one value; no tensor is copied from the host, which would wait for a GPU."""
+    if len(values) == 1:
+        return torch.full_like(like, values[0])
+    return torch.stack([like.new_full(like.shape[:1], value) for value in values], dim=1)
 
 
 def rectangles(rows: int, columns: int, most: int) -> Iterator[tuple[range, range]]:
@@ -269,22 +310,35 @@ def _split(x: Tensor, grid: int) -> Tensor:
     return x.view(batch, channels, grid, height // grid, grid, width // grid).permute(0, 2, 4, 1, 3, 5)
 
 
-def _packed(patches: Tensor, nhwc: bool) -> Tensor:
-    """Some of :func:`_split` as groups of channels, dense: (B, G C, h, w), NHWC if asked for, or (B, t, G D)."""
+def _packed(patches: Tensor, copies: int, nhwc: bool) -> Tensor:
+    """Some of :func:`_split`, each ``copies`` times, as groups of channels: dense, (B, G C, h, w), NHWC if asked for,
+    or (B, t, G D)."""
+    batch = len(patches)
     if patches.dim() == 5:
-        return patches.permute(0, 3, 1, 2, 4).flatten(2)
-    batch, *_, height, width = patches.shape
+        x = patches.permute(0, 3, 1, 2, 4)  # (B, t, rows, columns, D)
+        return _repeated(x, copies).reshape(batch, x.size(1), -1)
+    height, width = patches.shape[4:]
     if not nhwc:
-        return patches.reshape(batch, -1, height, width)
-    return patches.permute(0, 4, 5, 1, 2, 3).reshape(batch, height, width, -1).permute(0, 3, 1, 2)
+        x = patches if copies == 1 else patches.unsqueeze(3).expand(-1, -1, -1, copies, -1, -1, -1)
+        return x.reshape(batch, -1, height, width)
+    x = _repeated(patches.permute(0, 4, 5, 1, 2, 3), copies)
+    return x.reshape(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
-def _unpacked(groups: Tensor, shape: Sequence[int]) -> Tensor:
-    """The view of :func:`_packed` 's result that has the ``shape`` of its patches."""
+def _repeated(x: Tensor, copies: int) -> Tensor:
+    """(..., C) -> (..., copies, C), a view."""
+    return x if copies == 1 else x.unsqueeze(-2).expand(*x.shape[:-1], copies, x.size(-1))
+
+
+def _unpacked(groups: Tensor, copies: int, shape: Sequence[int]) -> list[Tensor]:
+    """Views of what goes with :func:`_packed` 's result, each with the ``shape`` of its patches, one of every copy."""
+    batch, rows, columns, *rest = shape
     if len(shape) == 5:
-        batch, rows, columns, length, depth = shape
-        return groups.view(batch, length, rows, columns, depth).permute(0, 2, 3, 1, 4)
-    return groups.view(shape)
+        x = groups.view(batch, rest[0], rows, columns, copies, rest[1]).permute(4, 0, 2, 3, 1, 5)
+        return list(x.unbind())
+    if copies == 1:
+        return [groups.view(shape)]
+    return list(groups.view(batch, rows, columns, copies, *rest).unbind(3))
 
 
 def _dense(patch: Tensor) -> Tensor:

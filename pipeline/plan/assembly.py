@@ -231,7 +231,7 @@ def build_modules(
             for name, build in builders.items():
                 levels[name] = _seeded(build, seed, "head", index, name)
         if memory is not None:
-            memory.fit(levels.values(), plan.feature(index))
+            memory.fit(levels.values(), plan.feature(index), plan.modules[index].together)
         role, mailbox = plan.modules[index], None
         if plan.upstream is not None:
             mailbox = plan.upstream.mailbox(index, numerics)

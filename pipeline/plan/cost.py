@@ -27,7 +27,6 @@ from pipeline.local.local_module import LocalModule
 from pipeline.local.task import Classification
 from pipeline.models.backbones import Blocks
 from pipeline.models.layers import PairedConv2d
-from pipeline.models.patches import PatchedHead
 from pipeline.models.unbuilt import planned_blocks
 from pipeline.models.upsampling import UpsampledConv2d
 from pipeline.plan.alone import random_batch
@@ -197,7 +196,6 @@ def _count(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool, steps: i
 def _counts_of(plan: Plan, modules: list[LocalModule], numerics: Numerics, plain: bool, steps: int) -> _Counts:
     layers = [layer for module in modules for level in module.levels.values() for layer in level.modules()]
     paired = [layer for layer in layers if isinstance(layer, PairedConv2d)]
-    patched = [(layer, layer.at_once) for layer in layers if isinstance(layer, PatchedHead)]
     for layer in layers:
         if isinstance(layer, UpsampledConv2d):
             layer.factorise = not plain
@@ -205,13 +203,9 @@ def _counts_of(plan: Plan, modules: list[LocalModule], numerics: Numerics, plain
     stage = Stage(modules, plan.schedules[0], BatchInlet(random_batch(plan, modules, numerics)), Edges(), watch=flops)
     for layer in paired:
         layer.paired = False  # products with its zeros are no FLOPs of the method
-    for head, _ in patched:
-        head.at_once = 1  # PyTorch's formulas are wrong for the gradients of grouped convolutions
     stage.train_step(1, 0)
     for layer in paired:
         layer.paired = True
-    for head, at_once in patched:
-        head.at_once = at_once
     stage.watch = operations
     if steps > 1:
         stage.train_step(1, 1)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -67,7 +68,15 @@ class _Operations(TorchDispatchMode):
         if self._reads and func is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if args[0].is_floating_point() else 1
         result = func(*args, **kwargs)
-        formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
+        if func is torch.ops.aten.convolution_backward.default and args[9] > 1:
+            self.flops += _grouped_convolution_backward(*args)
+        elif (formula := flop_registry.get(func.overloadpacket)) is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
         return result
+
+
+def _grouped_convolution_backward(gradient: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> int:
+    """As many FLOPs as the forward for each of the two gradients that is wanted; PyTorch's own formula multiplies every
+    output channel of a grouped convolution with every input channel."""
+    wanted: list[bool] = rest[-1][:2]
+    return 2 * gradient.numel() * weight[0].numel() * sum(wanted)

@@ -211,7 +211,7 @@ class _StageBuilder:
             ]
         # Relays come first: somebody waits for them. A module's own backward waits for its independent level too.
         self._sweep(micro_batch)
-        if plan.independent:
+        if plan.independent and not plan.together:
             emit(Action(Kind.INDEPENDENT, module, micro_batch))
         key = plan.outgoing[0] if plan.merged else None
         self._pending.append(Action(Kind.BACKWARD, module, micro_batch, key, self._lag.backward[module]))

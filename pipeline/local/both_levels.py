@@ -1,0 +1,63 @@
+"""Both levels of a module at once: heads of one structure are groups of channels side by side, as patches are.
+
+    separate    C  (R)  I        the cascade level first, whose gradient others may wait for; then the independent one
+    together    CI (R)           half as many operations; the cascade's gradient leaves after both
+
+The arithmetic is the same, its order is not, so the bits depend on the choice. It is part of the configuration and of
+the module's role, and no placement changes it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pipeline.local.methods import Level
+from pipeline.models.heads import Given
+from pipeline.models.patches import Autocast, PatchedHead, backward_together
+
+
+@dataclass(frozen=True)
+class _Term:
+    """Heads of one name: of which levels, with which weights within the module's loss, and whether they are alike."""
+
+    name: str
+    levels: tuple[str, ...]
+    heads: tuple[PatchedHead, ...]
+    weights: tuple[float, ...]
+    alike: bool
+
+
+class BothLevels:
+    """Runs the heads of all levels of a module, term by term."""
+
+    def __init__(self, levels: OrderedDict[str, Level]) -> None:
+        self._levels = tuple(levels)
+        self._terms = []
+        for term in dict.fromkeys(term for level in levels.values() for term, _ in level.heads()):
+            having = {name: head for name, level in levels.items() for other, head in level.heads() if other == term}
+            heads = tuple(having.values())
+            weights = tuple(levels[name].weights[term] for name in having)
+            alike = len(heads) > 1 and all(head.like(heads[0]) for head in heads[1:])
+            self._terms.append(_Term(term, tuple(having), heads, weights, alike))
+
+    def backward(
+        self, feature: Tensor, given: Given, scale: float, autocast: Autocast
+    ) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+        """:meth:`pipeline.local.methods.Level.backward` of every level, by its name."""
+        gradients: dict[str, Tensor | None] = dict.fromkeys(self._levels)
+        losses: dict[str, dict[str, Tensor]] = {name: {} for name in self._levels}
+        for term in self._terms:
+            weights, before = [scale * weight for weight in term.weights], [gradients[name] for name in term.levels]
+            if term.alike and term.heads[0].groups(feature, given):
+                found = backward_together(term.heads, feature, given, weights, before, autocast)
+            else:
+                found = [
+                    head.backward(feature, given, weight, gradient, autocast)
+                    for head, weight, gradient in zip(term.heads, weights, before, strict=True)
+                ]
+            for name, (gradient, loss) in zip(term.levels, found, strict=True):
+                gradients[name], losses[name][term.name] = gradient, loss
+        return {name: (gradient, losses[name]) for name, gradient in gradients.items() if gradient is not None}
