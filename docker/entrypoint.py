@@ -41,6 +41,8 @@ def watch_over(command: list[str]) -> int:
     if child == 0:
         try:
             os.setsid()
+            for number in SIGNALS:  # one that was ignored before, as ctrl-C is in the background, would stay so
+                signal.signal(number, signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             os.execvp(command[0], command)
         except OSError as error:

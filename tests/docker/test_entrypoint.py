@@ -87,11 +87,11 @@ def test_a_child_that_a_signal_ends_has_the_exit_code_of_a_shell() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_passed_on_once_and_the_child_has_its_time(number: signal.Signals) -> None:
-    """Also where the terminal sends it to the whole group of processes."""
+    """Also where the terminal sends it to the whole group of processes, and where it was ignored before."""
     name = number.name.removeprefix("SIG")
     words = ["sh", "-c", f"trap 'echo told; n=1' {name}; echo ready; while [ -z \"$n\" ]; do sleep 0.05; done; exit 3"]
     process = subprocess.Popen(
-        [sys.executable, "-c", SUBREAPER, str(ENTRYPOINT), *words],
+        ["sh", "-c", f"trap '' {name}; exec \"$@\"", "sh", sys.executable, "-c", SUBREAPER, str(ENTRYPOINT), *words],
         stdout=subprocess.PIPE, text=True, start_new_session=True,
     )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
