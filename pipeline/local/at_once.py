@@ -10,14 +10,10 @@ answer, so it must be the same on every rank and in every placement.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.base.flow import Specs, TensorSpec, bare, passed
 from pipeline.local.methods import Level
@@ -25,6 +21,7 @@ from pipeline.local.task import Task
 from pipeline.models.boundaries import ROWS, blank
 from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given
 from pipeline.models.patches import PatchedHead
+from pipeline.models.unbuilt import no_values, without_weights
 
 CPU = torch.device("cpu")
 
@@ -91,8 +88,8 @@ def _kept_bytes(modules: Iterable[nn.Module], run: Callable[[list[nn.Module]], o
         kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
 
-    with torch.random.fork_rng(devices=[]), _no_values():
-        blanks = [_blank_copy(module).train() for module in modules]
+    with torch.random.fork_rng(devices=[]), no_values():
+        blanks = [without_weights(module, CPU, torch.float32).train() for module in modules]
         try:
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
                 result = run(blanks)
@@ -101,23 +98,3 @@ def _kept_bytes(modules: Iterable[nn.Module], run: Callable[[list[nn.Module]], o
         own = {tensor.untyped_storage()._cdata for module in blanks for tensor in module.parameters()}
         del result
         return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
-
-
-@contextmanager
-def _no_values() -> Iterator[None]:
-    """Tensors made here are blank; as they are already where a whole step is only counted."""
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
-        yield
-    else:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
-
-
-def _blank_copy(module: nn.Module) -> nn.Module:
-    """With blank float32 weights on the CPU, whatever device and dtype the module is for."""
-    memo: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-        made = torch.empty(tensor.shape, dtype=dtype, device=CPU)
-        memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-    return copy.deepcopy(module, memo)

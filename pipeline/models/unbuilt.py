@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.base.errors import LocalpipeError
 from pipeline.models.backbones import Blocks, build_blocks, initialise
@@ -61,14 +63,28 @@ def planned_blocks(name: str, in_channels: int, classes: int, seed: int = 0) -> 
     return real_blocks(name, in_channels, classes, seed) if shares else blocks
 
 
-def without_weights(block: nn.Module) -> nn.Module:
-    """A copy with its parameters and buffers on the meta device; nothing is allocated."""
+def without_weights(
+    block: nn.Module, device: torch.device | str = "meta", floating: torch.dtype | None = None
+) -> nn.Module:
+    """A copy with new parameters and buffers on ``device``; nothing is allocated on the meta device, or within
+    :func:`no_values`. ``floating``: dtype of those of floating point; None: as they are."""
     memo: dict[int, Any] = {}
-    for parameter in block.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-    for buffer in block.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    for tensor in (*block.parameters(), *block.buffers()):
+        dtype = floating if tensor.is_floating_point() else None
+        made = torch.empty_like(tensor, device=device, dtype=dtype)
+        memo[id(tensor)] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
     return copy.deepcopy(block, memo)
+
+
+@contextmanager
+def no_values() -> Iterator[None]:
+    """All tensors that are made here are blank, within another of these as well; what needs a value raises an
+    exception. Unlike those on the meta device they give the device they are for as theirs."""
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        yield
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
 
 
 def is_planned(block: nn.Module) -> bool:

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pipeline.base.numerics import Numerics
 from pipeline.local.local_module import LocalModule
@@ -25,15 +22,9 @@ from pipeline.models.unbuilt import is_planned, without_weights
 from pipeline.plan.assembly import Plan, build_modules
 
 
-@contextmanager
-def no_values() -> Iterator[None]:
-    """All tensors that are made here are blank; what needs a value raises an exception."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        yield
-
-
 def blank_modules(plan: Plan, blocks: Blocks, numerics: Numerics) -> list[LocalModule]:
-    """All local modules of a plan for one rank, within :func:`no_values`. ``blocks`` stay as they are."""
+    """All local modules of a plan for one rank, within :func:`pipeline.models.unbuilt.no_values`. ``blocks`` stay as
+    they are."""
     shapes = OrderedDict((name, without_weights(block)) for name, block in blocks.items())
     blank = _BlankNumerics(numerics.device, numerics.dtype, numerics.channels_last)
     return build_modules(plan, 0, shapes, blank, fresh=False)

@@ -27,11 +27,11 @@ from pipeline.local.local_module import LocalModule
 from pipeline.local.task import Classification
 from pipeline.models.backbones import Blocks
 from pipeline.models.layers import PairedConv2d
-from pipeline.models.unbuilt import planned_blocks
+from pipeline.models.unbuilt import no_values, planned_blocks
 from pipeline.models.upsampling import UpsampledConv2d
 from pipeline.plan.alone import random_batch
 from pipeline.plan.assembly import Plan, make_plan
-from pipeline.plan.blank import blank_modules, no_values, real_modules
+from pipeline.plan.blank import blank_modules, real_modules
 from pipeline.plan.counting import Part, Tally
 from pipeline.stage.inlet import BatchInlet
 from pipeline.stage.schedule import Kind

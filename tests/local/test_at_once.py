@@ -16,8 +16,9 @@ from pipeline.local.methods import Level
 from pipeline.local.task import Classification
 from pipeline.models.heads import DecoderHead, Given
 from pipeline.models.patches import PatchedHead
+from pipeline.models.unbuilt import no_values
 from pipeline.plan.assembly import build_modules
-from pipeline.plan.blank import blank_modules, no_values
+from pipeline.plan.blank import blank_modules
 
 SHAPE = (8, 16, 16)
 TASK = Classification(4, (3, 16, 16))

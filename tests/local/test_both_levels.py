@@ -7,26 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_calls import Calls
 from tiny import METHODS, VARIANTS, gradients, tiny_batch, tiny_config, tiny_stage, train_on, without_updates
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.base.config import HierarchyConfig
 from pipeline.local.local_module import LocalModule
 from pipeline.local.roles import plan_hierarchy
 from pipeline.stage.schedule import Kind, stage_schedule
 from pipeline.stage.stage import Stage
-
-
-class Calls(TorchDispatchMode):
-    """Counts what is dispatched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
 
 
 def trained(

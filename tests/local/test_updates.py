@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_calls import Calls
 from tiny import tiny_batch, tiny_config, tiny_stage, train_on
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.base.config import OptimConfig
 from pipeline.base.errors import NonFiniteError
@@ -80,18 +80,6 @@ def test_together_is_each_alone_to_the_bit(
         for name, value in one.items():
             assert torch.equal(value, other[name]), name
     assert [int(state["losses.skipped"]) for state in states[0]] == [0, int(skips), 0, 0, 0]
-
-
-class Calls(TorchDispatchMode):
-    """Counts what the dispatcher is asked for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
 
 
 def calls_of_updates(modules: int, optim: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> int:
