@@ -34,7 +34,8 @@ class ModuleCost:
         update_s: seconds of one optimiser step alone; of several modules together it takes no longer than their sum.
         state_bytes: parameters, gradients, buffers and optimiser state.
         graph_bytes: what one micro-batch keeps from its forward to its backward.
-        work_bytes: the most that a single action needs on top of that, and gives back.
+        work_bytes: the most that a single action of the module needs on top of that, and gives back.
+        head_bytes: likewise of the heads of a level.
         activation_bytes: what a whole batch sends downstream, with labels and (where a later head needs it) the image.
         gradient_bytes: what a whole batch sends upstream for each of its gradient messages.
     """
@@ -49,13 +50,14 @@ class ModuleCost:
     state_bytes: int = 0
     graph_bytes: int = 0
     work_bytes: int = 0
+    head_bytes: int = 0
     activation_bytes: int = 0
     gradient_bytes: int = 0
 
     @property
     def memory_bytes(self) -> int:
         """Memory of a stage that owns this module alone, with one micro-batch at a time and without queues."""
-        return self.state_bytes + self.graph_bytes + self.work_bytes
+        return self.state_bytes + self.graph_bytes + max(self.work_bytes, self.head_bytes)
 
     def step_s(self, plan: ModulePlan) -> float:
         """Seconds of work of one whole step of a module with the role ``plan``."""
