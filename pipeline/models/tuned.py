@@ -4,7 +4,7 @@
     heads are built tuned  --use_plain-->  every other layer is replaced by the module that it stands for
 
 A plain layer holds the same parameters and buffers under the same names, so weights, seeds and checkpoints do not
-depend on the choice; rounding does. What each form gains is measured by ``benchmarks/layers.py``.
+depend on the choice; rounding does.
 """
 
 from __future__ import annotations
