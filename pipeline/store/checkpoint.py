@@ -36,8 +36,8 @@ from pipeline.base.validation import from_dict, validate
 from pipeline.local.task import task_name
 from pipeline.store.manifest import (
     CONFIG,
-    HISTORY,
     FORMAT,
+    HISTORY,
     MANIFEST,
     STEP_NAME,
     module_file,
@@ -231,8 +231,8 @@ class Checkpoint:
         if version >= FORMAT:
             return None
         return (
-            f"checkpoint '{self.path}' has format {version} (localpipe {self.manifest['localpipe']}), which is still read; "
-            f"new ones have format {FORMAT}"
+            f"checkpoint '{self.path}' has format {version} (localpipe {self.manifest['localpipe']}), which is still "
+            f"read; new ones have format {FORMAT}"
         )
 
 

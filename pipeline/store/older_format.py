@@ -50,7 +50,7 @@ def read_older_state(folder: Path) -> State:
         with warnings.catch_warnings():  # that one process per module reads is meant so
             warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
             dcp.load(state, storage_reader=reader, no_dist=True)
-    except (OSError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
+    except (Exception, dcp.api.CheckpointException) as error:  # a broken pickle may raise anything, torch no Exception
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise CheckpointError(
             f"checkpoint '{folder.parent}': {folder.name} is no state of a module ({why}); use another one"
@@ -69,6 +69,7 @@ class _OnlyOfTorch(pickle.Unpickler):
     """Refuses before it imports."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in _OF_TORCH.get(module, ()) or module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+        of_dtype = module == "torch" and isinstance(vars(torch).get(name), torch.dtype)
+        if of_dtype or name in _OF_TORCH.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")
