@@ -75,7 +75,7 @@ def restore_module(module: LocalModule, state: State) -> None:
     """Put a state of :func:`module_state` into a module that was built alike.
 
     Raises:
-        ConfigError: a tensor is missing, left over, or is of another shape or dtype; weights upstream come late otherwise.
+        ConfigError: a tensor is missing, left over, or of another shape or dtype; weights upstream come at other steps.
     """
     if module.mailbox is not None:
         module.mailbox.restore(state)
