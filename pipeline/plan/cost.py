@@ -158,10 +158,16 @@ def planned_cost(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool = F
     return StepCost(unit / IMAGES, round(sum(bp.operations.values())), modules)
 
 
-def module_flops(plan: Plan, blocks: Blocks, numerics: Numerics) -> list[float]:
-    """FLOPs of a step by local module, heads included, in a common unit; arguments as of :func:`planned_cost`."""
-    flops = _count(plan, blocks, numerics, plain=False, steps=1).flops
-    return [sum(flops[module, kind] for kind in Kind) for module in range(len(plan.modules))]
+def counted_step(plan: Plan) -> Plan:
+    """The plan of a step that is counted: synchronous, of ``IMAGES`` images, nothing compiled, all on one rank."""
+    config = plan.config
+    config = dataclasses.replace(
+        config,
+        schedule=ScheduleConfig(),
+        data=dataclasses.replace(config.data, batch_size=IMAGES),
+        precision=dataclasses.replace(config.precision, compile=False),
+    )
+    return dataclasses.replace(plan, config=config, stages=()).placed((range(len(plan.modules)),))
 
 
 @dataclass(frozen=True)
@@ -172,28 +178,21 @@ class _Counts:
     operations: Mapping[Part, float]
 
 
-def _count(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool, steps: int = 2) -> _Counts:
+def _count(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool) -> _Counts:
     """What cannot do without values, as a network that decides by them, is computed."""
-    config = plan.config
-    config = dataclasses.replace(
-        config,
-        schedule=ScheduleConfig(),
-        data=dataclasses.replace(config.data, batch_size=IMAGES),
-        precision=dataclasses.replace(config.precision, compile=False),
-    )
-    plan = dataclasses.replace(plan, config=config, stages=()).placed((range(len(plan.modules)),))
+    plan = counted_step(plan)
     cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         try:
             with no_values():
-                return _counts_of(plan, blank_modules(plan, blocks, numerics), numerics, plain, steps)
+                return _counts_of(plan, blank_modules(plan, blocks, numerics), numerics, plain)
         except LocalpipeError:
             raise
         except Exception:  # whatever it is: the real modules decide
-            return _counts_of(plan, real_modules(plan, blocks, numerics), numerics, plain, steps)
+            return _counts_of(plan, real_modules(plan, blocks, numerics), numerics, plain)
 
 
-def _counts_of(plan: Plan, modules: list[LocalModule], numerics: Numerics, plain: bool, steps: int) -> _Counts:
+def _counts_of(plan: Plan, modules: list[LocalModule], numerics: Numerics, plain: bool) -> _Counts:
     layers = [layer for module in modules for level in module.levels.values() for layer in level.modules()]
     paired = [layer for layer in layers if isinstance(layer, PairedConv2d)]
     for layer in layers:
@@ -207,6 +206,5 @@ def _counts_of(plan: Plan, modules: list[LocalModule], numerics: Numerics, plain
     for layer in paired:
         layer.paired = True
     stage.watch = operations
-    if steps > 1:
-        stage.train_step(1, 1)
+    stage.train_step(1, 1)
     return _Counts(flops.flops, operations.operations)
