@@ -67,12 +67,15 @@ def test_what_cannot_work_is_refused_on_one_line(
 
 
 def test_nproc_starts_the_same_command_under_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    started: list[list[str]] = []
-    monkeypatch.setattr(torchrun.os, "execv", lambda program, command: started.append(command))
+    def become(program: str, command: list[str]) -> None:
+        raise SystemExit(" ".join(command))
+
+    monkeypatch.setattr(torchrun.os, "execv", become)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    localpipe(monkeypatch, "doctor", "--nproc", "3", "--seconds", "2", "--set", "runtime.device=cpu")
-    words = ["-m", "pipeline", "doctor", "--seconds", "2", "--set", "runtime.device=cpu"]
-    assert started[0][-len(words) - 1 :] == ["--nproc_per_node=3", *words]
+    with pytest.raises(SystemExit, match="--nproc_per_node=3 -m pipeline doctor --seconds 2 --recipe R$"):
+        torchrun.become_torchrun("3", 4, ["doctor", "--nproc", "3", "--seconds", "2", "--recipe", "R"])
+    with pytest.raises(SystemExit, match="--nproc_per_node=3 -m pipeline doctor --seconds 2$"):
+        localpipe(monkeypatch, "doctor", "--nproc", "3", "--seconds", "2")
 
 
 def on_a_node(rank: int, folder: str) -> None:
