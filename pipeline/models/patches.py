@@ -160,6 +160,7 @@ class PatchedHead(nn.Module):
                 (result if whole else result[patch]).add_(leaf.grad)
             else:  # the patches cover the feature once, so nothing needs to be zeroed first
                 result[patch].copy_(leaf.grad)
+            del leaf, loss  # before the next patch takes its memory
         assert result is not None
         return result, total
 
@@ -283,6 +284,7 @@ def _run(
                 into[head][here].copy_(found)
             else:
                 into[head][here].add_(found)
+        del leaf, losses, patches, its_image, found  # before the next patches take their memory
     return list(zip(results, totals.unbind(), strict=True))
 
 
