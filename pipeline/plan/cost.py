@@ -140,9 +140,9 @@ def planned_cost(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool = F
         plain: upsample before convolving, as published, instead of the factorised order.
     """
     uncut = dataclasses.replace(plan.config, model=ModelConfig(plan.config.model.name, modules=1))
-    bp = _count(make_plan(uncut, blocks, plan.task, 1, plan.inputs), blocks, numerics, plain)
+    bp = count_step(make_plan(uncut, blocks, plan.task, 1, plan.inputs), blocks, numerics, plain)
     unit = sum(bp.flops.values())
-    step = _count(plan, blocks, numerics, plain)
+    step = count_step(plan, blocks, numerics, plain)
     modules = tuple(
         ModuleUnits(
             module=module,
@@ -160,20 +160,12 @@ def planned_cost(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool = F
 
 def module_flops(plan: Plan, blocks: Blocks, numerics: Numerics) -> list[float]:
     """FLOPs of a step by local module, heads included, in a common unit; arguments as of :func:`planned_cost`."""
-    flops = _count(plan, blocks, numerics, plain=False, steps=1).flops
+    flops = count_step(plan, blocks, numerics, plain=False, steps=1).flops
     return [sum(flops[module, kind] for kind in Kind) for module in range(len(plan.modules))]
 
 
-@dataclass(frozen=True)
-class _Counts:
-    """FLOPs of the first step over ``IMAGES`` images, and the operations of the second."""
-
-    flops: Mapping[Part, float]
-    operations: Mapping[Part, float]
-
-
-def _count(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool, steps: int = 2) -> _Counts:
-    """What cannot do without values, as a network that decides by them, is computed."""
+def counted_step(plan: Plan) -> Plan:
+    """The plan of a step that is counted: synchronous, of ``IMAGES`` images, nothing compiled, all on one rank."""
     config = plan.config
     config = dataclasses.replace(
         config,
@@ -181,7 +173,28 @@ def _count(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool, steps: i
         data=dataclasses.replace(config.data, batch_size=IMAGES),
         precision=dataclasses.replace(config.precision, compile=False),
     )
-    plan = dataclasses.replace(plan, config=config, stages=()).placed((range(len(plan.modules)),))
+    return dataclasses.replace(plan, config=config, stages=()).placed((range(len(plan.modules)),))
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of two steps over ``IMAGES`` images.
+
+    Attributes:
+        flops: of the first step.
+        operations: of the second.
+        work: FLOPs of the second, with those of products with zeros that a layer does to be faster.
+    """
+
+    flops: Mapping[Part, float]
+    operations: Mapping[Part, float]
+    work: Mapping[Part, float]
+
+
+def count_step(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool = False, steps: int = 2) -> Counts:
+    """By module and kind of action; arguments as of :func:`planned_cost`. What cannot do without values, as a network
+    that decides by them, is computed."""
+    plan = counted_step(plan)
     cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         try:
@@ -193,7 +206,7 @@ def _count(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool, steps: i
             return _counts_of(plan, real_modules(plan, blocks, numerics), numerics, plain, steps)
 
 
-def _counts_of(plan: Plan, modules: list[LocalModule], numerics: Numerics, plain: bool, steps: int) -> _Counts:
+def _counts_of(plan: Plan, modules: list[LocalModule], numerics: Numerics, plain: bool, steps: int) -> Counts:
     layers = [layer for module in modules for level in module.levels.values() for layer in level.modules()]
     paired = [layer for layer in layers if isinstance(layer, PairedConv2d)]
     for layer in layers:
@@ -209,4 +222,4 @@ def _counts_of(plan: Plan, modules: list[LocalModule], numerics: Numerics, plain
     stage.watch = operations
     if steps > 1:
         stage.train_step(1, 1)
-    return _Counts(flops.flops, operations.operations)
+    return Counts(flops.flops, operations.operations, operations.flops)
