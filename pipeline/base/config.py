@@ -141,10 +141,10 @@ class PartitionConfig:
     where hierarchy.levels = "auto"."""
 
     kind: str = key(
-        "count",
-        "count: equal numbers; auto: fewest FLOPs of the busiest rank, heads included, counted; measured: smallest "
+        "auto",
+        "auto: fewest FLOPs of the busiest rank, heads included, counted; count: equal numbers; measured: smallest "
         "time of the slowest rank; given: as in stages",
-        choices=("count", "auto", "measured", "given"),
+        choices=("auto", "count", "measured", "given"),
     )
     stages: tuple[int, ...] = key((), "given: number of local modules of every rank", at_least=1, at_most=10_000)
     warmup: int = key(1, "measured: steps of every module before those that count", at_least=0, at_most=10_000)

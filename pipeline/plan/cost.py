@@ -140,9 +140,9 @@ def planned_cost(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool = F
         plain: upsample before convolving, as published, instead of the factorised order.
     """
     uncut = dataclasses.replace(plan.config, model=ModelConfig(plan.config.model.name, modules=1))
-    bp = count_step(make_plan(uncut, blocks, plan.task, 1, plan.inputs), blocks, numerics, plain)
+    bp = _count(make_plan(uncut, blocks, plan.task, 1, plan.inputs), blocks, numerics, plain)
     unit = sum(bp.flops.values())
-    step = count_step(plan, blocks, numerics, plain)
+    step = _count(plan, blocks, numerics, plain)
     modules = tuple(
         ModuleUnits(
             module=module,
@@ -158,12 +158,6 @@ def planned_cost(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool = F
     return StepCost(unit / IMAGES, round(sum(bp.operations.values())), modules)
 
 
-def module_flops(plan: Plan, blocks: Blocks, numerics: Numerics) -> list[float]:
-    """FLOPs of a step by local module, heads included, in a common unit; arguments as of :func:`planned_cost`."""
-    flops = count_step(plan, blocks, numerics, plain=False, steps=1).flops
-    return [sum(flops[module, kind] for kind in Kind) for module in range(len(plan.modules))]
-
-
 def counted_step(plan: Plan) -> Plan:
     """The plan of a step that is counted: synchronous, of ``IMAGES`` images, nothing compiled, all on one rank."""
     config = plan.config
@@ -177,36 +171,28 @@ def counted_step(plan: Plan) -> Plan:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Of two steps over ``IMAGES`` images.
-
-    Attributes:
-        flops: of the first step.
-        operations: of the second.
-        work: FLOPs of the second, with those of products with zeros that a layer does to be faster.
-    """
+class _Counts:
+    """FLOPs of the first step over ``IMAGES`` images, and the operations of the second."""
 
     flops: Mapping[Part, float]
     operations: Mapping[Part, float]
-    work: Mapping[Part, float]
 
 
-def count_step(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool = False, steps: int = 2) -> Counts:
-    """By module and kind of action; arguments as of :func:`planned_cost`. What cannot do without values, as a network
-    that decides by them, is computed."""
+def _count(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool) -> _Counts:
+    """What cannot do without values, as a network that decides by them, is computed."""
     plan = counted_step(plan)
     cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         try:
             with no_values():
-                return _counts_of(plan, blank_modules(plan, blocks, numerics), numerics, plain, steps)
+                return _counts_of(plan, blank_modules(plan, blocks, numerics), numerics, plain)
         except LocalpipeError:
             raise
         except Exception:  # whatever it is: the real modules decide
-            return _counts_of(plan, real_modules(plan, blocks, numerics), numerics, plain, steps)
+            return _counts_of(plan, real_modules(plan, blocks, numerics), numerics, plain)
 
 
-def _counts_of(plan: Plan, modules: list[LocalModule], numerics: Numerics, plain: bool, steps: int) -> Counts:
+def _counts_of(plan: Plan, modules: list[LocalModule], numerics: Numerics, plain: bool) -> _Counts:
     layers = [layer for module in modules for level in module.levels.values() for layer in level.modules()]
     paired = [layer for layer in layers if isinstance(layer, PairedConv2d)]
     for layer in layers:
@@ -220,6 +206,5 @@ def _counts_of(plan: Plan, modules: list[LocalModule], numerics: Numerics, plain
     for layer in paired:
         layer.paired = True
     stage.watch = operations
-    if steps > 1:
-        stage.train_step(1, 1)
-    return Counts(flops.flops, operations.operations, operations.flops)
+    stage.train_step(1, 1)
+    return _Counts(flops.flops, operations.operations)

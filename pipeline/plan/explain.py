@@ -26,10 +26,11 @@ from pipeline.local.task import Classification, Task
 from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import planned_blocks, without_memory
 from pipeline.plan.assembly import Plan, describe, make_plan
-from pipeline.plan.cost import StepCost, module_flops, planned_cost
+from pipeline.plan.cost import StepCost, planned_cost
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.counted_costs import counted_costs
 from pipeline.plan.level_choice import choose_levels, joinable, levels_line
+from pipeline.plan.module_flops import Uncountable, module_flops
 from pipeline.plan.placement import choose_stages, given, place, split_by_cost
 from pipeline.plan.predicted import STEPS, predicted
 from pipeline.plan.profiling import profile_modules, work_of
@@ -96,23 +97,31 @@ def explain(
     if max(work) <= 0:
         raise ConfigError("the profile has no time for any action; give forward_s and backward_s of the modules")
     chosen = config.partition.kind
-    units = planned_cost(plan, network.blocks, numerics) if count else None
-    flops = [module.total for module in units.modules] if units is not None else None
-    if chosen == "auto" and flops is None:
-        flops = module_flops(plan, network.blocks, numerics)
-    stages = choose_stages(config.partition, len(work), ranks, flops if chosen == "auto" else work)
+    flops, reason = None, ""
+    if count or (chosen == "auto" and 1 < ranks < len(work)):
+        try:
+            flops = module_flops(plan, network.blocks, numerics)
+        except Uncountable as error:
+            reason = f"placement by count: {error}"
+    stages = plan.stages  # by count
+    if chosen != "auto" or flops is not None:
+        stages = choose_stages(config.partition, len(work), ranks, flops if chosen == "auto" else work)
     candidates = {chosen: stages} | {"count": place(len(work), ranks), "measured": split_by_cost(work, ranks)}
     if flops is not None:
         candidates["auto"] = split_by_cost(flops, ranks)
     link = (latency_s, bytes_per_s)
-    forms = costs
+    forms, unknown = costs, ""
     if config.hierarchy.levels == "auto" and measured and chosen != "measured":  # as a run would decide
-        forms = counted_costs(plan, joinable(plan), network.blocks, numerics)
+        try:
+            forms = counted_costs(plan, joinable(plan), network.blocks, numerics)
+        except Uncountable as error:
+            forms, unknown = (ModuleCost(),) * len(costs), f"levels separate: {error}"
     runs = {}
     for kind, candidate in candidates.items():
         plan = choose_levels(plan.placed(candidate), forms)
         runs[kind] = (plan, *predicted(plan, costs, *link))
     plan, simulation, steady = runs[chosen]
+    units = planned_cost(plan, network.blocks, numerics) if count else None
     work = [cost.step_s(role) for cost, role in zip(costs, plan.modules, strict=True)]
     bound_s = max(sum(work[m] for m in stage) for stage in stages)
     if config.schedule.kind == "free":  # every stage at its own pace; the first one sees every batch
@@ -121,7 +130,7 @@ def explain(
     memory = rank_memory(plan, costs, numerics)
     first = STEPS // 2
     return PlanReport(
-        lines=_lines(plan, numerics, profile, link),
+        lines=_lines(plan, numerics, profile, link, (reason if chosen == "auto" else "", unknown)),
         modules=_modules(plan, network.blocks, costs, work, units),
         ranks=_ranks(plan, numerics, work, steady, memory),
         step_s=steady.step_s,
@@ -254,8 +263,11 @@ def _ranks(
     return tuple(rows)
 
 
-def _lines(plan: Plan, numerics: Numerics, profile: Profile, link: tuple[float, float]) -> tuple[str, ...]:
-    """What is planned, and on which assumptions the prediction rests."""
+def _lines(
+    plan: Plan, numerics: Numerics, profile: Profile, link: tuple[float, float], reasons: Sequence[str]
+) -> tuple[str, ...]:
+    """What is planned, ``reasons`` why it is otherwise than asked for (or ""), and on which assumptions the prediction
+    rests."""
     headline, how, *_ = describe(plan, numerics, [])
     shape = "x".join(map(str, plan.task.image_shape))
     latency_s, bytes_per_s = link
@@ -268,6 +280,7 @@ def _lines(plan: Plan, numerics: Numerics, profile: Profile, link: tuple[float, 
     lines = (
         headline,
         how,
+        *reasons,
         levels_line(plan),
         f"images {shape}, {plan.task.classes} classes; each rank on {what} like {where}{measured}; {wire}",
     )

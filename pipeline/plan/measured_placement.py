@@ -11,10 +11,10 @@ from pipeline.base.numerics import Numerics
 from pipeline.local.task import Task
 from pipeline.models.backbones import Blocks
 from pipeline.plan.assembly import Plan, make_plan
-from pipeline.plan.cost import module_flops
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.counted_costs import counted_costs
 from pipeline.plan.level_choice import choose_levels, joinable
+from pipeline.plan.module_flops import Uncountable, module_flops
 from pipeline.plan.placement import choose_stages, place
 from pipeline.plan.profiling import profile_modules
 from pipeline.plan.rank_memory import rank_memory, refuse_too_large
@@ -33,10 +33,10 @@ def placed_plan(
     inputs: Specs | None = None,
     together: Sequence[int] | None = None,
 ) -> tuple[Plan, str]:
-    """The plan of a run on all ranks, and what to tell people about a placement by cost (else ""). Collective.
+    """The plan of a run on all ranks, and what to tell people about a choice by cost (else ""). Collective.
 
-    ``partition.kind = "auto"``: rank 0 counts the FLOPs of every module, which takes a second or a few; where the ranks
-    leave no choice, nobody does.
+    ``partition.kind = "auto"``: rank 0 counts the FLOPs of every kind of module, which takes a second or two; where the
+    ranks leave no choice, nobody does. What cannot be counted is placed by count.
     ``partition.kind = "measured"``: rank 0 measures every module on its device, one after another, while the others
     wait; so their time has no share in it.
     ``hierarchy.levels = "auto"``: rank 0 chooses by the costs that it has measured, else by counted ones.
@@ -49,11 +49,12 @@ def placed_plan(
     """
     by_count = make_plan(config, blocks, task, runtime.team.size, inputs)
     if config.partition.kind == "auto":
-        plan, words = _placed_by_flops(by_count, blocks, numerics, runtime)
-        return _with_levels(plan, together, None, blocks, numerics, runtime), words
+        placed, words = _placed_by_flops(by_count, blocks, numerics, runtime)
+        plan, reason = _with_levels(placed, together, None, blocks, numerics, runtime)
+        return plan, "; ".join(filter(None, (words, reason)))
     if config.partition.kind != "measured":
         stages = choose_stages(config.partition, len(by_count.modules), runtime.team.size)
-        return _with_levels(by_count.placed(stages), together, None, blocks, numerics, runtime), ""
+        return _with_levels(by_count.placed(stages), together, None, blocks, numerics, runtime)
     profile: Profile | None = None
 
     def after_module() -> None:  # every module by itself is within the deadline of those who wait
@@ -72,7 +73,7 @@ def placed_plan(
     assert profile is not None  # rank 0 has measured it
     work = [cost.step_s(role) for cost, role in zip(profile.modules, by_count.modules, strict=True)]
     stages = choose_stages(config.partition, len(work), runtime.team.size, work)
-    plan = _with_levels(by_count.placed(stages), together, profile.modules, blocks, numerics, runtime)
+    plan, _ = _with_levels(by_count.placed(stages), together, profile.modules, blocks, numerics, runtime)
     work = [cost.step_s(role) for cost, role in zip(profile.modules, plan.modules, strict=True)]
     memory = rank_memory(plan, profile.modules, numerics)
     refuse_too_large(memory, profile.device_bytes)
@@ -93,24 +94,35 @@ def _with_levels(
     blocks: Blocks,
     numerics: Numerics,
     runtime: Runtime,
-) -> Plan:
-    """The plan with both levels ``together``, or as ``costs`` or else counted ones say on rank 0. Collective."""
+) -> tuple[Plan, str]:
+    """The plan with both levels ``together``, or as ``costs`` or else counted ones say on rank 0, and why nothing could
+    be chosen (else ""). Collective."""
     if plan.config.hierarchy.levels != "auto":
-        return plan
-    able = joinable(plan)
+        return plan, ""
+    able, reason = joinable(plan), ""
     if together is None and runtime.team.leads:
-        if costs is None:
-            costs = counted_costs(plan, able, blocks, numerics)
-        together = choose_levels(plan, costs).levels_together
-    return plan.with_levels_together(able.intersection(runtime.team.broadcast(together) or ()))
+        try:
+            costs = counted_costs(plan, able, blocks, numerics) if costs is None else costs
+            together = choose_levels(plan, costs).levels_together
+        except Uncountable as error:
+            together, reason = (), f"levels separate: {error}"
+    chosen, reason = runtime.team.broadcast((together or (), reason))
+    return plan.with_levels_together(able.intersection(chosen)), reason
 
 
 def _placed_by_flops(by_count: Plan, blocks: Blocks, numerics: Numerics, runtime: Runtime) -> tuple[Plan, str]:
     team = runtime.team
     if team.size in (1, len(by_count.modules)):
         return by_count, ""
-    counted = module_flops(by_count, blocks, numerics) if team.leads else []
-    work: list[float] = team.broadcast(counted)
+    counted: list[float] | str = []
+    if team.leads:
+        try:
+            counted = module_flops(by_count, blocks, numerics)
+        except Uncountable as reason:
+            counted = str(reason)
+    work = team.broadcast(counted)
+    if isinstance(work, str):
+        return by_count, f"placement by count: {work}"
     plan = by_count.placed(choose_stages(by_count.config.partition, len(work), team.size, work))
     whole = sum(work) or 1.0
     parts = " | ".join(f"{100 * _load(stage, work) / whole:.0f}" for stage in plan.stages)

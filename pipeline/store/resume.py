@@ -122,6 +122,7 @@ def choose_start(
             f"checkpoint '{chosen.path}' is of the task {chosen.task}, this run of the task {task_name(task)}; pass "
             "the task that was trained, or start anew with --resume none and another --run-dir"
         )
+    warnings += [chosen.older] if chosen.older is not None else []
     return Start(chosen.path, tuple(_changes(chosen, config)), tuple(warnings), chosen.levels_together(ranks))
 
 

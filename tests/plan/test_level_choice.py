@@ -20,11 +20,11 @@ from pipeline.base.numerics import Numerics
 from pipeline.plan import counted_costs as counted_costs_module
 from pipeline.plan import explain as explain_module
 from pipeline.plan.assembly import Plan, write_plan
-from pipeline.plan.cost import count_step
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.counted_costs import counted_costs
 from pipeline.plan.explain import explain
 from pipeline.plan.level_choice import choose_levels, joinable, levels_line
+from pipeline.plan.module_flops import by_kind
 from pipeline.plan.predicted import predicted
 from pipeline.plan.profiling import profile_modules
 from pipeline.plan.simulate import ModuleCost
@@ -130,10 +130,10 @@ def test_counted_costs_weigh_operations_against_products_in_groups(monkeypatch: 
 
     def count(plan: Plan, *rest: Any) -> Any:
         if plan.levels_together not in once:
-            once[plan.levels_together] = count_step(plan, *rest)
+            once[plan.levels_together] = by_kind(plan, *rest)
         return once[plan.levels_together]
 
-    monkeypatch.setattr(counted_costs_module, "count_step", count)
+    monkeypatch.setattr(counted_costs_module, "by_kind", count)
     patches = {"grid": 2, "at_once": 4}
     few, many = (auto_plan(method="dgl", patches=patches, data={"batch_size": images}) for images in (8, 2**20))
     small, large = (counted_costs(plan, joinable(plan), tiny_blocks(), CPU) for plan in (few, many))
@@ -146,7 +146,8 @@ def test_counted_costs_weigh_operations_against_products_in_groups(monkeypatch: 
 
 
 def test_counted_costs_do_not_depend_on_the_placement_or_the_form() -> None:
-    plans = auto_plan([5]), auto_plan([2, 3]).with_levels_together({2})
+    short = {"method": "greedy", "variant": "plain"}
+    plans = auto_plan([5], **short), auto_plan([2, 3], **short).with_levels_together({2})
     one, other = [counted_costs(plan, joinable(plan), tiny_blocks(), CPU) for plan in plans]
     assert one == other
 
