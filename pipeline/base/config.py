@@ -20,6 +20,7 @@ CUTS = ("auto", "even", "equal", "hpff", "balanced", "balanced-stl10")
 METHODS = ["dgl", "greedy", "infopro", "infopro-contrast", "predsim"]  # register_method adds to it
 DGL_HEADS = ("mlp-sr", "mlp", "cnn", "auglocal")
 XCYF = re.compile(r"([012])c([123])f")  # heads of InfoPro: X convolutions, Y linear layers
+TUNED_LAYERS = ("batch-norm", "pointwise", "paired", "pooling", "upsampling")  # of heads, see models.tuned
 DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder")
 YEAR_MIN = 366 * 24 * 60
 MONTH_S = 31 * 24 * 3600
@@ -220,6 +221,18 @@ class PrecisionConfig:
     )
     channels_last: str = key("auto", "memory layout NHWC", choices=("auto", "on", "off"))
     compile: bool = key(False, "torch.compile the heads, and modules that send no gradient; rounds differently")
+    layers: str | tuple[str, ...] = key(
+        "tuned",
+        "layers of heads, which round differently: tuned = in forms that are faster on a CPU; plain = PyTorch's own; "
+        "or which are tuned",
+        choices=("tuned", "plain"), entries=TUNED_LAYERS,
+    )
+
+    @property
+    def plain_layers(self) -> frozenset[str]:
+        """Those of TUNED_LAYERS that are PyTorch's own."""
+        tuned = {"tuned": TUNED_LAYERS, "plain": ()}[self.layers] if isinstance(self.layers, str) else self.layers
+        return frozenset(TUNED_LAYERS) - frozenset(tuned)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pipeline.models.layers import PairedConv2d, PointwiseConv2d, PoolTo2d, RowBatchNorm2d, VectorInput
-from pipeline.models.upsampling import UpsampledConv2d
+from pipeline.models.upsampling import FactorisedConv2d, UpsampledConv2d
 
 CONVOLUTIONS = (nn.Conv2d, PairedConv2d, PointwiseConv2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, RowBatchNorm2d)
@@ -105,14 +105,13 @@ def convolution(layers: Sequence[nn.Conv2d], x: Tensor, groups: int) -> Tensor:
 def upsampled_convolution(layers: Sequence[UpsampledConv2d], x: Tensor, size: tuple[int, int], groups: int) -> Tensor:
     """(B, G C, h, w) -> (B, G O, H, W) with ``size`` = (H, W), see :class:`UpsampledConv2d`."""
     first, (h, w) = layers[0], x.shape[2:]
-    if (h, w) == size or not (first.factorise and first.is_cheaper_factorised((h, w), size)):
+    if (h, w) == size or not (isinstance(first, FactorisedConv2d) and first.is_cheaper_factorised((h, w), size)):
         x = x if (h, w) == size else F.interpolate(x, size=size, mode="bilinear", align_corners=True)
         return convolution(layers, x, groups)
     batch, channels, out, count = len(x), first.in_channels, first.out_channels, len(layers)
     pixels = x.permute(0, 2, 3, 1).view(batch, h, w, groups // count, count, channels)
-    taps = by_network(
-        [layer.taps() for layer in layers], pixels.permute(4, 0, 3, 1, 2, 5).reshape(count, -1, channels)
-    )  # (W, B G/W h w, 9 O)
+    weights = [layer.taps() for layer in layers if isinstance(layer, FactorisedConv2d)]  # all: one structure
+    taps = by_network(weights, pixels.permute(4, 0, 3, 1, 2, 5).reshape(count, -1, channels))  # (W, B G/W h w, 9 O)
     y = first.interpolated(taps.reshape(-1, h, w, 9 * out), size)  # (W B G/W, H, O, W)
     y = y.view(count, batch, groups // count, size[0], out, size[1])
     if x.is_contiguous(memory_format=torch.channels_last):

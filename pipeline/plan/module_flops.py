@@ -23,6 +23,7 @@ from pipeline.local.methods import levels_of
 from pipeline.local.roles import ModulePlan
 from pipeline.models.backbones import Blocks
 from pipeline.models.layers import PairedConv2d
+from pipeline.models.tuned import use_plain
 from pipeline.models.unbuilt import no_values, without_memory
 from pipeline.plan.alone import random_batch, random_gradients, stage_alone
 from pipeline.plan.assembly import Plan
@@ -84,9 +85,8 @@ def _alone(plan: Plan, blocks: Blocks, numerics: Numerics, index: int) -> float:
     tally = Tally()
     with no_values():
         (module,) = blank_modules(plan, own, numerics)
-        for layer in (layer for level in module.levels.values() for layer in level.modules()):
-            if isinstance(layer, PairedConv2d):
-                layer.paired = False  # products with its zeros are no FLOPs of the method
+        for level in module.levels.values():
+            use_plain(level, (PairedConv2d.tuned,))  # products with its zeros are no FLOPs of the method
         batch, gradients = random_batch(plan, [module], numerics), random_gradients(plan, module, numerics)
         stage_alone(plan, module, batch, gradients, tally).train_step(1, 0)
     return sum(tally.flops.values())

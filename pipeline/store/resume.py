@@ -38,7 +38,7 @@ MAY_CHANGE = frozenset(
         *("optim.warmup_epochs", "optim.warmup_lr", "optim.clip_norm"),
         *("method.reconstruction", "method.task", "method.temperature", "method.similarity"),
         *("hierarchy.independent_weight", "hierarchy.cascade_weight"),
-        *("precision.channels_last", "precision.compile", "patches.at_once"),
+        *("precision.channels_last", "precision.compile", "precision.layers", "patches.at_once"),
     }
 )
 """Keys that may differ from those of the checkpoint, besides all of partition, checkpoint and runtime. The others
