@@ -138,8 +138,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class PartitionConfig:
-    """Which rank owns which local modules. These keys never change the result of `exact` and `async`, but the bits
-    where hierarchy.levels = "auto"."""
+    """Which rank owns which local modules. No key changes the result of `exact` and `async`, but see hierarchy.levels."""
 
     kind: str = key(
         "auto",
