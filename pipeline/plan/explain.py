@@ -56,6 +56,25 @@ def measure(config: Config, ranks: int) -> Profile:
     return _measure(config, ranks, network, _plan_by_count(config, network, ranks))
 
 
+def message_bytes(config: Config, ranks: int) -> list[tuple[int, int]]:
+    """Bytes of one activation down and of one gradient up between every two neighbouring ranks, placed by count; a
+    gradient of a run without any counts 0.
+
+    Raises:
+        ConfigError: whatever would stop a run of this configuration on ``ranks`` ranks.
+    """
+    network = _Network(validate(config))
+    plan = _plan_by_count(config, network, ranks)
+    wire = (network.numerics.dtype, network.numerics.channels_last)
+    return [
+        (
+            plan.activation_spec(upper, *wire).nbytes,
+            plan.gradient_spec(upper + 1, *wire).nbytes if plan.gradient_order(upper + 1) else 0,
+        )
+        for upper in range(ranks - 1)
+    ]
+
+
 def explain(
     config: Config,
     ranks: int,
