@@ -138,7 +138,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class PartitionConfig:
-    """Which rank owns which local modules. No key changes the result of `exact` and `async`, but see hierarchy.levels."""
+    """Which rank owns which modules. `exact` and `async` give one result for all, unless hierarchy.levels=auto."""
 
     kind: str = key(
         "auto",

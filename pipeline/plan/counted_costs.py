@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.base.numerics import Numerics
 from pipeline.models.backbones import Blocks
@@ -75,7 +76,7 @@ def counted_costs(plan: Plan, joinable: frozenset[int], blocks: Blocks, numerics
 
     costs = []
     for role, separate, together in zip(plan.modules, counted(frozenset()), counted(joinable), strict=True):
-        times = {f"{kind.name.lower()}_s": seconds(separate, kind) for kind in _TIMED}
+        times: dict[str, Any] = {f"{kind.name.lower()}_s": seconds(separate, kind) for kind in _TIMED}
         times["relay_s"] /= max(len(role.outgoing), 1)
         if role.index in joinable:
             times["together_s"] = seconds(together, Kind.CASCADE, rates.side_by_side)

@@ -111,7 +111,7 @@ def explain(
     numerics = network.numerics
     if profile.dtype:  # of the device that is planned for, which need not be this one
         numerics = dataclasses.replace(numerics, dtype=profile.torch_dtype)
-    costs = profile.modules
+    costs: Sequence[ModuleCost] = profile.modules
     work = [cost.step_s(role) for cost, role in zip(costs, plan.modules, strict=True)]
     if max(work) <= 0:
         raise ConfigError("the profile has no time for any action; give forward_s and backward_s of the modules")

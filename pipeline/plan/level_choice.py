@@ -11,6 +11,7 @@ so in float32 the bits may depend on the placement.
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -88,6 +89,5 @@ def _pays(plan: Plan, index: int) -> bool:
     builders = levels_of(plan.modules[index], len(plan.modules), shape, task, plan.config)
     specs = TensorSpec(shape), task.target, task.image
     feature, target, image = (blank(spec, ROWS, torch.float32, META) for spec in specs)
-    return BothLevels({name: without_memory(build) for name, build in builders.items()}).pays(
-        feature, Given(target, image if index in plan.reconstructing else None)
-    )
+    levels = OrderedDict((name, without_memory(build)) for name, build in builders.items())
+    return BothLevels(levels).pays(feature, Given(target, image if index in plan.reconstructing else None))
