@@ -108,7 +108,7 @@ def _batch_bytes(config: Config) -> int:
 def _together(runtime: Runtime, told: _Told, sizes: list[tuple[int, int]], seconds: float, node: str) -> Diagnosis:
     """What takes all ranks."""
     team, failures = runtime.team, runtime.failures
-    failures.describe("doctor")
+    failures.describe("in the doctor")
     failures.progress(0, 0, "comparing versions")
     gathered = team.gather((versions(), told.findings))
     for _, findings in (gathered or [])[1:]:

@@ -168,7 +168,8 @@ def memory(job: Job, cgroup: Cgroup) -> Finding:
 
 
 def shared_memory(job: Job, has_gpus: bool, workers: int) -> Finding:
-    """One line: /dev/shm against what NCCL, and loaders with ``workers`` processes, keep there."""
+    """One line: /dev/shm against what NCCL, and loaders with ``workers`` processes, keep there. The queues of edges are
+    not there: gloo has sockets, and NCCL's buffers are those counted."""
     path = job.roots.shared_memory
     try:
         found = shutil.disk_usage(path)
