@@ -4,9 +4,9 @@
                          now       a             a b           b            b + what h makes
                          most                                  a b
 
-It sees PyTorch's operations below autograd, a backward pass's too, on tensors without values as well; not what a kernel
-allocates and frees by itself. (``torch.distributed._tools.mem_tracker`` does the same for whole modules, with hooks that
-forbid ``torch.autograd.grad``, which relays use.)
+It sees PyTorch's operations below autograd, a backward pass's too, on tensors without values as well; not what a
+kernel allocates and frees by itself. (``torch.distributed._tools.mem_tracker`` does the same for whole modules, with
+hooks that forbid ``torch.autograd.grad``, which relays use.)
 """
 
 from __future__ import annotations

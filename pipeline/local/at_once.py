@@ -10,9 +10,9 @@ included, without what every n needs: the gradients of the feature and of weight
 
 Not g_m, or what the backward of module m needs on top of it: a late module keeps little, while its decoder gives whole
 images, so one patch after another would be left just where calls are dearest; and the device has room for G anyway,
-since any rank may own the largest module. Not what is free on a rank: bits of the result depend on n, so n must be the
-same in every placement. For the same reason bytes are counted from shapes alone, on tensors without values, in one dtype
-and layout, for a fixed number of rows: another batch size or precision changes both sides alike.
+since any rank may own the largest module. Not what is free on a rank: bits of the result depend on n, so n must be
+the same in every placement. For the same reason bytes are counted from shapes alone, on tensors without values, in one
+dtype and layout, for a fixed number of rows: another batch size or precision changes both sides alike.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ ROWS = 64  # so many that what does not grow with them, such as the weights' gra
 
 
 def largest_graph(modules: Iterable[tuple[Sequence[nn.Module], Specs]]) -> int:
-    """Bytes that autograd keeps of ``ROWS`` rows in the local module that needs most; ``modules`` are the blocks of each and
-    what it is given."""
+    """Bytes that autograd keeps of ``ROWS`` rows in the local module that needs most; ``modules`` are the blocks of each
+    and what it is given."""
     different = {f"{blocks} {given}": (blocks, given) for blocks, given in modules}
     return max(_module_bytes(blocks, given) for blocks, given in different.values())
 

@@ -54,8 +54,8 @@ class MemoryWatch(Watch):
     """Watches the memory of one step of a module: what stays until its backward, and the most that its actions need.
 
     On a GPU the allocator counts. On a CPU, and where nothing is computed, the tensors do that are made in the step and
-    still alive; what a kernel allocates and frees inside one operation is not seen there. Parameters' gradients are left
-    out, as far as they are there before an action: they belong to the module's state.
+    still alive; what a kernel allocates and frees inside one operation is not seen there. Parameters' gradients are
+    left out, as far as they are there before an action: they belong to the module's state.
     """
 
     def __init__(self, device: torch.device, module: LocalModule) -> None:

@@ -65,8 +65,8 @@ def _image(feature: Tensor) -> Tensor:
 @pytest.mark.parametrize("grid", [2, 4])
 @pytest.mark.parametrize("make", [decoder, classifier])
 def test_one_patch_after_another_needs_one_patch_and_at_once_all_of_them(make: Any, grid: int) -> None:
-    """One after another: the gradient of the feature, a copy of a patch, and what the head needs where that patch is all
-    there is. At once: as much again for every other patch, a copy of it or not."""
+    """One after another: the gradient of the feature, a copy of a patch, and what the head needs where that patch is
+    all there is. At once: as much again for every other patch, a copy of it or not."""
     feature = torch.randn(16, *SHAPE)
     patch = feature[..., : SIDE // grid, : SIDE // grid].clone()
     one = peak_of(make, 1, 1, patch)
