@@ -27,6 +27,7 @@ from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import planned_blocks, without_memory
 from pipeline.plan.assembly import Plan, describe, make_plan
 from pipeline.plan.cost import StepCost, planned_cost
+from pipeline.plan.cost_cut import cut_by_cost
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.module_flops import Uncountable, module_flops
 from pipeline.plan.placement import choose_stages, given, place, split_by_cost
@@ -52,6 +53,7 @@ def measure(config: Config, ranks: int) -> Profile:
     """
     config = validate(config)
     network = _Network(config)
+    config, _ = cut_by_cost(config, network.blocks, network.task)
     return _measure(config, ranks, network, _plan_by_count(config, network, ranks))
 
 
@@ -82,6 +84,7 @@ def explain(
     if not (0 <= latency_s < math.inf and bytes_per_s > 0):
         raise ConfigError(f"a link of {latency_s:g} s and {bytes_per_s:g} bytes/s; use a latency >= 0 and a rate > 0")
     network = _Network(config)
+    config, cut = cut_by_cost(config, network.blocks, network.task)
     plan = _plan_by_count(config, network, ranks)
     if profile is None:
         profile = _measure(config, ranks, network, plan)
@@ -121,7 +124,7 @@ def explain(
     memory = rank_memory(plan, costs, numerics)
     first = STEPS // 2
     return PlanReport(
-        lines=_lines(plan, numerics, profile, link, reason if chosen == "auto" else ""),
+        lines=_lines(plan, numerics, profile, link, (cut, reason if chosen == "auto" else "")),
         modules=_modules(plan, network.blocks, costs, work, units),
         ranks=_ranks(plan, numerics, work, steady, memory),
         step_s=steady.step_s,
@@ -270,10 +273,10 @@ def _ranks(
 
 
 def _lines(
-    plan: Plan, numerics: Numerics, profile: Profile, link: tuple[float, float], placement: str
+    plan: Plan, numerics: Numerics, profile: Profile, link: tuple[float, float], notes: Sequence[str]
 ) -> tuple[str, ...]:
-    """What is planned, why it is placed otherwise than asked for (else ""), and on which assumptions the prediction
-    rests."""
+    """What is planned, ``notes`` about cut and placement (those that are not empty), and on which assumptions the
+    prediction rests."""
     headline, how, *_ = describe(plan, numerics, [])
     shape = "x".join(map(str, plan.task.image_shape))
     latency_s, bytes_per_s = link
@@ -286,7 +289,7 @@ def _lines(
     lines = (
         headline,
         how,
-        placement,
+        *notes,
         f"images {shape}, {plan.task.classes} classes; each rank on {what} like {where}{measured}; {wire}",
     )
     return tuple(filter(None, lines))

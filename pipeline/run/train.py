@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.base.config import Config
+from pipeline.base.toml import to_toml
 from pipeline.base.validation import validate
 from pipeline.data.loader_source import LoaderData
 from pipeline.edges.wire import Directive
@@ -31,7 +32,7 @@ from pipeline.run.beginning import (
     agree_on_all,
     asked_to_stop,
     begin,
-    blocks_and_task,
+    cut_network,
     named_after,
     open_source,
     refuse_early,
@@ -112,9 +113,10 @@ def train(
         failures.progress(-1, -1, "opening the data")
         source, data_spec = open_source(config, data, numerics, runtime, task)
         failures.progress(-1, -1, "placing the local modules")
-        blocks, task = blocks_and_task(config, network, data_spec, task)
+        config, blocks, task, cut = cut_network(config, network, data_spec, task, start, team)
         plan, placement = placed_plan(config, blocks, task, numerics, runtime, data_spec.inputs)
         if team.leads:
+            directory.write_config(to_toml(config))  # with the cuts of this run
             write_plan(plan, directory.path / PLAN)
         failures.describe(plan.stage_label(team.rank))
 
@@ -138,7 +140,7 @@ def train(
         if view is not None:
             goes_on = f"resumed from {start.checkpoint} (step {position.step})" if start.checkpoint else ""
             note = tracing.cannot_draw() if trace and draw else ""
-            lines = [*describe(plan, numerics, devices or []), placement, goes_on, *start.lines, note]
+            lines = [*describe(plan, numerics, devices or []), cut, placement, goes_on, *start.lines, note]
             show_beginning(view, start.warnings, lines, plan.labels())
 
         folder = directory.path / checkpoint.FOLDER
