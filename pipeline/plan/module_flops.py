@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict, defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -35,6 +36,8 @@ IMAGES = 2
 """In a step that is counted; BatchNorm needs two."""
 Flops = Mapping[Kind, float]
 """Of one module by kind of action, 0 for those that it does not do."""
+
+T = TypeVar("T")
 
 
 class Uncountable(Exception):
@@ -70,23 +73,32 @@ def module_flops(plan: Plan, blocks: Blocks, numerics: Numerics) -> list[float]:
 def flops_by_kind(plan: Plan, blocks: Blocks, numerics: Numerics) -> list[Flops]:
     """The same, by kind of action."""
     plan = dataclasses.replace(counted_step(plan), largest_graph=None)  # as many patches at once as there are
-    counted: dict[Hashable, Flops] = {}
-    flops = []
+    return by_kind(plan, blocks, numerics, lambda index: _alone(plan, blocks, numerics, index))
+
+
+def by_kind(plan: Plan, blocks: Blocks, numerics: Numerics, count: Callable[[int], T]) -> list[T]:
+    """``count(index)`` of every local module of :func:`counted_step`, asked once for each kind of module.
+
+    Raises:
+        Uncountable: it fails for one of them.
+    """
+    counted: dict[Hashable, T] = {}
+    found = []
     cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         for index in range(len(plan.modules)):
             try:
                 kind = _kind(plan, blocks, index)
                 if kind not in counted:
-                    counted[kind] = _alone(plan, blocks, numerics, index)
+                    counted[kind] = count(index)
             except Exception as error:  # whatever it is: no count is worth a run
                 cause = (str(error).splitlines() or [""])[0]
                 raise Uncountable(
                     f"local module {index} ({plan.cut.label(index)}) cannot be counted without values "
                     f"({type(error).__name__}: {cause[:120]})"
                 ) from error
-            flops.append(counted[kind])
-    return flops
+            found.append(counted[kind])
+    return found
 
 
 def _alone(plan: Plan, blocks: Blocks, numerics: Numerics, index: int) -> Flops:

@@ -79,6 +79,7 @@ class Start:
     Attributes:
         checkpoint: to go on from; None: the beginning.
         lines, warnings: what the user should know.
+        levels_together: see :meth:`pipeline.store.checkpoint.Checkpoint.levels_together`.
         cuts: ``model.cuts`` of the checkpoint where the configuration says ``"cost"``, which chooses only when a run
             begins.
     """
@@ -86,14 +87,15 @@ class Start:
     checkpoint: Path | None
     lines: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    levels_together: tuple[int, ...] | None = None
     cuts: str | tuple[str, ...] | None = None
 
 
 def choose_start(
-    resume: str, run_dir: Path, restarted: bool, config: Config, task: Task | None = None
+    resume: str, run_dir: Path, restarted: bool, config: Config, task: Task | None = None, ranks: int = 1
 ) -> Start:
-    """Decide on rank 0, and tidy up what killed runs have left in ``run_dir``. ``task``: what the network is for,
-    None: classification.
+    """Decide on rank 0 of ``ranks``, and tidy up what killed runs have left in ``run_dir``. ``task``: what the network
+    is for, None: classification.
 
     Raises:
         CheckpointError: ``resume`` is a path without a valid checkpoint; the checkpoint is of another task.
@@ -131,13 +133,11 @@ def choose_start(
             "the task that was trained, or start anew with --resume none and another --run-dir"
         )
     warnings += [chosen.older] if chosen.older is not None else []
-    if config.model.cuts != BY_COST:
-        return Start(chosen.path, tuple(_changes(chosen, config)), tuple(warnings))
-    cuts = chosen.config.model.cuts
-    lines = _changes(chosen, with_values(config, {"model.cuts": cuts}))
+    cuts = chosen.config.model.cuts if config.model.cuts == BY_COST else None
+    lines = _changes(chosen, with_values(config, {"model.cuts": cuts}) if cuts is not None else config)
     if isinstance(cuts, str) and cuts != BY_COST and config.model.modules > 1:
         lines.append(f"model.cuts = {cuts!r} of the checkpoint stays: 'cost' chooses only when a run begins")
-    return Start(chosen.path, tuple(lines), tuple(warnings), cuts)
+    return Start(chosen.path, tuple(lines), tuple(warnings), chosen.levels_together(ranks), cuts)
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
