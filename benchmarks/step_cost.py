@@ -30,7 +30,8 @@ from pipeline import Config, LoaderData, StepCost, load_config, recipe_names, st
 
 LOCAL = ["model.modules=16", "model.cuts=even"]
 HPFF = ["model.modules=15", "model.cuts=even", "hierarchy.cascade_span=2", "patches.grid=2"]  # the cut of HPFF's K = 16
-METHODS = {
+TOGETHER = ["hierarchy.levels=together"]
+_SEPARATE = {
     "BP": ["model.modules=1"],
     "HPFF as released, 2c2f": [*HPFF, "method.name=infopro", "method.head=2c2f", "hierarchy.variant=released"],
     "InfoPro + HPFF, 2c2f": [*HPFF, "method.name=infopro", "method.head=2c2f"],
@@ -39,6 +40,12 @@ METHODS = {
     "InfoPro, 1c2f": [*LOCAL, "method.name=infopro", "method.head=1c2f"],
     "DGL": [*LOCAL, "method.name=dgl"], "PredSim": [*LOCAL, "method.name=predsim"],
 }  # fmt: skip
+_FORMS = {
+    name: {name: own} | ({f"{name}, levels together": [*own, *TOGETHER]} if own[: len(HPFF)] == HPFF else {})
+    for name, own in _SEPARATE.items()
+}
+METHODS = {name: own for forms in _FORMS.values() for name, own in forms.items()}
+QUICK = ("BP", "DGL + HPFF", "DGL + HPFF, levels together")
 SHAPES = {"stl10": (3, 96, 96)}  # of the data sets with other images than IMAGE
 RUN = ["runtime.device=cpu", "runtime.threads=1", "optim.warmup_epochs=0", "optim.schedule=constant", "train.epochs=1"]
 
@@ -172,7 +179,7 @@ def row_of(case: Case, found: Sequence[Any], cost: StepCost, plain: StepCost) ->
 def measure(settings: Settings) -> Report:
     """All cases, interleaved; one row each. Cases that differ in name only are measured once."""
     with tempfile.TemporaryDirectory() as pictures:
-        names = list(METHODS)[:: 4 if settings.quick else 1]
+        names = QUICK if settings.quick else METHODS
         cases = [method_case(name, settings.batch, settings.precision) for name in names]
         cases = recipe_cases(settings, Path(pictures)) if settings.recipes else cases
         different = {case.work: case for case in cases}

@@ -129,6 +129,9 @@ def test_benchmarks_of_one_process_run(of_one_process: Quick, name: str) -> None
         if name == "step_cost":
             assert row["bp_units"] > 0 and row["operations"] > 100
             assert row["operations_ratio"] == 1.0 if row["method"] == "bp" else row["operations_ratio"] > 1.0
+    if name == "step_cost":
+        calls = {row["name"]: row["operations"] for row in result["rows"]}
+        assert calls["DGL + HPFF, levels together"] < calls["DGL + HPFF"]
 
 
 def test_operations_are_those_of_the_method(of_one_process: Quick) -> None:

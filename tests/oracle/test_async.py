@@ -11,7 +11,7 @@ import copy
 import pytest
 import torch
 from oracle.literal import literal_backward
-from tiny import tiny_batch, tiny_config, tiny_stage, train_on
+from tiny import VARIANTS, tiny_batch, tiny_config, tiny_stage, train_on
 
 from pipeline.local.local_module import LocalModule
 from pipeline.local.optimiser import Optimiser, step_together
@@ -52,17 +52,15 @@ def delayed_descent(modules: list[LocalModule], late: list[int], config: object)
                 module.optimiser.clear()
 
 
-@pytest.mark.parametrize("delay", [1, 2])
-@pytest.mark.parametrize(("variant", "span"), DECLARED)
-@pytest.mark.parametrize("method", ["dgl", "infopro"])
-def test_weights_equal_literal_descent_with_the_declared_delays(
-    method: str, variant: str, span: int, delay: int
-) -> None:
+def check_delayed(method: str, variant: str, span: int, delay: int, levels: str) -> None:
     exact = tiny_config(method, variant, span, MODULES)
     _, reference, _ = tiny_stage(exact, torch.float64)
     late = [delay * hops for hops in DECLARED[variant, span]]
-    config = tiny_config(method, variant, span, MODULES, schedule={"kind": "async", "delay": delay})
+    sections = {**VARIANTS[variant], "schedule": {"kind": "async", "delay": delay}}
+    sections["hierarchy"] = {**sections.get("hierarchy", {}), "levels": levels}
+    config = tiny_config(method, variant, span, MODULES, **sections)
     stage, modules, _ = tiny_stage(config, torch.float64)
+    assert any(module.plan.together for module in modules) == (levels == "together")
 
     stage.begin_epoch(0, 0)
     for step in range(STEPS):
@@ -73,6 +71,20 @@ def test_weights_equal_literal_descent_with_the_declared_delays(
     for mine, theirs in zip(modules, reference, strict=True):
         for found, expected in zip(parameters(mine), parameters(theirs), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("delay", [1, 2])
+@pytest.mark.parametrize(("variant", "span"), DECLARED)
+@pytest.mark.parametrize("method", ["dgl", "infopro"])
+def test_weights_equal_literal_descent_with_the_declared_delays(
+    method: str, variant: str, span: int, delay: int
+) -> None:
+    check_delayed(method, variant, span, delay, "separate")
+
+
+@pytest.mark.parametrize(("variant", "span"), [("hpff", 2), ("released", 2), ("hpff", MODULES)])
+def test_both_levels_at_once_leave_the_gradients_of_their_heads_in_the_same_stashes(variant: str, span: int) -> None:
+    check_delayed("infopro", variant, span, 1, "together")
 
 
 def test_the_simulation_notices_an_undeclared_delay() -> None:
