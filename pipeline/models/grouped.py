@@ -15,6 +15,7 @@ random numbers or mixes channels in another way does not.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
