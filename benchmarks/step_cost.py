@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,10 @@ class Case:
     def batch(self) -> int:
         """Images of a step."""
         return self.config.data.batch_size
+
+    def with_layers(self, layers: str | tuple[str, ...]) -> Case:
+        """The same with other layers tuned."""
+        return replace(self, config=replace(self.config, precision=replace(self.config.precision, layers=layers)))
 
     @property
     def work(self) -> Any:
@@ -192,7 +196,7 @@ def measure(settings: Settings) -> Report:
                 samples[work].append((base if case.name == "BP" else seconds(case, settings.steps), base))
     counted = {}
     for work, case in different.items():
-        counted[work] = [step_cost(case.config, case.image, CLASSES, plain) for plain in (False, True)]
+        counted[work] = [step_cost(same.config, case.image, CLASSES) for same in (case, case.with_layers("plain"))]
     rows = [row_of(case, samples[case.work], *counted[case.work]) for case in cases]
     columns = [Column("recipe" if settings.recipes else "method", "name"), *COLUMNS]
     return Report("One training step in units of one BP step", [Table(columns, rows)], legend=LEGEND)

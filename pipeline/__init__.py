@@ -22,6 +22,8 @@ from pipeline.ranks.command import command
 if TYPE_CHECKING:
     from pipeline.base.flow import TensorSpec
     from pipeline.data.loader_source import LoaderData
+    from pipeline.doctor.diagnose import diagnose
+    from pipeline.doctor.finding import Diagnosis, Finding
     from pipeline.local.methods import Term, register_method
     from pipeline.local.task import Classification, Metric, Task
     from pipeline.local.upstream import Upstream
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from pipeline.plan.explain import explain, measure
     from pipeline.report.curve import plot_curve
     from pipeline.report.exits import Evaluation, ExitRow, show_evaluation
+    from pipeline.report.findings_view import show_finding, show_verdict
     from pipeline.report.plan_view import schedule_text, show_plan
     from pipeline.report.timeline_chart import plot_timeline
     from pipeline.run.evaluation import evaluate
@@ -46,10 +49,12 @@ __all__ = [
     "Classification",
     "Config",
     "ConfigError",
+    "Diagnosis",
     "Evaluation",
     "Event",
     "ExitRow",
     "Exported",
+    "Finding",
     "Given",
     "LoaderData",
     "LocalpipeError",
@@ -67,6 +72,7 @@ __all__ = [
     "backbone_names",
     "build_blocks",
     "command",
+    "diagnose",
     "evaluate",
     "explain",
     "export",
@@ -85,7 +91,9 @@ __all__ = [
     "register_method",
     "schedule_text",
     "show_evaluation",
+    "show_finding",
     "show_plan",
+    "show_verdict",
     "steady_state",
     "step_cost",
     "to_toml",
@@ -96,6 +104,8 @@ __all__ = [
 _NEED_TORCH = {
     "pipeline.data.loader_source": ("LoaderData",),
     "pipeline.base.flow": ("TensorSpec",),
+    "pipeline.doctor.diagnose": ("diagnose",),
+    "pipeline.doctor.finding": ("Diagnosis", "Finding"),
     "pipeline.local.methods": ("Term", "register_method"),
     "pipeline.local.task": ("Classification", "Metric", "Task"),
     "pipeline.local.upstream": ("Upstream",),
@@ -107,6 +117,7 @@ _NEED_TORCH = {
     "pipeline.plan.explain": ("explain", "measure"),
     "pipeline.report.curve": ("plot_curve",),
     "pipeline.report.exits": ("Evaluation", "ExitRow", "show_evaluation"),
+    "pipeline.report.findings_view": ("show_finding", "show_verdict"),
     "pipeline.report.plan_view": ("schedule_text", "show_plan"),
     "pipeline.report.timeline_chart": ("plot_timeline",),
     "pipeline.run.evaluation": ("evaluate",),

@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("pipeline", "launch", "benchmarks", "docker")
 # From the bottom to the top: a file imports only from its own room and from those before it.
-ROOMS = ["base", "models", "local", "ranks", "edges", "stage", "data", "plan", "store", "report", "run", "cli"]
+ROOMS = ["base", "models", "local", "ranks", "edges", "stage", "data", "plan", "store", "doctor", "report", "run"]
+ROOMS += ["cli"]
 LEVELS = [*ROOMS[:-1], "__init__", "cli", "__main__"]  # the command line stands on the public interface
 
 

@@ -20,6 +20,7 @@ CUTS = ("auto", "even", "equal", "hpff", "balanced", "balanced-stl10")
 METHODS = ["dgl", "greedy", "infopro", "infopro-contrast", "predsim"]  # register_method adds to it
 DGL_HEADS = ("mlp-sr", "mlp", "cnn", "auglocal")
 XCYF = re.compile(r"([012])c([123])f")  # heads of InfoPro: X convolutions, Y linear layers
+TUNED_LAYERS = ("batch-norm", "pointwise", "paired", "pooling", "upsampling")  # of heads, see models.tuned
 DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder")
 YEAR_MIN = 366 * 24 * 60
 MONTH_S = 31 * 24 * 3600
@@ -139,10 +140,10 @@ class PartitionConfig:
     """Which rank owns which local modules. These keys never change the result of `exact` and `async`."""
 
     kind: str = key(
-        "count",
-        "count: equal numbers; auto: fewest FLOPs of the busiest rank, heads included, counted; measured: smallest "
+        "auto",
+        "auto: fewest FLOPs of the busiest rank, heads included, counted; count: equal numbers; measured: smallest "
         "time of the slowest rank; given: as in stages",
-        choices=("count", "auto", "measured", "given"),
+        choices=("auto", "count", "measured", "given"),
     )
     stages: tuple[int, ...] = key((), "given: number of local modules of every rank", at_least=1, at_most=10_000)
     warmup: int = key(1, "measured: steps of every module before those that count", at_least=0, at_most=10_000)
@@ -218,6 +219,18 @@ class PrecisionConfig:
     )
     channels_last: str = key("auto", "memory layout NHWC", choices=("auto", "on", "off"))
     compile: bool = key(False, "torch.compile the heads, and modules that send no gradient; rounds differently")
+    layers: str | tuple[str, ...] = key(
+        "tuned",
+        "layers of heads, which round differently: tuned = in forms that are faster on a CPU; plain = PyTorch's own; "
+        "or which are tuned",
+        choices=("tuned", "plain"), entries=TUNED_LAYERS,
+    )
+
+    @property
+    def plain_layers(self) -> frozenset[str]:
+        """Those of TUNED_LAYERS that are PyTorch's own."""
+        tuned = {"tuned": TUNED_LAYERS, "plain": ()}[self.layers] if isinstance(self.layers, str) else self.layers
+        return frozenset(TUNED_LAYERS) - frozenset(tuned)
 
 
 @dataclass(frozen=True)

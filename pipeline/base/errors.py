@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 import unicodedata
 from collections.abc import Iterable, Iterator
 
@@ -83,6 +84,11 @@ def line_of(error: BaseException) -> str:
     else:
         text = f"{type(error).__name__}: {error}"
     return next(_notes(error), MARK + " ".join(text.split()))
+
+
+def warn(text: str) -> None:
+    """Tell of something that stops nothing, on one line of the error output."""
+    print(f"localpipe warning: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def is_noted(error: BaseException) -> bool:

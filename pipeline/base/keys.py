@@ -30,8 +30,8 @@ class Bounds:
         text: what the key is, in a few words.
         low, high: the smallest and the largest number; of a list, of each entry.
         above: ``low`` itself is not valid.
-        choices: the valid words; empty = any text. Methods registered later appear in it. A key that may be a list of
-            names as well takes any names there.
+        choices: the valid words; empty = any text. Methods registered later appear in it.
+        entries: the valid names in a key that may be a list of names as well; empty = any names.
         length: of a list; 0 = any.
     """
 
@@ -40,6 +40,7 @@ class Bounds:
     high: float = math.inf
     above: bool = False
     choices: Sequence[str] = ()
+    entries: Sequence[str] = ()
     length: int = 0
 
 
@@ -51,11 +52,12 @@ def key(
     above: float | None = None,
     at_most: float = math.inf,
     choices: Sequence[str] = (),
+    entries: Sequence[str] = (),
     length: int = 0,
 ) -> T:
     """A field of a section of the configuration: its default, its meaning, and which values are valid."""
     low = at_least if above is None else above
-    bounds = Bounds(text, low, at_most, above is not None, choices, length)
+    bounds = Bounds(text, low, at_most, above is not None, choices, entries, length)
     return dataclasses.field(default=default, metadata={"bounds": bounds})
 
 
@@ -113,7 +115,7 @@ class Setting:
         for entry in value if isinstance(value, tuple) else (value,):
             whole = f"{shown(list(value))}: each" if isinstance(value, tuple) else shown(value)
             if isinstance(entry, str):
-                self._check_text(entry, () if isinstance(value, tuple) else bounds.choices)
+                self._check_text(entry, bounds.entries if isinstance(value, tuple) else bounds.choices)
             elif not isinstance(entry, bool) and not self._inside(entry):
                 raise ConfigError(f"{self.name} = {whole} {self._limit(entry)}")
 
@@ -145,7 +147,8 @@ class Setting:
         bounds = self.bounds
         if bounds.choices and int not in self.kinds:
             words = " | ".join(bounds.choices)
-            return f"{words}, or a list of names" if len(self.kinds) > 1 else words
+            names = f"of {', '.join(bounds.entries)}" if bounds.entries else "of names"
+            return f"{words}, or a list {names}" if len(self.kinds) > 1 else words
         if bool in self.kinds:
             return "true | false"
         if math.isinf(bounds.high):

@@ -127,7 +127,8 @@ def _kind_with_stages(config: Config) -> tuple[str, str] | None:
 
 def _kind_without_stages(config: Config) -> tuple[str, str] | None:
     lacks = config.partition.kind == "given" and not config.partition.stages
-    return ("count", "no stages of so many modules are given") if lacks else None
+    default = settings()["partition.kind"].default
+    return (default, "no stages of so many modules are given") if lacks else None
 
 
 def _nesterov(config: Config) -> tuple[bool, str] | None:

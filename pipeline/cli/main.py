@@ -2,6 +2,7 @@
 
     localpipe train --nproc 4 --recipe cifar10-resnet32-k16-dgl-hpff
     localpipe plan --ranks 4
+    localpipe doctor --nproc 4
     localpipe COMMAND --help
 """
 
@@ -12,9 +13,9 @@ import sys
 from types import ModuleType
 
 import pipeline
-from pipeline.cli import evaluate, export, plan, train
+from pipeline.cli import doctor, evaluate, export, plan, train
 
-COMMANDS = (train, plan, evaluate, export)
+COMMANDS = (train, plan, evaluate, export, doctor)
 """Each adds its arguments to a parser, and runs what has been parsed; ``words`` is all that followed its name."""
 
 

@@ -32,6 +32,7 @@ from pipeline.models.backbones import initialise
 from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given
 from pipeline.models.layers import VectorInput
 from pipeline.models.patches import Autocast, PatchedHead, patch_shape
+from pipeline.models.tuned import use_plain
 
 DEFAULT_HEADS = {"dgl": "mlp-sr", "greedy": "0c1f", "infopro": "1c2f", "infopro-contrast": "1c2f", "predsim": ""}
 
@@ -161,6 +162,7 @@ def build_level(
         make = partial(_head_of, term, patch_shape(shape, grid))
         head = PatchedHead(make, grid, separate, at_once(config, grid))
         initialise(head)
+        use_plain(head, config.precision.plain_layers)
         built[term.name] = (term.weight, head)
     return Level(weight, built)
 

@@ -75,7 +75,7 @@ def restore_module(module: LocalModule, state: State) -> None:
     """Put a state of :func:`module_state` into a module that was built alike.
 
     Raises:
-        ConfigError: a tensor is missing, left over, or has another shape; weights upstream come at other steps.
+        ConfigError: a tensor is missing, left over, or of another shape or dtype; weights upstream come at other steps.
     """
     if module.mailbox is not None:
         module.mailbox.restore(state)
@@ -94,6 +94,11 @@ def restore_module(module: LocalModule, state: State) -> None:
                 raise ConfigError(
                     f"the checkpoint does not fit local module {module.plan.index}: {name} has the shape "
                     f"{tuple(state[name].shape)} there and {tuple(value.shape)} here"
+                )
+            if value.dtype != state[name].dtype:
+                raise ConfigError(
+                    f"the checkpoint does not fit local module {module.plan.index}: {name} is of {state[name].dtype} "
+                    f"there and of {value.dtype} here"
                 )
             # Not in the eyes of autograd: the graphs made above hold BatchNorm's running statistics, which a backward
             # in training mode does not read.

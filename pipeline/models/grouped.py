@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.models.joined import joined
 from pipeline.models.layers import PairedConv2d, PointwiseConv2d, PoolTo2d, RowBatchNorm2d, VectorInput
-from pipeline.models.upsampling import UpsampledConv2d
+from pipeline.models.upsampling import FactorisedConv2d, UpsampledConv2d
 
 CONVOLUTIONS = (nn.Conv2d, PairedConv2d, PointwiseConv2d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, RowBatchNorm2d)
@@ -89,7 +89,8 @@ def run(networks: Sequence[Sequence[nn.Module]], x: Tensor, groups: int, size: t
         elif isinstance(first, nn.Conv2d):
             x = _convolution(first, x, groups, own)
         elif isinstance(first, nn.BatchNorm1d | nn.BatchNorm2d):
-            x = F.batch_norm(x, *moments.next(), *own, training=True, momentum=1.0, eps=first.eps)
+            (mean, variance), (weight, bias) = moments.next(), own
+            x = F.batch_norm(x, mean, variance, weight, bias, training=True, momentum=1.0, eps=first.eps)
         elif isinstance(first, nn.Linear):
             x = _linear(layers, x, groups)
         elif type(first) is nn.ReLU:  # in place it would write to a view of rows, which costs four copies
@@ -103,13 +104,13 @@ def run(networks: Sequence[Sequence[nn.Module]], x: Tensor, groups: int, size: t
 def _needed(layers: Sequence[nn.Module], x: Tensor, size: tuple[int, int] | None) -> list[list[Tensor]]:
     """The parameters of W layers that have to be joined for features like ``x``: weights, and biases where they are."""
     first = layers[0]
-    if isinstance(first, UpsampledConv2d) and size is not None and first.factorises(x.shape[2:], size):
+    if isinstance(first, FactorisedConv2d) and size is not None and first.factorises(x.shape[2:], size):
         return []
     if len(layers) == 1 and isinstance(first, PointwiseConv2d) and x.is_contiguous(memory_format=torch.channels_last):
         return []
     if not isinstance(first, (nn.Conv2d, *NORMS)):
         return []
-    found = [[layer.get_parameter("weight") for layer in layers]]
+    found: list[list[Tensor]] = [[layer.get_parameter("weight") for layer in layers]]
     if first.bias is not None:
         found.append([layer.get_parameter("bias") for layer in layers])
     return found
@@ -133,11 +134,11 @@ def _upsampled_convolution(
     if own:
         x = x if (h, w) == size else F.interpolate(x, size=size, mode="bilinear", align_corners=True)
         return _convolution(first, x, groups, own)
+    assert isinstance(first, FactorisedConv2d)
     batch, channels, out, count = len(x), first.in_channels, first.out_channels, len(layers)
     pixels = x.permute(0, 2, 3, 1).view(batch, h, w, groups // count, count, channels)
-    taps = by_network(
-        [layer.taps() for layer in layers], pixels.permute(4, 0, 3, 1, 2, 5).reshape(count, -1, channels)
-    )  # (W, B G/W h w, 9 O)
+    weights = [layer.taps() for layer in layers if isinstance(layer, FactorisedConv2d)]  # all: one structure
+    taps = by_network(weights, pixels.permute(4, 0, 3, 1, 2, 5).reshape(count, -1, channels))  # (W, B G/W h w, 9 O)
     y = first.interpolated(taps.reshape(-1, h, w, 9 * out), size)  # (W B G/W, H, O, W)
     y = y.view(count, batch, groups // count, size[0], out, size[1])
     if x.is_contiguous(memory_format=torch.channels_last):

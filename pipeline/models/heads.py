@@ -18,7 +18,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.flow import Tensors
 from pipeline.models import grouped, losses
 from pipeline.models.layers import PairedConv2d, PointwiseConv2d, PoolTo2d, RowBatchNorm2d
-from pipeline.models.upsampling import UpsampledConv2d
+from pipeline.models.upsampling import FactorisedConv2d
 
 FeatureShape = tuple[int, ...]
 """Without the batch: (C, H, W) of a map, (T, D) of a sequence, (D,) of a vector."""
@@ -187,7 +187,7 @@ class DecoderHead(AuxiliaryHead):
         super().__init__()
         width = 12 * widen
         self.decoder = nn.Sequential(
-            UpsampledConv2d(channels, width),
+            FactorisedConv2d(channels, width),
             RowBatchNorm2d(width),
             nn.ReLU(inplace=True),
             PairedConv2d(width, image_channels),

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pipeline.models.tuned import Tuned
+
 VECTOR = 8  # float32 values of an AVX2 register; PyTorch's kernels are fast at multiples of it
 
 
@@ -67,8 +69,13 @@ class _RowBatchNorm(torch.autograd.Function):
         return x, product * inverse, bias_gradient, None
 
 
-class RowBatchNorm2d(nn.BatchNorm2d):
+class RowBatchNorm2d(nn.BatchNorm2d, Tuned):
     """``nn.BatchNorm2d`` that trains by rows where that is faster; the same function up to rounding."""
+
+    tuned = "batch-norm"
+
+    def plain(self) -> nn.Module:
+        return self._shared_with(nn.BatchNorm2d(self.num_features, self.eps, self.momentum, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> the same shape."""
@@ -96,11 +103,16 @@ class RowBatchNorm2d(nn.BatchNorm2d):
         )
 
 
-class PointwiseConv2d(nn.Conv2d):
+class PointwiseConv2d(nn.Conv2d, Tuned):
     """A 1x1 convolution without bias; on channels-last maps one matrix product over all pixels."""
+
+    tuned = "pointwise"
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1, bias=False)
+
+    def plain(self) -> nn.Module:
+        return self._shared_with(nn.Conv2d(self.in_channels, self.out_channels, 1, bias=False, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, O, H, W)."""
@@ -158,16 +170,20 @@ def _split_pairs(pairs: Tensor) -> Tensor:
     return nhwc.reshape(batch, height, 2 * half, both // 2).permute(0, 3, 1, 2)
 
 
-class PairedConv2d(nn.Conv2d):
+class PairedConv2d(nn.Conv2d, Tuned):
     """A 3x3 convolution with zero padding and bias, two pixels at a time where that is faster."""
+
+    tuned = "paired"
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
-        self.paired = True  # False keeps PyTorch's form, for comparisons
+
+    def plain(self) -> nn.Module:
+        return self._shared_with(nn.Conv2d(self.in_channels, self.out_channels, 3, padding=1, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, O, H, W)."""
-        if not (self.paired and self._fits(x)):
+        if not self._fits(x):
             return super().forward(x)
         y: Tensor = _PairedConvolution.apply(x, self.weight, self.bias)
         return y
@@ -201,13 +217,18 @@ class _GlobalMean(torch.autograd.Function):
         return dense
 
 
-class PoolTo2d(nn.AdaptiveAvgPool2d):
+class PoolTo2d(nn.AdaptiveAvgPool2d, Tuned):
     """``nn.AdaptiveAvgPool2d`` to ``sides``, one number or (height, width), with the cheapest exact operation for the
     size at hand."""
+
+    tuned = "pooling"
 
     def __init__(self, sides: int | tuple[int, int]) -> None:
         super().__init__(sides)
         self.sides = (sides, sides) if isinstance(sides, int) else sides
+
+    def plain(self) -> nn.Module:
+        return nn.AdaptiveAvgPool2d(self.sides).train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, *sides)."""

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pipeline.models.tuned import Tuned
+
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -85,25 +87,41 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 
 class UpsampledConv2d(nn.Conv2d):
-    """``conv(interpolate(x, size, bilinear, align_corners))`` with a zero-padded 3x3 kernel and a bias.
+    """``conv(interpolate(x, size, bilinear, align_corners))`` with a zero-padded 3x3 kernel and a bias, in that
+    order."""
 
-    Chooses the form with fewer multiplications. Under autocast the 1x1 convolution runs in the autocast dtype and the
-    interpolation in float32: its weights are no powers of two, and bf16 would round each of them.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
-        self.factorise = True  # False keeps the plain order, for comparisons
-        self._constants: dict[tuple[object, ...], Tensor] = {}
+    def __init__(self, in_channels: int, out_channels: int, device: torch.device | str | None = None) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1, device=device)
 
     # Not in place of another Conv2d, whose parameters it has: only AuxiliaryHeads call it, with the size.
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
         """x (B, C, h, w) -> (B, O, H, W) with ``size`` = (H, W)."""
+        if x.shape[2:] != size:  # at full size the interpolation is the identity
+            x = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+        return super().forward(x)
+
+
+class FactorisedConv2d(UpsampledConv2d, Tuned):
+    """:class:`UpsampledConv2d` in the order that needs fewer multiplications.
+
+    Under autocast the 1x1 convolution runs in the autocast dtype and the interpolation in float32: its weights are no
+    powers of two, and bf16 would round each of them.
+    """
+
+    tuned = "upsampling"
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels)
+        self._constants: dict[tuple[object, ...], Tensor] = {}
+
+    def plain(self) -> nn.Module:
+        return self._shared_with(UpsampledConv2d(self.in_channels, self.out_channels, device="meta"))
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        """x (B, C, h, w) -> (B, O, H, W) with ``size`` = (H, W)."""
         low = (x.size(2), x.size(3))
-        if low == size:  # at full size the interpolation is the identity
-            return super().forward(x)
         if not self.factorises(low, size):
-            return super().forward(F.interpolate(x, size=size, mode="bilinear", align_corners=True))
+            return super().forward(x, size)
         assert self.bias is not None
         device = x.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
@@ -134,7 +152,7 @@ class UpsampledConv2d(nn.Conv2d):
 
     def factorises(self, low: Sequence[int], size: tuple[int, int]) -> bool:
         """Whether the factorised form runs for a map of sides ``low``."""
-        return self.factorise and tuple(low) != size and self.is_cheaper_factorised((low[0], low[1]), size)
+        return tuple(low) != size and self.is_cheaper_factorised((low[0], low[1]), size)
 
     def is_cheaper_factorised(self, low: tuple[int, int], size: tuple[int, int]) -> bool:
         """Whether the factorised form needs fewer multiplications for one forward and backward.

@@ -27,8 +27,8 @@ from pipeline.local.local_module import LocalModule
 from pipeline.local.task import Classification
 from pipeline.models.backbones import Blocks
 from pipeline.models.layers import PairedConv2d
+from pipeline.models.tuned import use_plain
 from pipeline.models.unbuilt import no_values, planned_blocks
-from pipeline.models.upsampling import UpsampledConv2d
 from pipeline.plan.alone import random_batch
 from pipeline.plan.assembly import Plan, make_plan
 from pipeline.plan.blank import blank_modules, real_modules
@@ -124,15 +124,15 @@ class StepCost:
         return self.launches / self.bp_launches
 
 
-def step_cost(config: Config, image_shape: tuple[int, ...], classes: int, plain: bool = False) -> StepCost:
+def step_cost(config: Config, image_shape: tuple[int, ...], classes: int) -> StepCost:
     """Count one step of ``config`` on images (C, S, S).
 
     Args:
-        config: schedule and batch size do not matter, the cost is per image and synchronous; nor does the precision
-            for FLOPs. Calls are those on a CPU.
+        config: schedule and batch size do not matter, the cost is per image and synchronous; nor does the dtype for
+            FLOPs. ``precision.layers = "plain"``: upsampling before convolving, as published, instead of the
+            factorised order. Calls are those on a CPU.
         image_shape: (C, S, S).
         classes: of the data set.
-        plain: upsample before convolving, as published, instead of the factorised order.
 
     Raises:
         ConfigError: the plan does not exist (see :func:`pipeline.plan.assembly.make_plan`).
@@ -140,22 +140,21 @@ def step_cost(config: Config, image_shape: tuple[int, ...], classes: int, plain:
     task = Classification(classes, image_shape)
     blocks = planned_blocks(config.model.name, image_shape[0], classes)
     numerics = resolve_numerics(config.precision, torch.device("cpu"), blocks.values())
-    return planned_cost(make_plan(config, blocks, task, ranks=1), blocks, numerics, plain)
+    return planned_cost(make_plan(config, blocks, task, ranks=1), blocks, numerics)
 
 
-def planned_cost(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool = False) -> StepCost:
+def planned_cost(plan: Plan, blocks: Blocks, numerics: Numerics) -> StepCost:
     """:func:`step_cost` of a plan, of any task and placement.
 
     Args:
         plan: its schedule and its batch size do not matter.
         blocks: the network, which needs no weights and stays as it is.
         numerics: of the run.
-        plain: upsample before convolving, as published, instead of the factorised order.
     """
     uncut = dataclasses.replace(plan.config, model=ModelConfig(plan.config.model.name, modules=1))
-    bp = _count(make_plan(uncut, blocks, plan.task, 1, plan.inputs), blocks, numerics, plain)
+    bp = _count(make_plan(uncut, blocks, plan.task, 1, plan.inputs), blocks, numerics)
     unit = sum(bp.flops.values())
-    step = _count(plan, blocks, numerics, plain)
+    step = _count(plan, blocks, numerics)
     modules = tuple(
         ModuleUnits(
             module=module,
@@ -173,10 +172,16 @@ def planned_cost(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool = F
     return StepCost(unit / IMAGES, operations, launches, modules)
 
 
-def module_flops(plan: Plan, blocks: Blocks, numerics: Numerics) -> list[float]:
-    """FLOPs of a step by local module, heads included, in a common unit; arguments as of :func:`planned_cost`."""
-    flops = _count(plan, blocks, numerics, plain=False, steps=1).flops
-    return [sum(flops[module, kind] for kind in Kind) for module in range(len(plan.modules))]
+def counted_step(plan: Plan) -> Plan:
+    """The plan of a step that is counted: synchronous, of ``IMAGES`` images, nothing compiled, all on one rank."""
+    config = plan.config
+    config = dataclasses.replace(
+        config,
+        schedule=ScheduleConfig(),
+        data=dataclasses.replace(config.data, batch_size=IMAGES),
+        precision=dataclasses.replace(config.precision, compile=False),
+    )
+    return dataclasses.replace(plan, config=config, stages=()).placed((range(len(plan.modules)),))
 
 
 @dataclass(frozen=True)
@@ -188,41 +193,29 @@ class _Counts:
     launches: Mapping[Part, float]
 
 
-def _count(plan: Plan, blocks: Blocks, numerics: Numerics, plain: bool, steps: int = 2) -> _Counts:
+def _count(plan: Plan, blocks: Blocks, numerics: Numerics) -> _Counts:
     """What cannot do without values, as a network that decides by them, is computed."""
-    config = plan.config
-    config = dataclasses.replace(
-        config,
-        schedule=ScheduleConfig(),
-        data=dataclasses.replace(config.data, batch_size=IMAGES),
-        precision=dataclasses.replace(config.precision, compile=False),
-    )
-    plan = dataclasses.replace(plan, config=config, stages=()).placed((range(len(plan.modules)),))
+    plan = counted_step(plan)
     cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         try:
             with no_values():
-                return _counts_of(plan, blank_modules(plan, blocks, numerics), numerics, plain, steps)
+                return _counts_of(plan, blank_modules(plan, blocks, numerics), numerics)
         except LocalpipeError:
             raise
         except Exception:  # whatever it is: the real modules decide
-            return _counts_of(plan, real_modules(plan, blocks, numerics), numerics, plain, steps)
+            return _counts_of(plan, real_modules(plan, blocks, numerics), numerics)
 
 
-def _counts_of(plan: Plan, modules: list[LocalModule], numerics: Numerics, plain: bool, steps: int) -> _Counts:
-    layers = [layer for module in modules for level in module.levels.values() for layer in level.modules()]
-    paired = [layer for layer in layers if isinstance(layer, PairedConv2d)]
-    for layer in layers:
-        if isinstance(layer, UpsampledConv2d):
-            layer.factorise = not plain
+def _counts_of(plan: Plan, modules: list[LocalModule], numerics: Numerics) -> _Counts:
+    levels = [level for module in modules for level in module.levels.values()]
     flops, calls = Tally(), Tally()
     stage = Stage(modules, plan.schedules[0], BatchInlet(random_batch(plan, modules, numerics)), Edges(), watch=flops)
-    for layer in paired:
-        layer.paired = False  # products with its zeros are no FLOPs of the method
+    # Products with the zeros of a paired convolution are no FLOPs of the method.
+    replaced = [layer for level in levels for layer in use_plain(level, (PairedConv2d.tuned,))]
     stage.train_step(1, 0)
-    for layer in paired:
-        layer.paired = True
+    for parent, name, layer in replaced:
+        setattr(parent, name, layer)
     stage.watch = calls
-    if steps > 1:
-        stage.train_step(1, 1)
+    stage.train_step(1, 1)
     return _Counts(flops.flops, calls.operations, calls.launches)

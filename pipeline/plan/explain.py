@@ -26,8 +26,9 @@ from pipeline.local.task import Classification, Task
 from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import planned_blocks, without_memory
 from pipeline.plan.assembly import Plan, describe, make_plan
-from pipeline.plan.cost import StepCost, module_flops, planned_cost
+from pipeline.plan.cost import StepCost, planned_cost
 from pipeline.plan.cost_profile import Profile
+from pipeline.plan.module_flops import Uncountable, module_flops
 from pipeline.plan.placement import choose_stages, given, place, split_by_cost
 from pipeline.plan.profiling import profile_modules, work_of
 from pipeline.plan.rank_memory import rank_memory, refuse_too_large
@@ -52,6 +53,25 @@ def measure(config: Config, ranks: int) -> Profile:
     config = validate(config)
     network = _Network(config)
     return _measure(config, ranks, network, _plan_by_count(config, network, ranks))
+
+
+def message_bytes(config: Config, ranks: int) -> list[tuple[int, int]]:
+    """Bytes of one activation down and of one gradient up between every two neighbouring ranks, placed by count; a
+    gradient of a run without any counts 0.
+
+    Raises:
+        ConfigError: whatever would stop a run of this configuration on ``ranks`` ranks.
+    """
+    network = _Network(validate(config))
+    plan = _plan_by_count(config, network, ranks)
+    wire = (network.numerics.dtype, network.numerics.channels_last)
+    return [
+        (
+            plan.activation_spec(upper, *wire).nbytes,
+            plan.gradient_spec(upper + 1, *wire).nbytes if plan.gradient_order(upper + 1) else 0,
+        )
+        for upper in range(ranks - 1)
+    ]
 
 
 def explain(
@@ -95,10 +115,15 @@ def explain(
         raise ConfigError("the profile has no time for any action; give forward_s and backward_s of the modules")
     chosen = config.partition.kind
     units = planned_cost(plan, network.blocks, numerics) if count else None
-    flops = [module.total for module in units.modules] if units is not None else None
-    if chosen == "auto" and flops is None:
-        flops = module_flops(plan, network.blocks, numerics)
-    stages = choose_stages(config.partition, len(work), ranks, flops if chosen == "auto" else work)
+    flops, reason = None, ""
+    if count or (chosen == "auto" and 1 < ranks < len(work)):
+        try:
+            flops = module_flops(plan, network.blocks, numerics)
+        except Uncountable as error:
+            reason = f"placement by count: {error}"
+    stages = plan.stages  # by count
+    if chosen != "auto" or flops is not None:
+        stages = choose_stages(config.partition, len(work), ranks, flops if chosen == "auto" else work)
     candidates = {chosen: stages} | {"count": place(len(work), ranks), "measured": split_by_cost(work, ranks)}
     if flops is not None:
         candidates["auto"] = split_by_cost(flops, ranks)
@@ -115,7 +140,7 @@ def explain(
     memory = rank_memory(plan, costs, numerics)
     first = STEPS // 2
     return PlanReport(
-        lines=_lines(plan, numerics, profile, link),
+        lines=_lines(plan, numerics, profile, link, reason if chosen == "auto" else ""),
         modules=_modules(plan, network.blocks, costs, work, units),
         ranks=_ranks(plan, numerics, work, steady, memory),
         step_s=steady.step_s,
@@ -263,8 +288,11 @@ def _ranks(
     return tuple(rows)
 
 
-def _lines(plan: Plan, numerics: Numerics, profile: Profile, link: tuple[float, float]) -> tuple[str, ...]:
-    """What is planned, and on which assumptions the prediction rests."""
+def _lines(
+    plan: Plan, numerics: Numerics, profile: Profile, link: tuple[float, float], placement: str
+) -> tuple[str, ...]:
+    """What is planned, why it is placed otherwise than asked for (else ""), and on which assumptions the prediction
+    rests."""
     headline, how, *_ = describe(plan, numerics, [])
     shape = "x".join(map(str, plan.task.image_shape))
     latency_s, bytes_per_s = link
@@ -274,11 +302,13 @@ def _lines(plan: Plan, numerics: Numerics, profile: Profile, link: tuple[float, 
     where = profile.device or "an unnamed device"
     what = "its share of a CPU" if numerics.device.type == "cpu" else "a device of its own"
     measured = f", measured {profile.date}" if profile.date else ""
-    return (
+    lines = (
         headline,
         how,
+        placement,
         f"images {shape}, {plan.task.classes} classes; each rank on {what} like {where}{measured}; {wire}",
     )
+    return tuple(filter(None, lines))
 
 
 def _refusal(memory: Sequence[int], profile: Profile) -> str | None:

@@ -9,8 +9,8 @@ from pipeline.base.numerics import Numerics
 from pipeline.local.task import Task
 from pipeline.models.backbones import Blocks
 from pipeline.plan.assembly import Plan, make_plan
-from pipeline.plan.cost import module_flops
 from pipeline.plan.cost_profile import Profile
+from pipeline.plan.module_flops import Uncountable, module_flops
 from pipeline.plan.placement import choose_stages, place
 from pipeline.plan.profiling import profile_modules
 from pipeline.plan.rank_memory import rank_memory, refuse_too_large
@@ -24,8 +24,8 @@ def placed_plan(
 ) -> tuple[Plan, str]:
     """The plan of a run on all ranks, and what to tell people about a placement by cost (else ""). Collective.
 
-    ``partition.kind = "auto"``: rank 0 counts the FLOPs of every module, which takes a second or a few; where the ranks
-    leave no choice, nobody does.
+    ``partition.kind = "auto"``: rank 0 counts the FLOPs of every kind of module, which takes a second or two; where the
+    ranks leave no choice, nobody does. What cannot be counted is placed by count.
     ``partition.kind = "measured"``: rank 0 measures every module on its device, one after another, while the others
     wait; so their time has no share in it.
 
@@ -73,8 +73,15 @@ def _placed_by_flops(by_count: Plan, blocks: Blocks, numerics: Numerics, runtime
     team = runtime.team
     if team.size in (1, len(by_count.modules)):
         return by_count, ""
-    counted = module_flops(by_count, blocks, numerics) if team.leads else []
-    work: list[float] = team.broadcast(counted)
+    counted: list[float] | str = []
+    if team.leads:
+        try:
+            counted = module_flops(by_count, blocks, numerics)
+        except Uncountable as reason:
+            counted = str(reason)
+    work = team.broadcast(counted)
+    if isinstance(work, str):
+        return by_count, f"placement by count: {work}"
     plan = by_count.placed(choose_stages(by_count.config.partition, len(work), team.size, work))
     whole = sum(work) or 1.0
     parts = " | ".join(f"{100 * _load(stage, work) / whole:.0f}" for stage in plan.stages)

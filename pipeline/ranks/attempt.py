@@ -17,17 +17,15 @@ import itertools
 import json
 import os
 import secrets
-import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
-from queue import Empty, SimpleQueue
 
 import torch.distributed as dist
 
 from pipeline.base.errors import ConfigError, DeadlineExceeded, InUseError
 from pipeline.ranks import launcher
 from pipeline.ranks.keys import Key
+from pipeline.ranks.patience import within
 from pipeline.ranks.team import Team
 
 POLL_S = 0.02
@@ -104,7 +102,8 @@ def open_store(rank: int, deadline_s: float) -> dist.Store:
         )
 
     try:
-        return _within(deadline_s + GRACE_S, connect)
+        # TCPStore waits without limit for the greeting of a server that is none.
+        return within(deadline_s + GRACE_S, connect)
     except dist.DistNetworkError as exc:
         if "EADDRINUSE" in str(exc):
             raise InUseError(
@@ -118,27 +117,6 @@ def open_store(rank: int, deadline_s: float) -> dist.Store:
         f"rank {rank} has waited {deadline_s:g} s for a store at {host}:{port}: has "
         f"{'the launcher' if launcher_serves() else 'rank 0'} started there, and can the port be reached?"
     ) from cause
-
-
-def _within(seconds: float, connect: Callable[[], dist.Store]) -> dist.Store:
-    """What ``connect`` returns or raises. TCPStore waits without limit for the greeting of a server that is none."""
-    outcome: SimpleQueue[tuple[dist.Store | None, BaseException | None]] = SimpleQueue()
-
-    def run() -> None:
-        try:
-            outcome.put((connect(), None))
-        except BaseException as error:
-            outcome.put((None, error))
-
-    threading.Thread(target=run, name="connect", daemon=True).start()
-    try:
-        store, error = outcome.get(timeout=seconds)
-    except Empty:
-        raise TimeoutError("no answer") from None
-    if error is not None:
-        raise error
-    assert store is not None
-    return store
 
 
 def agree_on_attempt(team: Team) -> str:

@@ -7,7 +7,7 @@
         meet/<place>/<rank>  value/<name>/<rank>                     Team: meetings, and what all tell all
         epoch/<epoch>/<rank>  pulse/<rank>                           every rank, for rank 0: telemetry
         saving/<step>/<rank>  saved/<step>/<rank>                    every rank's saver, for that of rank 0
-        clock/<ask|tell>/...                                         clocks of several hosts: recorder
+        clock/<ask|tell>/...                                         clocks of the ranks: clocks.py
 
     what all attempts of a run share (Team.remember)
         run_directory                                                rank 0, for its successor after a restart

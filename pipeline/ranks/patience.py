@@ -9,9 +9,10 @@ Only the main thread of a rank tells others what it waits for: they follow such 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable
-from queue import Empty
+from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -104,3 +105,27 @@ def wait(
             left_s -= min(time.monotonic() - began, left_s)
     finally:
         patience.end()
+
+
+def within(seconds: float, ask: Callable[[], T]) -> T:
+    """What ``ask`` returns or raises; it goes on in a thread of its own where it takes longer, since nobody can end it.
+
+    Raises:
+        TimeoutError: the seconds are over.
+    """
+    outcome: SimpleQueue[tuple[list[T], BaseException | None]] = SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put(([ask()], None))
+        except BaseException as error:
+            outcome.put(([], error))
+
+    threading.Thread(target=run, name="within", daemon=True).start()
+    try:
+        value, error = outcome.get(timeout=seconds)
+    except Empty:
+        raise TimeoutError("no answer") from None
+    if error is not None:
+        raise error
+    return value[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from pipeline.base.config import Config
-from pipeline.base.errors import ConfigError
+from pipeline.base.errors import ConfigError, warn
 from pipeline.base.numerics import Numerics, resolve_numerics
 from pipeline.base.paths import path_of, text_of
 from pipeline.base.toml import to_toml
@@ -152,7 +151,7 @@ def show_beginning(view: View, warnings: Sequence[str], lines: Sequence[str], la
     """What people see first (rank 0): a header and ``lines``, of which empty ones are left out; ``labels``: first and
     last block of every local module."""
     for warning in warnings:
-        print(f"localpipe warning: {warning}", file=sys.stderr, flush=True)
+        warn(warning)
     header, *others = filter(None, lines)
     view.start(header, others, labels)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.base.config import Config
-from pipeline.base.errors import CheckpointError, ConfigError
+from pipeline.base.errors import CheckpointError, ConfigError, warn
 from pipeline.base.flow import MAIN, bare, named, passed
 from pipeline.base.numerics import Numerics, resolve_numerics
 from pipeline.base.recipes import load_config
@@ -73,6 +73,8 @@ def evaluate(
     _refuse_ranks()
     _refuse_assignments(assignments)
     saved = open_checkpoint(Path(source))
+    if saved.older is not None:
+        warn(saved.older)
     config = load_config(file=saved.path / CONFIG, assignments=assignments)
     task = _task_of(saved, task)
     _refuse_what_is_missing(saved, config, network, data)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import platform
-import sys
 import threading
 import time
 from contextlib import closing
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from pipeline.base.config import Config
+from pipeline.base.errors import warn
 from pipeline.base.toml import to_toml
 from pipeline.base.version import VERSION
 from pipeline.data.source import DataSpec
@@ -303,7 +303,7 @@ class Loop:
             self._unwritten = False
         except OSError as error:
             self._unwritten = True
-            print(f"localpipe warning: metrics.jsonl was not written: {error}", file=sys.stderr, flush=True)
+            warn(f"metrics.jsonl was not written: {error}")
 
     def keep_directory(self) -> bool:
         """Rank 0: where the run directory has been deleted or renamed, go on in a new one with everything in it.
@@ -324,14 +324,12 @@ class Loop:
             told, self._told_of_directory = self._told_of_directory, True
         if told:  # a deletion that takes its time meets a directory that is made anew
             return True
-        print(
-            f"localpipe warning: run directory '{run.directory.path}' was deleted or renamed; the run goes on in a new "
-            "one with its configuration, plan and metrics so far; the next checkpoint is complete",
-            file=sys.stderr,
-            flush=True,
+        warn(
+            f"run directory '{run.directory.path}' was deleted or renamed; the run goes on in a new one with its "
+            "configuration, plan and metrics so far; the next checkpoint is complete"
         )
         return True
 
     def _warn(self) -> None:
         for note in self._run.saver.take_notes():
-            print(f"localpipe warning: {note}", file=sys.stderr, flush=True)
+            warn(note)

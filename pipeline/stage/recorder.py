@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from pipeline.edges.wire import Header, MessageKind
-from pipeline.ranks.keys import Key
+from pipeline.ranks.clocks import clock_offset
 from pipeline.ranks.team import Team
 from pipeline.stage.events import SEND, WAIT, Event
 from pipeline.stage.schedule import Action
@@ -99,31 +99,14 @@ class Recorder:
         return host_s + since_origin_ms / 1e3 + self._offset_s
 
 
-def clock_offset_s(team: Team, rounds: int = 5) -> float:
+def clock_offset_s(team: Team) -> float:
     """What to add to this rank's ``time.perf_counter`` to get rank 0's. Collective.
 
-    The clock is common to the processes of one boot of a host, so the offset is 0 there. Between hosts rank 0 answers
-    each rank in turn; the exchange with the shortest round trip counts, and its error is at most half of that.
+    The clock is common to the processes of one boot of a host, so the offset is 0 there.
     """
     if len(set(team.collect("its host", _host()))) == 1:
         return 0.0
-    for other in range(1, team.size):
-        if team.leads:
-            for index in range(rounds):
-                team.store.get(Key.CLOCK(what="ask", rank=other, index=index))  # blocks: to poll would take longer
-                team.set(Key.CLOCK(what="tell", rank=other, index=index), repr(time.perf_counter()))
-        elif team.rank == other:
-            return min(_exchange(team, index) for index in range(rounds))[1]
-    return 0.0
-
-
-def _exchange(team: Team, index: int) -> tuple[float, float]:
-    """(seconds of the round trip, offset)."""
-    asked = time.perf_counter()
-    team.set(Key.CLOCK(what="ask", rank=team.rank, index=index), "")
-    there = float(team.store.get(Key.CLOCK(what="tell", rank=team.rank, index=index)))
-    told = time.perf_counter()
-    return told - asked, there - (asked + told) / 2
+    return clock_offset(team, time.perf_counter).seconds
 
 
 def _host() -> str:

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: one directory per step, one torch.distributed.checkpoint per local module, one manifest.
+"""Checkpoints on disk: one directory per step, in it one file of safetensors per local module, and one manifest.
 
     checkpoints/
       .step-00000012.partial/     being written; nobody reads it
@@ -6,11 +6,12 @@
         manifest.json             position, what was trained, SHA-256 and size of every other file
         config.toml               the configuration
         history.json              records of the finished epochs
-        module-000/ ...           local module 0: weights, heads, optimiser, late work (module_state)
+        module-000.safetensors    local module 0: weights, heads, optimiser, late work (module_state)
+        ...
 
-A module's files do not depend on the rank that wrote them, so a run may go on with other ranks. torch's format protects
-neither against flipped bits nor against a mixture of two saves; the manifest does. Reading it executes nothing, but the
-``.metadata`` files of torch.distributed.checkpoint are pickles: resume only from checkpoints that you trust.
+A module's file does not depend on the rank that wrote it, so a run may go on with other ranks. safetensors protects
+neither against flipped bits nor against a mixture of two saves; the manifest does. All of it is JSON, TOML and numbers:
+reading it executes nothing. Checkpoints of format 1 (older_format) can be read, but are not written any more.
 """
 
 from __future__ import annotations
@@ -22,16 +23,12 @@ import os
 import re
 import shutil
 import tomllib
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from pipeline.base.config import Config
 from pipeline.base.errors import CheckpointError
@@ -39,13 +36,16 @@ from pipeline.base.validation import from_dict, validate
 from pipeline.local.task import task_name
 from pipeline.store.manifest import (
     CONFIG,
+    FORMAT,
     HISTORY,
     MANIFEST,
     STEP_NAME,
+    module_file,
     module_folder,
     read_manifest,
     sealed,
 )
+from pipeline.store.module_file import check_state, read_state, write_state
 
 FOLDER = "checkpoints"
 _PARTIAL = re.compile(r"\.step-\d{8,}\.(partial|removed)")
@@ -53,9 +53,6 @@ _REPLACED = re.compile(r"\.(step-\d{8,})\.replaced")
 
 Files = dict[str, dict[str, Any]]
 """Path below the checkpoint -> {"sha256", "bytes"}."""
-
-# One process per module writes on purpose; torch warns about it at every save.
-warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized", UserWarning)
 
 
 def step_folder(checkpoints: Path, step: int) -> Path:
@@ -73,13 +70,11 @@ def partial_folder(checkpoints: Path, step: int) -> Path:
 
 def write_module(partial: Path, index: int, state: dict[str, Tensor]) -> Files:
     """Write the state of one local module and return its files. Raises OSError."""
-    folder = partial / module_folder(index)
     _make_way(partial)
-    folder.mkdir(parents=True, exist_ok=True)
-    dcp.save(state, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=True)
-    names = sorted(path.name for path in folder.iterdir())
-    _sync(folder)
-    return {f"{folder.name}/{name}": _digest(folder / name) for name in names}
+    partial.mkdir(parents=True, exist_ok=True)
+    name = module_file(index)
+    write_state(partial / name, state)
+    return {name: _digest(partial / name)}
 
 
 def publish(
@@ -220,15 +215,25 @@ class Checkpoint:
     def module_state(self, index: int) -> dict[str, Tensor]:
         """The state of local module ``index`` as :func:`pipeline.local.module_state.module_state` made it, on the CPU.
 
-        It unpickles torch's ``.metadata``. Raises OSError.
+        Raises:
+            CheckpointError: its file cannot be read.
         """
-        reader = dcp.FileSystemReader(self.path / module_folder(index))
-        state: dict[str, Any] = {}
-        for name, entry in reader.read_metadata().state_dict_metadata.items():
-            assert isinstance(entry, TensorStorageMetadata)
-            state[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-        dcp.load(state, storage_reader=reader, no_dist=True)
-        return state
+        if self.manifest["format"] < FORMAT:
+            from pipeline.store.older_format import read_older_state  # a second of imports that few need
+
+            return read_older_state(self.path / module_folder(index))
+        return read_state(self.path / module_file(index))
+
+    @property
+    def older(self) -> str | None:
+        """What to tell somebody who uses a checkpoint of an older format; None for one of today's."""
+        version = self.manifest["format"]
+        if version >= FORMAT:
+            return None
+        return (
+            f"checkpoint '{self.path}' has format {version} (localpipe {self.manifest['localpipe']}), which is still "
+            f"read; new ones have format {FORMAT}"
+        )
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -286,6 +291,9 @@ def _open(path: Path) -> Checkpoint:
             )
         if found["sha256"] != expected["sha256"]:
             raise CheckpointError(f"{where}: {name} has changed since it was written (SHA-256 differs); {fix}")
+    if manifest["format"] == FORMAT:
+        for index in range(len(manifest["modules"])):
+            check_state(path / module_file(index))
     return Checkpoint(path, manifest)
 
 

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.base.errors import ConfigError
+from safetensors.torch import save
+
+from pipeline.base.errors import ConfigError, warn
 from pipeline.local.weights import HEADS, State, heads_state, model_state, weights_of
 from pipeline.models.torchvision import torchvision_name
 from pipeline.store.atomic import remove_temporaries
@@ -62,7 +64,7 @@ def export(source: Path | str, output: Path | str, *, heads: bool = False, fmt: 
 
     Raises:
         CheckpointError: the checkpoint is incomplete, or a file of it has changed.
-        ConfigError: an ``output`` that exists or cannot be written, an unknown format, safetensors is not installed.
+        ConfigError: an ``output`` that exists or cannot be written, an unknown format.
     """
     output = Path(output)
     encode = _encoder(output, fmt)
@@ -71,6 +73,8 @@ def export(source: Path | str, output: Path | str, *, heads: bool = False, fmt: 
     if not output.absolute().parent.is_dir():
         raise ConfigError(f"'{output}': there is no directory '{output.parent}'; make it, or choose another")
     saved = open_checkpoint(Path(source))
+    if saved.older is not None:
+        warn(saved.older)
     config = saved.config
     state = _uncut_state(saved, config.model.name, heads)
     about = {"step": str(saved.step), "config_sha256": config.fingerprint(), "backbone": config.model.name}
@@ -94,12 +98,6 @@ def _encoder(output: Path, fmt: str | None) -> Encoder:
         raise ConfigError(f"{where} is not known; name the file .pt, .pth or .safetensors, or give --format pt")
     if chosen == "pt":
         return lambda state, about: encode_pt(state)
-    try:
-        from safetensors.torch import save  # not everybody has it
-    except ImportError as error:
-        raise ConfigError(
-            f"'{output}' needs the package safetensors; pip install localpipe[safetensors], or write a .pt file"
-        ) from error
     return lambda state, about: save(state, {"format": "pt", **about})
 
 

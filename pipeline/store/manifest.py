@@ -20,14 +20,19 @@ from typing import Any, TypeGuard
 
 from pipeline.base.errors import CheckpointError
 
-FORMAT = 1
-"""Of the files; a reader refuses what is newer."""
+FORMAT = 2
+"""Of the files; a reader refuses what is newer. 1: module-000/ was a torch.distributed.checkpoint."""
 MANIFEST, CONFIG, HISTORY = "manifest.json", "config.toml", "history.json"
 STEP_NAME = re.compile(r"step-(\d{8,})")
 
 
-def module_folder(index: int) -> str:
+def module_file(index: int) -> str:
     """Where the state of local module ``index`` is, below a checkpoint."""
+    return f"{module_folder(index)}.safetensors"
+
+
+def module_folder(index: int) -> str:
+    """Where it is in format 1."""
     return f"module-{index:03d}"
 
 
@@ -161,8 +166,10 @@ def _contradiction(manifest: Mapping[str, Any], checkpoint: Path) -> str | None:
         return f"finished_epochs = {finished} does not go with step = {step} of epoch = {epoch}"
     if late > step:
         return f"late_since = {late} is after step = {step}"
-    files = [CONFIG, HISTORY, *(f"{module_folder(index)}/" for index in range(len(manifest["modules"])))]
-    missing = [start for start in files if not any(name.startswith(start) for name in manifest["files"])]
+    place = module_file if manifest["format"] > 1 else module_folder
+    files = [CONFIG, HISTORY, *(place(index) for index in range(len(manifest["modules"])))]
+    there = {PurePosixPath(name).parts[0] for name in manifest["files"]}
+    missing = [name for name in files if name not in there]
     return f"files has none of {missing[0]}" if missing else None
 
 

@@ -38,7 +38,7 @@ MAY_CHANGE = frozenset(
         *("optim.warmup_epochs", "optim.warmup_lr", "optim.clip_norm"),
         *("method.reconstruction", "method.task", "method.temperature", "method.similarity"),
         *("hierarchy.independent_weight", "hierarchy.cascade_weight"),
-        *("precision.channels_last", "precision.compile", "patches.at_once"),
+        *("precision.channels_last", "precision.compile", "precision.layers", "patches.at_once"),
     }
 )
 """Keys that may differ from those of the checkpoint, besides all of partition, checkpoint and runtime. The others
@@ -120,6 +120,7 @@ def choose_start(
             f"checkpoint '{chosen.path}' is of the task {chosen.task}, this run of the task {task_name(task)}; pass "
             "the task that was trained, or start anew with --resume none and another --run-dir"
         )
+    warnings += [chosen.older] if chosen.older is not None else []
     return Start(chosen.path, tuple(_changes(chosen, config)), tuple(warnings))
 
 

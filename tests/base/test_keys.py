@@ -156,6 +156,18 @@ def test_a_key_may_be_one_of_its_words_or_a_list_of_names() -> None:
     assert setting.valid() == "auto | even, or a list of names"
 
 
+def test_the_names_in_a_list_may_be_given() -> None:
+    bounds = Bounds("which", choices=("all", "none"), entries=("head", "trunk"))
+    setting = Setting("precision.layers", str | tuple[str, ...], "all", bounds)
+    setting.check(("head",))
+    setting.check(())
+    setting.check("none")
+    for value in ("head", ("all",)):
+        with pytest.raises(ConfigError, match=r"precision.layers = '\w+' is not known"):
+            setting.check(value)
+    assert setting.valid() == "all | none, or a list of head, trunk"
+
+
 def test_a_printed_configuration_says_what_every_key_means() -> None:
     lines = to_toml(Config(), comments=True).splitlines()
     (seed,) = [line for line in lines if line.startswith("seed = ")]

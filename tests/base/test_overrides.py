@@ -53,12 +53,12 @@ CASES = [
     ),
     (
         None, '[partition]\nkind = "given"\nstages = [2, 2]\n', "model.modules=5",
-        {"partition.stages": (), "partition.kind": "count"},
-        ["partition.stages = [2, 2] gives way to []: it holds 4 modules, and model.modules = 5", "to 'count'"],
+        {"partition.stages": (), "partition.kind": "auto"},
+        ["partition.stages = [2, 2] gives way to []: it holds 4 modules, and model.modules = 5", "to 'auto'"],
     ),
     (
         None, "", "partition.stages=[3,1]", {"partition.kind": "given"},
-        ["partition.kind = 'count' gives way to 'given': stages belong to kind 'given', and partition.stages = [3, 1]"],
+        ["partition.kind = 'auto' gives way to 'given': stages belong to kind 'given', and partition.stages = [3, 1]"],
     ),
     (
         None, "", "optim.momentum=0", {"optim.nesterov": False},

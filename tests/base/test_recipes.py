@@ -12,6 +12,7 @@ from pipeline import ConfigError, load_config, recipe_names, recipes_text
 from pipeline.base.recipes import recipes
 
 BEFORE = json.loads((Path(__file__).parent / "recipes_before_inheritance.json").read_text())
+DEFAULTS_SINCE = {"partition": {"kind": "auto"}}
 
 
 def test_every_recipe_resolves_to_what_it_was_as_a_file_of_its_own() -> None:
@@ -20,7 +21,7 @@ def test_every_recipe_resolves_to_what_it_was_as_a_file_of_its_own() -> None:
     for name, changes in BEFORE["recipes"].items():
         now = json.loads(json.dumps(dataclasses.asdict(load_config(name, say=pytest.fail))))
         for section, entries in BEFORE["defaults"].items():
-            expected = {**entries, **changes.get(section, {})}
+            expected = {**entries, **DEFAULTS_SINCE.get(section, {}), **changes.get(section, {})}
             assert {key: now[section][key] for key in expected} == expected, (name, section)
 
 

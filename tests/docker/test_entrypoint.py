@@ -57,6 +57,7 @@ def watched(*command: str) -> subprocess.Popen[str]:
         ("--nproc 2 --quiet", "train --nproc 2 --quiet"),
         ("train --nproc=2", "train --nproc=2"),
         ("plan --ranks 4", "plan --ranks 4"),
+        ("doctor --nproc 2", "doctor --nproc 2"),
         ("evaluate /runs/mine", "evaluate /runs/mine"),
         ("export /runs/mine --output /runs/mine.pt", "export /runs/mine --output /runs/mine.pt"),
     ],

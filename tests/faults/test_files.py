@@ -119,9 +119,9 @@ def test_a_place_that_cannot_be_written_to_is_one_line(tmp_path: Path) -> None:
 
 def damage(folder: Path, how: str) -> None:
     newest = step_folders(folder / "run" / "checkpoints")[0]
-    data = newest / "module-001" / "__0_0.distcp"
+    data = newest / "module-001.safetensors"
     content = bytearray(data.read_bytes())
-    if how == "missing shard":
+    if how == "missing file":
         data.unlink()
     elif how == "truncated":
         data.write_bytes(content[: len(content) // 2])
@@ -145,9 +145,9 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("how", "why"),
     [
-        ("missing shard", "module-001/__0_0.distcp cannot be read"),
+        ("missing file", "module-001.safetensors cannot be read"),
         ("truncated", "(cut short?)"),
-        ("flipped bit", "module-001/__0_0.distcp has changed since it was written"),
+        ("flipped bit", "module-001.safetensors has changed since it was written"),
         ("newer format", "has format 99"),
         ("foreign", "manifest.json is none of localpipe's"),
     ],

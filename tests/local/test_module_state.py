@@ -14,6 +14,7 @@ from pipeline.local.local_module import LocalModule
 from pipeline.local.module_state import module_state, restore_module
 from pipeline.local.weights import module_weights, weights_sha256
 from pipeline.store.checkpoint import Checkpoint, write_module
+from pipeline.store.manifest import FORMAT
 
 STEPS = 6
 CUT = 3
@@ -59,7 +60,7 @@ def test_a_restored_module_goes_on_bit_for_bit(case: str, tmp_path: Path) -> Non
     again, restored, _ = tiny_stage(config)
     assert digest(restored) != digest(modules)
     for module in restored:
-        restore_module(module, Checkpoint(tmp_path, {}).module_state(module.plan.index))
+        restore_module(module, Checkpoint(tmp_path, {"format": FORMAT}).module_state(module.plan.index))
     again.restored()
     assert digest(restored) == digest(halves)
     run(again, range(CUT, STEPS))
@@ -87,4 +88,8 @@ def test_the_state_of_another_module_is_refused_by_name() -> None:
     name = next(name for name in state if name.startswith("blocks.") and state[name].dim() == 4)
     state[name] = state[name][:1]
     with pytest.raises(ConfigError, match=name.replace(".", r"\.") + " has the shape"):
+        restore_module(modules[0], state)
+    state = module_state(modules[0])
+    state[name] = state[name].double()
+    with pytest.raises(ConfigError, match=name.replace(".", r"\.") + " is of torch.float64 there and of torch.float32"):
         restore_module(modules[0], state)

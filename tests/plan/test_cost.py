@@ -26,9 +26,9 @@ SHAPE = (3, 16, 16)
 CPU = Numerics(torch.device("cpu"), torch.float32, channels_last=True)
 
 
-def cost(*assignments: str, plain: bool = False) -> StepCost:
+def cost(*assignments: str) -> StepCost:
     config = load_config("cifar10-resnet32-bp", assignments=["model.name=resnet20", *assignments])
-    return step_cost(config, SHAPE, 10, plain)
+    return step_cost(config, SHAPE, 10)
 
 
 def test_backpropagation_costs_one_unit() -> None:
@@ -64,7 +64,7 @@ def test_a_cascade_adds_relays_and_heads() -> None:
 
 def test_the_factorised_decoder_costs_less_than_the_plain_one() -> None:
     settings = ("model.modules=4", "method.name=infopro", "patches.grid=2")
-    factorised, plain = cost(*settings), cost(*settings, plain=True)
+    factorised, plain = cost(*settings), cost(*settings, "precision.layers=plain")
     assert factorised.trunk == plain.trunk
     assert factorised.modules[0].independent == plain.modules[0].independent  # already at full size
     assert factorised.modules[2].independent < 0.7 * plain.modules[2].independent
@@ -108,10 +108,10 @@ def test_a_step_without_values_does_what_the_real_step_does(
     settings = ["model.name=resnet20", "model.modules=3", "precision.compute=fp32", *HEADS[method]]
     blocks = planned_blocks("resnet20", 3, 10)
     plan = make_plan(load_config("cifar10-resnet32-bp", assignments=settings), blocks, Classification(10, SHAPE), 1)
-    blank = cost_module._count(plan, blocks, CPU, plain=False)
+    blank = cost_module._count(plan, blocks, CPU)
     assert not computed
     monkeypatch.setattr(cost_module, "blank_modules", lambda *_: 1 / 0)
-    real = cost_module._count(plan, blocks, CPU, plain=False)
+    real = cost_module._count(plan, blocks, CPU)
     assert computed == [3]
     assert blank.flops == real.flops
     # Not the same to the last one: PyTorch itself asks whether a tensor is real before it writes into a view of it, and

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 import torch
 from helpers_spawn import run_ranks
 from tiny import CLASSES, IMAGE, Batches, network, tiny_blocks, tiny_config
+from torch import Tensor, nn
 
 from pipeline import ConfigError, LoaderData, train
 from pipeline.base.numerics import Numerics
@@ -79,6 +83,34 @@ def test_flops_are_counted_where_the_ranks_leave_a_choice(
         assert words == "placement by FLOPs: 43 | 57 % of a step (by count 71 % on the busiest rank)"
 
 
+class Chooses(nn.Module):
+    """A block that looks at its input: it trains, but no step of it can be done without values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def train_what_chooses(rank: int, folder: str) -> tuple[list[int], str]:
+    first, *others = network()
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        train(
+            tiny_config("dgl", "plain", 1, 4, partition=KINDS["auto"], train={"max_steps": 2}),
+            network=nn.Sequential(first, Chooses(), *others),
+            data=LoaderData(Batches(), Batches()),
+            run_dir=folder,
+        )
+    return json.loads((Path(folder) / "plan.json").read_text())["stages"], said.getvalue()
+
+
+def test_what_cannot_be_counted_trains_placed_by_count(tmp_path: Path) -> None:
+    results = run_ranks(train_what_chooses, 2, str(tmp_path / "run"), timeout_s=120)
+    assert [result.exit_code for result in results] == [0, 0], [result.stderr for result in results]
+    stages, said = results[0].value
+    assert stages == [2, 2]
+    assert re.search(r"^ *placement by count: local module \d \(.*\) cannot be counted without values \(", said, re.M)
+
+
 def one_rank() -> Any:
     return SimpleNamespace(team=Team(), local_world_size=1)
 
@@ -110,6 +142,7 @@ def test_measuring_leaves_the_network_and_the_random_state_alone(monkeypatch: py
     ("partition", "words"),
     [
         ({"kind": "given"}, "stages belong to kind 'given'"),
+        ({"kind": "auto", "stages": [2, 2]}, "stages belong to kind 'given'"),
         ({"kind": "count", "stages": [2, 2]}, "stages belong to kind 'given'"),
         ({"kind": "given", "stages": [2, 0]}, "each must be at least 1"),
         ({"kind": "balanced"}, "partition.kind = 'balanced' is not known"),

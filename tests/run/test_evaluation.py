@@ -272,14 +272,14 @@ def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(
     settings = tiny_config("dgl", modules=2, train={"epochs": 1})
     train(settings, **own_data(), run_dir=tmp_path / "run", quiet=True)
     capsys.readouterr()
-    damaged = open_checkpoint(tmp_path / "run").path / "module-000" / "__0_0.distcp"
+    damaged = open_checkpoint(tmp_path / "run").path / "module-000.safetensors"
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
     assert command_line(monkeypatch, tmp_path / "run") == 2
     line = capsys.readouterr().err
     assert line.startswith("localpipe: ") and line.count("\n") == 1
-    assert "module-000/__0_0.distcp has changed since it was written" in line
+    assert "module-000.safetensors has changed since it was written" in line
 
 
 def test_a_wrong_key_ends_with_one_line_and_exit_code_2(

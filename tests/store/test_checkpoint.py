@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -75,10 +76,9 @@ def cut_short(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage", "words"),
     [
-        ("module-001/__0_0.distcp", flip, "has changed since it was written"),
-        ("module-000/.metadata", flip, "has changed since it was written"),
-        ("module-000/__0_0.distcp", cut_short, "cut short"),
-        ("module-001/__0_0.distcp", Path.unlink, "cannot be read"),
+        ("module-001.safetensors", flip, "has changed since it was written"),
+        ("module-000.safetensors", cut_short, "cut short"),
+        ("module-001.safetensors", Path.unlink, "cannot be read"),
         ("config.toml", flip, "has changed"),
         ("history.json", cut_short, "cut short"),
         (MANIFEST, Path.unlink, "has no manifest.json"),
@@ -127,7 +127,7 @@ def forge(path: Path, **entries: Any) -> None:
         ({"wall_s": "long"}, "wall_s ="),
         ({"modules": [["stem"], []]}, "modules ="),
         ({"modules": [["stem"], ["stem"]]}, "modules ="),
-        ({"modules": [["stem"], ["a"], ["b"]]}, "files has none of module-002/"),
+        ({"modules": [["stem"], ["a"], ["b"]]}, "files has none of module-002.safetensors"),
         ({"classes": None}, "classes = null, which must be a whole number from 1 on"),
         ({"image_shape": [3, 0, 8]}, "image_shape ="),
         ({"custom_network": "no"}, "custom_network ="),
@@ -152,6 +152,21 @@ def test_a_signed_manifest_that_cannot_be_right_is_refused_by_its_entry(
         open_checkpoint(path)
     assert f"'{path}': manifest.json cannot be right: {words}" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_signed_file_that_is_no_safetensors_is_refused_and_the_one_before_is_used(tmp_path: Path) -> None:
+    saved(tmp_path, 3)
+    path = saved(tmp_path, 4)
+    content = (path / "module-001.safetensors").read_bytes()
+    content = b"\xff" * 8 + content[8:]  # the length of its header
+    (path / "module-001.safetensors").write_bytes(content)
+    files = json.loads((path / MANIFEST).read_text())["files"]
+    files["module-001.safetensors"]["sha256"] = hashlib.sha256(content).hexdigest()
+    forge(path, files=files)
+    with pytest.raises(CheckpointError, match="module-001.safetensors is no file of a module .*header too large"):
+        open_checkpoint(path)
+    found, refused = newest_valid(tmp_path)
+    assert found is not None and found.step == 3 and len(refused) == 1
 
 
 @pytest.mark.parametrize("name", ["step", "late_since", "total_steps", "test_error_pct", "custom_network"])
@@ -192,8 +207,8 @@ def test_a_file_with_the_name_of_an_unfinished_checkpoint_is_removed(tmp_path: P
 
 def test_files_that_vanish_before_the_manifest_is_written_fail_the_save(tmp_path: Path) -> None:
     files = write_module(partial_folder(tmp_path, 3), 0, STATES[0])
-    (partial_folder(tmp_path, 3) / "module-000" / ".metadata").unlink()
-    with pytest.raises(OSError, match=r"module-000/\.metadata is gone"):
+    (partial_folder(tmp_path, 3) / "module-000.safetensors").unlink()
+    with pytest.raises(OSError, match=r"module-000\.safetensors is gone"):
         publish(tmp_path, 3, files, DOCUMENT, "", [])
     assert not step_folders(tmp_path)
 
@@ -218,7 +233,7 @@ def test_a_newer_format_and_foreign_files_are_refused(tmp_path: Path) -> None:
 def test_the_newest_valid_one_is_found_and_the_reason_against_newer_ones_is_kept(tmp_path: Path) -> None:
     for step in (5, 100, 20):
         saved(tmp_path, step)
-    flip(step_folder(tmp_path, 100) / "module-000" / "__0_0.distcp")
+    flip(step_folder(tmp_path, 100) / "module-000.safetensors")
     found, refused = newest_valid(tmp_path)
     assert found is not None and found.step == 20
     assert len(refused) == 1 and "step-00000100" in refused[0]

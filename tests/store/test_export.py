@@ -8,12 +8,13 @@ import resource
 import runpy
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny import Batches, network, tiny_config
 from torch import nn
 from torchvision import models
@@ -161,15 +162,15 @@ def test_a_damaged_checkpoint_is_refused_by_the_name_of_the_file(
     data = LoaderData(Batches(), Batches())
     train(settings, network=network(), data=data, run_dir=tmp_path / "run", quiet=True)
     capsys.readouterr()
-    damaged = open_checkpoint(tmp_path / "run").path / "module-001" / "__0_0.distcp"
+    damaged = open_checkpoint(tmp_path / "run").path / "module-001.safetensors"
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
     damaged.write_bytes(content)
-    for source in (tmp_path / "run", damaged.parent.parent):
+    for source in (tmp_path / "run", damaged.parent):
         assert command_line(monkeypatch, source, "--output", tmp_path / "mine.pt") == 2
         line = capsys.readouterr().err
         assert line.startswith("localpipe: ") and line.count("\n") == 1
-        assert "module-001/__0_0.distcp has changed since it was written" in line
+        assert "module-001.safetensors has changed since it was written" in line
     assert not (tmp_path / "mine.pt").exists()
 
 
@@ -194,43 +195,12 @@ def test_the_command_line_says_what_it_wrote_on_one_line(
 # --- safetensors ------------------------------------------------------------------------------------------------------
 
 
-def test_without_safetensors_the_message_says_how_to_get_it(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    with pytest.raises(ConfigError, match=r"needs the package safetensors; pip install localpipe\[safetensors\]"):
-        export(run, tmp_path / "mine.safetensors")
-
-
-def test_safetensors_gets_the_weights_and_where_they_come_from(
-    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a stand-in for the package: what it is asked to write."""
-    asked = {}
-
-    def save(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
-        asked.update(tensors=tensors, metadata=metadata)
-        return b"bytes"
-
-    monkeypatch.setitem(sys.modules, "safetensors", types.ModuleType("safetensors"))
-    monkeypatch.setitem(sys.modules, "safetensors.torch", types.SimpleNamespace(save=save))
-    export(run, tmp_path / "mine.safetensors")
-    assert (tmp_path / "mine.safetensors").read_bytes() == b"bytes"
-    assert same(asked["tensors"], read(run / "model.pt"))
-    assert all(value.is_contiguous() for value in asked["tensors"].values())
-    digest = open_checkpoint(run).config.fingerprint()
-    assert asked["metadata"] == {"format": "pt", "step": "2", "config_sha256": digest, "backbone": "resnet20"}
-
-
 def test_a_safetensors_file_is_read_back(run: Path, tmp_path: Path) -> None:
-    library = pytest.importorskip("safetensors", reason="pip install localpipe[safetensors]")
-    from safetensors.torch import load_file
-
     path = tmp_path / "mine.safetensors"
     export(run, path)
     assert same(load_file(path), read(run / "model.pt"))
-    with library.safe_open(path, "pt") as file:
-        assert file.metadata()["step"] == "2"
+    digest = open_checkpoint(run).config.fingerprint()
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"format": "pt", "step": "2", "config_sha256": digest, "backbone": "resnet20"}
     model: nn.Module = load_model(config("model.name=resnet20"), classes=10)
     model.load_state_dict(load_file(path), strict=True)
