@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pipeline.run.train import train
     from pipeline.stage.events import Event, SteadyState, read_trace, steady_state
     from pipeline.store.exporting import Exported, export
+    from pipeline.store.hub import load_exported
     from pipeline.store.run_directory import read_metrics
 
 __all__ = [
@@ -79,6 +80,7 @@ __all__ = [
     "from_dict",
     "keys_markdown",
     "load_config",
+    "load_exported",
     "load_model",
     "measure",
     "plot_curve",
@@ -124,6 +126,7 @@ _NEED_TORCH = {
     "pipeline.run.train": ("train",),
     "pipeline.stage.events": ("Event", "SteadyState", "read_trace", "steady_state"),
     "pipeline.store.exporting": ("Exported", "export"),
+    "pipeline.store.hub": ("load_exported",),
     "pipeline.store.run_directory": ("read_metrics",),
 }
 
