@@ -53,8 +53,8 @@ def profile_modules(
         sharing: ranks that share the memory of the device: all of a machine share its CPU's.
         after_module: called when a module has been measured.
 
-    With ``hierarchy.levels = "auto"`` a module whose levels may go together is measured in both forms. Bytes are those of
-    :class:`pipeline.plan.watches.MemoryWatch`.
+    With ``hierarchy.levels = "auto"`` a module whose levels may go together is measured in both forms. Bytes are those
+    of :class:`pipeline.plan.watches.MemoryWatch`.
     """
     alone = dataclasses.replace(plan, stages=tuple(range(m, m + 1) for m in range(len(plan.modules))))
     cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []
@@ -141,8 +141,13 @@ def _profile_one(
 
 def _with_both_forms(separate: ModuleCost, together: ModuleCost) -> ModuleCost:
     """The form is chosen later; there is memory for either."""
-    work_bytes = max(separate.work_bytes, together.work_bytes)
-    return dataclasses.replace(separate, together_s=together.together_s, work_bytes=work_bytes)
+    return dataclasses.replace(
+        separate,
+        together_s=together.together_s,
+        graph_bytes=max(separate.graph_bytes, together.graph_bytes),
+        work_bytes=max(separate.work_bytes, together.work_bytes),
+        head_bytes=max(separate.head_bytes, together.head_bytes),
+    )
 
 
 def _state_bytes(module: LocalModule) -> int:
