@@ -80,12 +80,12 @@ def examine(job: Job) -> Iterator[Finding]:
     gpus, links = gpu_findings(
         job.here, job.request, torch.version.cuda, torch.cuda.device_count(), torch.cuda.get_arch_list()
     )
-    has_gpus = torch.cuda.device_count() > 0
+    has_gpus = torch.cuda.device_count() > 0 and job.request != "cpu"
     yield software()
     yield nccl(has_gpus)
     yield gpus
     yield links
-    yield cores(job, cgroup, on_cpu=job.request == "cpu" or not has_gpus or job.here > torch.cuda.device_count())
+    yield cores(job, cgroup, on_cpu=not has_gpus or (job.request == "auto" and job.here > torch.cuda.device_count()))
     yield memory(job, cgroup)
     yield shared_memory(job, has_gpus, int(cores_in_use(cgroup)))
     yield limits(job, cgroup, has_gpus)
