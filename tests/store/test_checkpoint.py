@@ -136,7 +136,7 @@ def forge(path: Path, **entries: Any) -> None:
         ({"versions": []}, "versions ="),
         ({"date": None}, "date ="),
         ({"config_sha256": 7}, "config_sha256 ="),
-        ({"levels_together": [1]}, "levels_together = [1], which must be a number of ranks and a list of local modules"),
+        ({"levels_together": [1]}, "levels_together = [1], which must be a number of ranks and a list of"),
         ({"levels_together": {"ranks": 2, "modules": [-1]}}, "levels_together ="),
         ({"files": {}}, "files = {}, which must be a table of at least one file"),
         ({"files": {"../config.toml": {"sha256": "0" * 64, "bytes": 1}}}, "files ="),
