@@ -170,7 +170,7 @@ def test_the_work_of_a_module_is_that_of_its_form() -> None:
 
 # --- what people see --------------------------------------------------------------------------------------------------
 
-SETTINGS = ["runtime.device=cpu", "precision.compute=fp32", "hierarchy.levels=auto"]  # of the default recipe, K = 4
+SETTINGS = ["runtime.device=cpu", "precision.compute=fp32", "hierarchy.levels=auto", "model.cuts=even"]  # K = 4
 
 
 def profiled(cost: ModuleCost) -> Profile:
