@@ -37,7 +37,7 @@ ROWS = 64  # so many that what does not grow with them, such as the weights' gra
 
 
 def largest_graph(modules: Iterable[tuple[Sequence[nn.Module], Specs]]) -> int:
-    """Bytes that autograd keeps of ``ROWS`` rows in the local module that needs most; ``modules`` are the blocks of each
+    """Bytes that autograd keeps of ``ROWS`` rows in the local module that needs most; ``modules``: the blocks of each
     and what it is given."""
     different = {f"{blocks} {given}": (blocks, given) for blocks, given in modules}
     return max(_module_bytes(blocks, given) for blocks, given in different.values())
