@@ -111,7 +111,8 @@ def _work_bytes(patched: PatchedHead, shape: FeatureShape, task: Task, at_once: 
                 gradient, _ = head.backward(feature, Given(target, image), 1.0)
         except Exception:  # as above
             return 0
-        return alive.most - gradient.nbytes - sum(p.grad.nbytes for p in head.parameters() if p.grad is not None)
+        stays = [gradient, *(p.grad for p in head.parameters() if p.grad is not None)]
+        return alive.most - sum(tensor.nbytes for tensor in stays)
 
 
 @contextmanager
