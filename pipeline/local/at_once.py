@@ -106,8 +106,9 @@ def _work_bytes(patched: PatchedHead, shape: FeatureShape, task: Task, at_once: 
         target, image = (blank(spec, ROWS, torch.float32, CPU) for spec in (task.target, task.image))
         assert isinstance(head, PatchedHead)
         head.at_once = at_once
+        alive = Alive()
         try:
-            with Alive() as alive:
+            with alive:
                 gradient, _ = head.backward(feature, Given(target, image), 1.0)
         except Exception:  # as above
             return 0
