@@ -1,18 +1,18 @@
 """How many patches a head works on together where ``patches.at_once = "auto"``: as many as memory allows.
 
-    modules   x_m --f_m--> h_m        autograd keeps g_m bytes from forward to backward; G = the largest g_m
-    head      forward + backward of n patches together need w(n) bytes, given back before the next ones
-    auto      the largest n <= all with w(n) <= G, or 1; w(n) <= G / 2 where both levels work together
+    modules   forward + backward of f_m need b_m bytes; B = the largest b_m, which some rank must have
+    heads     forward + backward of n patches together need w(n) bytes, given back before the next ones
+    auto      the largest n <= all with w(n) <= B, or 1; w(n) <= B / 2 where both levels work together
 
-While its heads work, a rank so needs at most G more than what is open on it anyway: no rank needs more than the rank of
-the largest module does, and that one at most twice its graph. w(n) counts what is alive at a time, the backward pass
-included, without what every n needs: the gradients of the feature and of weights.
+So heads at work never need more than the backward of the largest module does. They come on top of what is open on their
+rank, its module's own graph: where the largest module has heads, its rank peaks at up to the two together. Both b_m and
+w(n) are the most that is alive at a time, without what is there in any form: gradients of outputs and of parameters.
 
-Not g_m, or what the backward of module m needs on top of it: a late module keeps little, while its decoder gives whole
-images, so one patch after another would be left just where calls are dearest; and the device has room for G anyway,
-since any rank may own the largest module. Not what is free on a rank: bits of the result depend on n, so n must be
-the same in every placement. For the same reason bytes are counted from shapes alone, on tensors without values, in one
-dtype and layout, for a fixed number of rows: another batch size or precision changes both sides alike.
+Why not what fits beside the module's graph into what its own backward needs? A late module needs little, while its
+decoder gives whole images: patches would come one after another just where calls are dearest. Why not what is free on a
+rank? Bits of the result depend on n, so it must be the same in every placement. Therefore bytes are also counted from
+shapes alone, on tensors without values, in one dtype and layout, for a fixed number of rows: batch size and precision
+change both sides alike, more or less (autocast's copies are not counted).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.base.alive import Alive
-from pipeline.base.flow import Specs, TensorSpec, bare, passed
+from pipeline.base.flow import Specs, TensorSpec, bare, named, passed
 from pipeline.local.methods import Level
 from pipeline.local.task import Task
 from pipeline.models.boundaries import blank
@@ -36,9 +36,9 @@ CPU = torch.device("cpu")
 ROWS = 64  # so many that what does not grow with them, such as the weights' gradients, hardly counts
 
 
-def largest_graph(modules: Iterable[tuple[Sequence[nn.Module], Specs]]) -> int:
-    """Bytes that autograd keeps of ``ROWS`` rows in the local module that needs most; ``modules``: the blocks of each
-    and what it is given."""
+def largest_backward(modules: Iterable[tuple[Sequence[nn.Module], Specs]]) -> int:
+    """Bytes that forward and backward of ``ROWS`` rows need in the local module that needs most; ``modules``: the
+    blocks of each and what it is given."""
     different = {f"{blocks} {given}": (blocks, given) for blocks, given in modules}
     return max(_module_bytes(blocks, given) for blocks, given in different.values())
 
@@ -64,24 +64,23 @@ class HeadMemory:
 
 
 def _module_bytes(blocks: Sequence[nn.Module], given: Specs) -> int:
-    """Bytes of the distinct storages that autograd keeps of a forward of these blocks, without parameters; 0 where that
-    fails."""
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
-        return tensor
-
+    """The most that forward and backward of these blocks have alive, without what stays: the gradients of the outputs
+    and of parameters. 0 where that fails."""
     with _blank_copies(blocks) as blanks:
         flow = bare({name: blank(spec, ROWS, torch.float32, CPU) for name, spec in given.items()})
+        alive = Alive()
         try:
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            with alive:
                 for block in blanks:
                     flow = passed(block(flow))
+                outputs = [output for output in named(flow).values() if output.requires_grad]
+                gradients = [torch.empty_like(output) for output in outputs]
+                if outputs:
+                    torch.autograd.backward(outputs, gradients)
         except Exception:  # whatever it is: there is no answer without values
             return 0
-        own = {tensor.untyped_storage()._cdata for module in blanks for tensor in module.parameters()}
-        return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
+        stays = gradients + [p.grad for block in blanks for p in block.parameters() if p.grad is not None]
+        return alive.most - sum(tensor.nbytes for tensor in stays)
 
 
 def _fitting(patched: PatchedHead, shape: FeatureShape, task: Task, available: int) -> int:

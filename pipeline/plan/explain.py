@@ -30,13 +30,14 @@ from pipeline.plan.cost import StepCost, planned_cost
 from pipeline.plan.cost_cut import cut_by_cost
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.counted_costs import counted_costs
+from pipeline.plan.forms import compared_forms
 from pipeline.plan.level_choice import choose_levels, joinable, levels_line
 from pipeline.plan.module_flops import Uncountable, module_flops
 from pipeline.plan.placement import choose_stages, given, place, split_by_cost
 from pipeline.plan.predicted import STEPS, predicted
 from pipeline.plan.profiling import profile_modules, work_of
 from pipeline.plan.rank_memory import rank_memory, refuse_too_large
-from pipeline.plan.report import Placement, PlannedModule, PlannedRank, PlanReport
+from pipeline.plan.report import Placement, PlannedForm, PlannedModule, PlannedRank, PlanReport
 from pipeline.plan.simulate import ModuleCost
 from pipeline.ranks.runtime import choose_device, keep_freed_memory, ranks_per_device, set_threads
 from pipeline.stage.events import SteadyState
@@ -83,6 +84,7 @@ def explain(
     profile: Profile | None = None,
     *,
     count: bool = False,
+    forms: bool = False,
     latency_s: float = 0.0,
     bytes_per_s: float = math.inf,
 ) -> PlanReport:
@@ -93,6 +95,8 @@ def explain(
         ranks: number of processes, each on a device like the profiled one.
         profile: costs of the modules; None: :func:`measure` them here, once nothing else is left to refuse.
         count: give FLOPs, in BP units, and operations of every module too, which takes a few seconds.
+        forms: plan the other forms that the work of the heads can take too. Without a ``profile`` their heads are
+            measured, which takes less time than measuring the modules did.
         latency_s: seconds that a message takes besides its transfer.
         bytes_per_s: bandwidth between two ranks.
 
@@ -132,15 +136,15 @@ def explain(
     if flops is not None:
         candidates["auto"] = split_by_cost(flops, ranks)
     link = (latency_s, bytes_per_s)
-    forms, unknown = costs, ""
+    by_form, unknown = costs, ""
     if config.hierarchy.levels == "auto" and measured and chosen != "measured":  # as a run would decide
         try:
-            forms = counted_costs(plan, joinable(plan), network.blocks, numerics)
+            by_form = counted_costs(plan, joinable(plan), network.blocks, numerics)
         except Uncountable as error:
-            forms, unknown = (ModuleCost(),) * len(costs), f"levels separate: {error}"
+            by_form, unknown = (ModuleCost(),) * len(costs), f"levels separate: {error}"
     runs = {}
     for kind, candidate in candidates.items():
-        plan = choose_levels(plan.placed(candidate), forms)
+        plan = choose_levels(plan.placed(candidate), by_form)
         runs[kind] = (plan, *predicted(plan, costs, *link))
     plan, simulation, steady = runs[chosen]
     units = planned_cost(plan, network.blocks, numerics) if count else None
@@ -150,6 +154,13 @@ def explain(
         bound_s = sum(work[m] for m in stages[0])
         steady = dataclasses.replace(steady, step_s=bound_s)
     memory = rank_memory(plan, costs, numerics)
+    compared: tuple[PlannedForm, ...] = ()
+    if forms:
+        operations = units.operations if units is not None else None
+        with _threads_of_a_rank(config, ranks, numerics):
+            compared = compared_forms(
+                plan, costs, network.blocks, numerics, link, measure=measured, operations=operations
+            )
     first = STEPS // 2
     return PlanReport(
         lines=_lines(plan, numerics, profile, link, (cut, reason if chosen == "auto" else "", unknown)),
@@ -168,6 +179,7 @@ def explain(
         first_step=first,
         refusal=_refusal(memory, profile),
         bp_operations=units.bp_operations if units is not None else None,
+        forms=compared,
     )
 
 

@@ -56,7 +56,7 @@ def profile_modules(
     With ``hierarchy.levels = "auto"`` a module whose levels may go together is measured in both forms. Bytes are those
     of :class:`pipeline.plan.watches.MemoryWatch`.
     """
-    alone = dataclasses.replace(plan, stages=tuple(range(m, m + 1) for m in range(len(plan.modules))))
+    alone = _one_module_a_rank(plan)
     cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []
     costs = []
     both = joinable(plan) if plan.config.hierarchy.levels == "auto" else frozenset()
@@ -82,6 +82,18 @@ def profile_modules(
     )
 
 
+def module_alone(plan: Plan, index: int, blocks: Blocks, numerics: Numerics) -> LocalModule:
+    """A throwaway local module of a plan, whatever its placement; planned blocks get weights in a copy."""
+    copies = OrderedDict((name, copy.deepcopy(blocks[name])) for name in plan.cut.modules[index])
+    fresh = any(map(is_planned, copies.values()))
+    (module,) = build_modules(_one_module_a_rank(plan), index, copies, numerics, fresh)
+    return module
+
+
+def _one_module_a_rank(plan: Plan) -> Plan:
+    return dataclasses.replace(plan, stages=tuple(range(m, m + 1) for m in range(len(plan.modules))))
+
+
 def work_of(plan: Plan) -> tuple[str, ...]:
     """What a profile of ``plan`` is a profile of, besides its device and precision, for people to read."""
     config = plan.config
@@ -103,8 +115,7 @@ def device_name(device: torch.device) -> str:
 def _profile_one(
     alone: Plan, index: int, blocks: Blocks, numerics: Numerics, warmup: int, steps: int
 ) -> ModuleCost:
-    copies = OrderedDict((name, copy.deepcopy(blocks[name])) for name in alone.cut.modules[index])
-    (module,) = build_modules(alone, index, copies, numerics, fresh=any(map(is_planned, copies.values())))
+    module = module_alone(alone, index, blocks, numerics)
     module.set_learning_rate(0.0)  # random labels must not drive the weights to where arithmetic is slow
     batch, gradients = random_batch(alone, [module], numerics), random_gradients(alone, module, numerics)
     memory = MemoryWatch(numerics.device, module)

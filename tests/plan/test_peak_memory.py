@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pipeline.base.flow import TensorSpec
 from pipeline.base.numerics import Numerics
 from pipeline.edges.connect import Edges
-from pipeline.local.at_once import ROWS, HeadMemory, largest_graph
+from pipeline.local.at_once import ROWS, HeadMemory, largest_backward
 from pipeline.local.methods import Level
 from pipeline.local.task import Classification
 from pipeline.models.backbones import BasicBlock
@@ -82,7 +82,7 @@ def test_auto_stays_below_the_graph_of_the_largest_module(make: Any, width: int)
     themselves; all patches at once would not."""
     rows, grid = 16, 4
     block = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
-    available = largest_graph([([block], {"x": TensorSpec((3, SIDE, SIDE))})])
+    available = largest_backward([([block], {"x": TensorSpec((3, SIDE, SIDE))})])
     head = PatchedHead(partial(make, patch_shape(SHAPE, grid)), grid, at_once=grid**2)
     feature = torch.randn(rows, *SHAPE)
     stays = feature.nbytes + sum(parameter.nbytes for parameter in head.parameters())
