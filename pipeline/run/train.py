@@ -9,6 +9,7 @@ run (a checkpoint is written by all).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -25,6 +26,7 @@ from pipeline.local.task import Task
 from pipeline.plan.assembly import build_modules, describe, write_plan
 from pipeline.plan.measured_placement import placed_plan
 from pipeline.ranks.runtime import Runtime
+from pipeline.report.loggers import Loggers
 from pipeline.report.view import open_view
 from pipeline.run import tracing
 from pipeline.run.beginning import (
@@ -45,7 +47,7 @@ from pipeline.run.telemetry import Telemetry
 from pipeline.stage.schedule import Action
 from pipeline.stage.watch import Watch
 from pipeline.store import checkpoint
-from pipeline.store.run_directory import PLAN
+from pipeline.store.run_directory import PLAN, json_ready
 from pipeline.store.saver import SaveFailed, Saver
 
 ActionHook = Callable[[int, Action], None]
@@ -142,6 +144,8 @@ def train(
             show_beginning(view, start.warnings, lines, plan.labels())
 
         folder = directory.path / checkpoint.FOLDER
+        loggers = Loggers(config.log.to, directory.path, json_ready(dataclasses.asdict(config)))
+        held.callback(loggers.close)
         run = Run(
             config=config,
             runtime=runtime,
@@ -155,11 +159,13 @@ def train(
             saver=Saver(team, folder, config.checkpoint),
             orders=orders,
             view=view,
+            loggers=loggers,
             custom_network=network is not None,
         )
         loop = Loop(run, position, records, saved=start.checkpoint is not None and start.checkpoint.parent == folder)
         if team.leads:
             directory.begin_metrics(loop.records)
+            loop.begin_loggers()
         reason = asked_to_stop(runtime)
         if reason is not None:
             edges.close()
