@@ -155,12 +155,13 @@ COLUMNS = (
     Column("largest module", "largest_module", ".2f"), Column("plain order", "bp_units_flops_plain", ".2f"),
     Column("BP GFLOP/image", "bp_gflops_per_image", ".2f"),
     Column("operations per step", "operations", ",d"), Column("per BP's", "operations_ratio", ".2f"),
+    Column("launches", "launches", ",d"), Column("per BP's", "launches_ratio", ".2f"),
 )  # fmt: skip
 LEGEND = (
     "BP units: CPU seconds of a step to those of backpropagation (wall units: wall seconds). FLOP units: counted "
     "FLOPs and their parts; plain order: with upsampling before the convolution, as published. Operations: calls of "
     "PyTorch's dispatcher, below autograd, in forward, heads, backward and update of all local modules; on the code "
-    "path of a CPU."
+    "path of a CPU. Launches: those of them that compute or copy, so neither views nor memory alone."
 )
 
 
@@ -177,6 +178,7 @@ def row_of(case: Case, found: Sequence[Any], cost: StepCost, plain: StepCost) ->
         bp_gflops_per_image=cost.bp_flops / 1e9, bp_units_flops=cost.bp_units, bp_units_flops_plain=plain.bp_units,
         trunk=cost.trunk, heads=cost.heads, largest_module=max(module.total for module in cost.modules),
         measured_over_flops=units / cost.bp_units, operations=cost.operations, operations_ratio=cost.operations_ratio,
+        launches=cost.launches, launches_ratio=cost.launches_ratio,
     )  # fmt: skip
 
 

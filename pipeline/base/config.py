@@ -88,8 +88,9 @@ class HierarchyConfig:
     )
     levels: str = key(
         "separate",
-        "separate: the cascade level first, others wait for it; together: both in fewer, larger operations",
-        choices=("separate", "together"),
+        "separate: the cascade level first, others wait for it; together: both in fewer, larger operations; auto: "
+        "together on ranks where that makes no step longer, so the bits may depend on the placement",
+        choices=("separate", "together", "auto"),
     )
     final_loss: str = key(
         "auto",
@@ -138,7 +139,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class PartitionConfig:
-    """Which rank owns which local modules. These keys never change the result of `exact` and `async`."""
+    """Which rank owns which modules. `exact` and `async` give one result for all, unless hierarchy.levels=auto."""
 
     kind: str = key(
         "auto",

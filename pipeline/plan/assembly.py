@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -74,6 +74,19 @@ class Plan:
             return self
         schedules = _schedules(self.config, self.modules, stages, self.upstream)
         return dataclasses.replace(self, stages=stages, schedules=schedules)
+
+    def with_levels_together(self, modules: Collection[int]) -> Plan:
+        """The same plan with both levels of these local modules in one action, and of no others."""
+        roles = tuple(dataclasses.replace(role, together=role.index in modules) for role in self.modules)
+        if roles == self.modules:
+            return self
+        schedules = _schedules(self.config, roles, self.stages, self.upstream)
+        return dataclasses.replace(self, modules=roles, schedules=schedules)
+
+    @property
+    def levels_together(self) -> tuple[int, ...]:
+        """The local modules with both levels in one action."""
+        return tuple(role.index for role in self.modules if role.together)
 
     def given(self, module: int) -> Specs:
         """What a local module gets."""
@@ -290,6 +303,7 @@ def write_plan(plan: Plan, path: Path) -> None:
         "partition": plan.config.partition.kind,
         "stages": [len(stage) for stage in plan.stages],
         "modules": [list(names) for names in plan.cut.modules],
+        "levels_together": list(plan.levels_together),
         "schedules": [" ".join(map(str, schedule)) for schedule in plan.schedules],
     }
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

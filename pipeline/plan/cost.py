@@ -50,6 +50,7 @@ class ModuleUnits:
         cascade, independent: the heads of a level with their backward passes.
         operations: calls in all its actions, of losses and updates too; no BP units. What is done for several modules
             at once counts in equal parts.
+        launches: those of the operations for which a GPU launches something.
     """
 
     module: int
@@ -59,6 +60,7 @@ class ModuleUnits:
     cascade: float
     independent: float
     operations: float
+    launches: float
 
     @property
     def trunk(self) -> float:
@@ -77,12 +79,13 @@ class StepCost:
 
     Attributes:
         bp_flops: of one backpropagation step of the whole network, per image (1 multiply-add = 2).
-        bp_operations: calls of such a step, of any number of images in one micro-batch.
+        bp_operations, bp_launches: calls of such a step, of any number of images in one micro-batch.
         modules: in order.
     """
 
     bp_flops: float
     bp_operations: int
+    bp_launches: int
     modules: tuple[ModuleUnits, ...]
 
     @property
@@ -109,6 +112,16 @@ class StepCost:
     def operations_ratio(self) -> float:
         """The same to those of backpropagation."""
         return self.operations / self.bp_operations
+
+    @property
+    def launches(self) -> int:
+        """Those of :attr:`operations` for which a GPU launches something."""
+        return round(sum(module.launches for module in self.modules))
+
+    @property
+    def launches_ratio(self) -> float:
+        """The same to those of backpropagation."""
+        return self.launches / self.bp_launches
 
 
 def step_cost(config: Config, image_shape: tuple[int, ...], classes: int) -> StepCost:
@@ -151,10 +164,12 @@ def planned_cost(plan: Plan, blocks: Blocks, numerics: Numerics) -> StepCost:
             cascade=step.flops[module, Kind.CASCADE] / unit,
             independent=step.flops[module, Kind.INDEPENDENT] / unit,
             operations=sum(step.operations[module, kind] for kind in Kind),
+            launches=sum(step.launches[module, kind] for kind in Kind),
         )
         for module in range(len(plan.modules))
     )
-    return StepCost(unit / IMAGES, round(sum(bp.operations.values())), modules)
+    operations, launches = (round(sum(calls.values())) for calls in (bp.operations, bp.launches))
+    return StepCost(unit / IMAGES, operations, launches, modules)
 
 
 def counted_step(plan: Plan) -> Plan:
@@ -171,10 +186,11 @@ def counted_step(plan: Plan) -> Plan:
 
 @dataclass(frozen=True)
 class _Counts:
-    """FLOPs of the first step over ``IMAGES`` images, and the operations of the second."""
+    """FLOPs of the first step over ``IMAGES`` images, and the calls of the second."""
 
     flops: Mapping[Part, float]
     operations: Mapping[Part, float]
+    launches: Mapping[Part, float]
 
 
 def _count(plan: Plan, blocks: Blocks, numerics: Numerics) -> _Counts:
@@ -193,13 +209,13 @@ def _count(plan: Plan, blocks: Blocks, numerics: Numerics) -> _Counts:
 
 def _counts_of(plan: Plan, modules: list[LocalModule], numerics: Numerics) -> _Counts:
     levels = [level for module in modules for level in module.levels.values()]
-    flops, operations = Tally(), Tally()
+    flops, calls = Tally(), Tally()
     stage = Stage(modules, plan.schedules[0], BatchInlet(random_batch(plan, modules, numerics)), Edges(), watch=flops)
     # Products with the zeros of a paired convolution are no FLOPs of the method.
     replaced = [layer for level in levels for layer in use_plain(level, (PairedConv2d.tuned,))]
     stage.train_step(1, 0)
     for parent, name, layer in replaced:
         setattr(parent, name, layer)
-    stage.watch = operations
+    stage.watch = calls
     stage.train_step(1, 1)
-    return _Counts(flops.flops, operations.operations)
+    return _Counts(flops.flops, calls.operations, calls.launches)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -30,6 +31,8 @@ from pipeline.plan.blank import blank_modules
 from pipeline.plan.cost import counted_step
 from pipeline.plan.counting import Tally
 
+T = TypeVar("T")
+
 
 class Uncountable(Exception):
     """A step that cannot be done without values; the text says which module and why, on one line."""
@@ -47,23 +50,32 @@ def module_flops(plan: Plan, blocks: Blocks, numerics: Numerics) -> list[float]:
         Uncountable: whatever a module does without values fails; it may well train.
     """
     plan = dataclasses.replace(counted_step(plan), largest_graph=None)  # as many patches at once as there are
-    counted: dict[Hashable, float] = {}
-    flops = []
+    return by_kind(plan, blocks, numerics, lambda index: _alone(plan, blocks, numerics, index))
+
+
+def by_kind(plan: Plan, blocks: Blocks, numerics: Numerics, count: Callable[[int], T]) -> list[T]:
+    """``count(index)`` of every local module of :func:`pipeline.plan.cost.counted_step`, asked once for each kind.
+
+    Raises:
+        Uncountable: it fails for one of them.
+    """
+    counted: dict[Hashable, T] = {}
+    found = []
     cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         for index in range(len(plan.modules)):
             try:
                 kind = _kind(plan, blocks, index)
                 if kind not in counted:
-                    counted[kind] = _alone(plan, blocks, numerics, index)
+                    counted[kind] = count(index)
             except Exception as error:  # whatever it is: no count is worth a run
                 cause = (str(error).splitlines() or [""])[0]
                 raise Uncountable(
                     f"local module {index} ({plan.cut.label(index)}) cannot be counted without values "
                     f"({type(error).__name__}: {cause[:120]})"
                 ) from error
-            flops.append(counted[kind])
-    return flops
+            found.append(counted[kind])
+    return found
 
 
 def _alone(plan: Plan, blocks: Blocks, numerics: Numerics, index: int) -> float:

@@ -27,6 +27,7 @@ from pipeline.models.unbuilt import is_planned
 from pipeline.plan.alone import random_batch, random_gradients, stage_alone
 from pipeline.plan.assembly import Plan, build_modules
 from pipeline.plan.cost_profile import Profile
+from pipeline.plan.level_choice import joinable
 from pipeline.plan.rank_memory import device_memory
 from pipeline.plan.simulate import ModuleCost
 from pipeline.plan.watches import MemoryWatch, Stopwatch
@@ -53,15 +54,22 @@ def profile_modules(
         sharing: ranks that share the memory of the device: all of a machine share its CPU's.
         after_module: called when a module has been measured.
 
+    With ``hierarchy.levels = "auto"`` a module whose levels may go together is measured in both forms.
+
     On the CPU ``graph_bytes`` and ``work_bytes`` count the tensors that autograd keeps; what a kernel allocates and
     frees inside one operation is not seen there.
     """
     alone = dataclasses.replace(plan, stages=tuple(range(m, m + 1) for m in range(len(plan.modules))))
     cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []
     costs = []
+    both = joinable(plan) if plan.config.hierarchy.levels == "auto" else frozenset()
     with torch.random.fork_rng(devices=cuda):
         for index in range(len(plan.modules)):
-            costs.append(_profile_one(alone, index, blocks, numerics, warmup, steps))
+            cost = _profile_one(alone, index, blocks, numerics, warmup, steps)
+            if index in both:
+                together = _profile_one(alone.with_levels_together({index}), index, blocks, numerics, warmup, steps)
+                cost = _with_both_forms(cost, together)
+            costs.append(cost)
             if after_module is not None:
                 after_module()
     return Profile(
@@ -119,6 +127,8 @@ def _profile_one(
     median = {kind: statistics.median(values) for kind, values in times.items()}
     seconds = {f"{kind.name.lower()}_s": value * parts for kind, value in median.items()}
     seconds["update_s"] = median[Kind.UPDATE]
+    if module.plan.together:
+        seconds["together_s"] = seconds.pop("cascade_s")
     wire = (numerics.dtype, numerics.channels_last)
     last = len(alone.modules) - 1
     return ModuleCost(
@@ -129,6 +139,12 @@ def _profile_one(
         activation_bytes=parts * alone.activation_spec(index, *wire).nbytes if index < last else 0,
         gradient_bytes=parts * alone.gradient_spec(index, *wire).nbytes if module.plan.outgoing else 0,
     )
+
+
+def _with_both_forms(separate: ModuleCost, together: ModuleCost) -> ModuleCost:
+    """The form is chosen later; there is memory for either."""
+    work_bytes = max(separate.work_bytes, together.work_bytes)
+    return dataclasses.replace(separate, together_s=together.together_s, work_bytes=work_bytes)
 
 
 def _state_bytes(module: LocalModule) -> int:

@@ -53,6 +53,7 @@ class PlannedRank:
         busy: share of the time it works.
         memory_bytes: weights, optimiser, graphs, queues.
         sent_down_bytes, sent_up_bytes: of one step, to the next and to the previous rank.
+        levels_together: its local modules with both levels in one action.
     """
 
     rank: int
@@ -62,6 +63,7 @@ class PlannedRank:
     memory_bytes: int
     sent_down_bytes: int
     sent_up_bytes: int
+    levels_together: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ def begin(
         lock = RunLock(directory.path.absolute())
         held.callback(lock.close)
         path = str(directory.path.absolute())
-        start = choose_start(resume, directory.path.absolute(), known is not None, config, task)
+        start = choose_start(resume, directory.path.absolute(), known is not None, config, task, team.size)
         directory.write_config(to_toml(config))
         # Not before: what is refused now must not be done by a restart.
         team.remember(Key.RUN_DIRECTORY(), text_of(path))

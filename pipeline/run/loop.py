@@ -235,11 +235,19 @@ class Loop:
                 "custom_network": run.custom_network,
                 "config_sha256": run.config.fingerprint(),
                 "test_error_pct": tested,
+                **self._chosen_levels(),
                 **self._of_another_task(records[-1] if records and position.finished_epochs == epoch else None),
             }
             return manifest, [dataclasses.asdict(record) for record in records]
 
         return Document(to_toml(run.config), contents)
+
+    def _chosen_levels(self) -> dict[str, Any]:
+        """What the plan has chosen, so that a resume on as many ranks does the same."""
+        plan = self._run.plan
+        if plan.config.hierarchy.levels != "auto":
+            return {}
+        return {"levels_together": {"ranks": len(plan.stages), "modules": list(plan.levels_together)}}
 
     def _of_another_task(self, tested: EpochRecord | None) -> dict[str, Any]:
         """What the manifest of a task other than classification says besides."""

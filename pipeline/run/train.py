@@ -24,6 +24,7 @@ from pipeline.edges.wire import Directive
 from pipeline.local.local_module import LocalModule
 from pipeline.local.task import Task
 from pipeline.plan.assembly import build_modules, describe, write_plan
+from pipeline.plan.level_choice import levels_line
 from pipeline.plan.measured_placement import placed_plan
 from pipeline.ranks.runtime import Runtime
 from pipeline.report.loggers import Loggers
@@ -115,7 +116,8 @@ def train(
         source, data_spec = open_source(config, data, numerics, runtime, task)
         failures.progress(-1, -1, "placing the local modules")
         blocks, task = blocks_and_task(config, network, data_spec, task)
-        plan, placement = placed_plan(config, blocks, task, numerics, runtime, data_spec.inputs)
+        spec, together = data_spec.inputs, start.levels_together
+        plan, placement = placed_plan(config, blocks, task, numerics, runtime, spec, together)
         if team.leads:
             write_plan(plan, directory.path / PLAN)
         failures.describe(plan.stage_label(team.rank))
@@ -140,7 +142,8 @@ def train(
         if view is not None:
             goes_on = f"resumed from {start.checkpoint} (step {position.step})" if start.checkpoint else ""
             note = tracing.cannot_draw() if trace and draw else ""
-            lines = [*describe(plan, numerics, devices or []), placement, goes_on, *start.lines, note]
+            about = [*describe(plan, numerics, devices or []), placement, levels_line(plan)]
+            lines = [*about, goes_on, *start.lines, note]
             show_beginning(view, start.warnings, lines, plan.labels())
 
         folder = directory.path / checkpoint.FOLDER

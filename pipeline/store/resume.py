@@ -72,18 +72,20 @@ class Position:
 
 @dataclass(frozen=True)
 class Start:
-    """``checkpoint`` to go on from, None for the beginning, and what the user should know."""
+    """``checkpoint`` to go on from, None for the beginning, and what the user should know; ``levels_together``: see
+    :meth:`pipeline.store.checkpoint.Checkpoint.levels_together`."""
 
     checkpoint: Path | None
     lines: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    levels_together: tuple[int, ...] | None = None
 
 
 def choose_start(
-    resume: str, run_dir: Path, restarted: bool, config: Config, task: Task | None = None
+    resume: str, run_dir: Path, restarted: bool, config: Config, task: Task | None = None, ranks: int = 1
 ) -> Start:
-    """Decide on rank 0, and tidy up what killed runs have left in ``run_dir``. ``task``: what the network is for,
-    None: classification.
+    """Decide on rank 0 of ``ranks``, and tidy up what killed runs have left in ``run_dir``. ``task``: what the network
+    is for, None: classification.
 
     Raises:
         CheckpointError: ``resume`` is a path without a valid checkpoint; the checkpoint is of another task.
@@ -121,7 +123,7 @@ def choose_start(
             "the task that was trained, or start anew with --resume none and another --run-dir"
         )
     warnings += [chosen.older] if chosen.older is not None else []
-    return Start(chosen.path, tuple(_changes(chosen, config)), tuple(warnings))
+    return Start(chosen.path, tuple(_changes(chosen, config)), tuple(warnings), chosen.levels_together(ranks))
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

@@ -10,11 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers_spawn import free_port
 from helpers_torchrun import run_agents
 
+from pipeline import diagnose, load_config
 from pipeline.cli import torchrun
 from pipeline.cli.main import main
+from pipeline.doctor import diagnose as diagnose_module
 from pipeline.doctor.finding import Level
 
 
@@ -48,6 +51,15 @@ def test_a_node_that_is_not_fit_ends_with_1_and_the_reason(
         assert localpipe(monkeypatch, "doctor", "--set", "runtime.device=cpu") == 1
     *lines, verdict = capsys.readouterr().out.splitlines()
     assert len(lines) == 11 and verdict.startswith("not fit to train (") and "MASTER_PORT" in verdict
+
+
+def test_one_process_looks_at_the_node_as_a_rank_per_gpu_would_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    seen: list[int] = []
+    monkeypatch.setattr(diagnose_module, "examine", lambda job: seen.append(job.here) or iter(()))
+    for words in ([], ["model.modules=2", "hierarchy.cascade_span=2"], ["runtime.device=cpu"]):
+        diagnose(load_config(assignments=words))
+    assert seen == [3, 2, 1]
 
 
 @pytest.mark.parametrize(
