@@ -41,7 +41,7 @@ from pipeline.run.beginning import (
     show_beginning,
 )
 from pipeline.run.building import connect_stage, explained_failures, inlet_of, open_checkpoint, restore, stage_of
-from pipeline.run.ending import Outcome, finish, stopped, unsaved
+from pipeline.run.ending import Outcome, draw_curve, finish, stopped, unsaved, without_curve
 from pipeline.run.loop import Loop, Run
 from pipeline.run.orders import SaveOrStop
 from pipeline.run.telemetry import Telemetry
@@ -143,7 +143,7 @@ def train(
             goes_on = f"resumed from {start.checkpoint} (step {position.step})" if start.checkpoint else ""
             note = tracing.cannot_draw() if trace and draw else ""
             about = [*describe(plan, numerics, devices or []), placement, levels_line(plan)]
-            lines = [*about, goes_on, *start.lines, note]
+            lines = [*about, goes_on, *start.lines, note, without_curve() if config.log.curve else ""]
             show_beginning(view, start.warnings, lines, plan.labels())
 
         folder = directory.path / checkpoint.FOLDER
@@ -184,6 +184,8 @@ def train(
             assert reason is not None  # that is why it stops
             return stopped(team, Outcome(directory, reason, loop.step, checkpoint.step_folder(folder, loop.step)), view)
         summary = finish(run, loop, modules)
+        if team.leads and config.log.curve:
+            draw_curve(directory)
         if recorder is not None:
             steps = min(data_spec.train_batches, loop.total)
             for note in tracing.write(runtime, recorder, plan, directory.path, steps, draw):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 import threading
 import types
 from collections.abc import Callable
@@ -168,6 +170,8 @@ def test_wandb_gets_the_past_of_a_run_that_it_does_not_know(
 
 def offline(rank: int, folder: str, records: list[dict[str, Any]]) -> None:
     """The real package, in a process of its own: it starts a service."""
+    os.environ["WANDB_MODE"] = "offline"
+    tempfile.tempdir = folder  # it leaves empty directories behind
     loggers.CLOSE_S = 60.0
     run = Loggers(["wandb"], Path(folder), CONFIG)
     run.begin([])
@@ -177,12 +181,8 @@ def offline(rank: int, folder: str, records: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-def test_the_real_wandb_writes_offline(
-    records: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_real_wandb_writes_offline(records: list[dict[str, Any]], tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="wandb is not here; pip install localpipe[wandb]")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
     (done,) = run_ranks(offline, 1, str(tmp_path), records)
     assert done.exit_code == 0 and done.stderr == "", done.stderr
     (file,) = (tmp_path / "wandb").glob(f"offline-run-*/run-{(tmp_path / ID).read_text().strip()}.wandb")
