@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from pipeline.base.keys import Setting, key
 
-CUTS = ("auto", "even", "equal", "hpff", "balanced", "balanced-stl10")
+CUTS = ("auto", "cost", "even", "equal", "hpff", "balanced", "balanced-stl10")
 METHODS = ["dgl", "greedy", "infopro", "infopro-contrast", "predsim"]  # register_method adds to it
 DGL_HEADS = ("mlp-sr", "mlp", "cnn", "auglocal")
 XCYF = re.compile(r"([012])c([123])f")  # heads of InfoPro: X convolutions, Y linear layers
@@ -36,7 +36,8 @@ class ModelConfig:
     modules: int = key(4, "K, the number of local modules; 1 is plain backpropagation", at_least=1, at_most=10_000)
     cuts: str | tuple[str, ...] = key(
         "auto",
-        "the papers' cut points, even, or the blocks that local modules begin with; auto: the table if it has K",
+        "the papers' cut points, even, the blocks that local modules begin with, or cost: fewest FLOPs of the largest "
+        "module, heads included; auto: the table if it has K",
         choices=CUTS,
     )
     stem: str = key(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.base.config import Config, ModelConfig, ScheduleConfig
+from pipeline.base.config import Config, ModelConfig
 from pipeline.base.errors import LocalpipeError
 from pipeline.base.numerics import Numerics, resolve_numerics
 from pipeline.edges.connect import Edges
@@ -32,12 +32,12 @@ from pipeline.models.unbuilt import no_values, planned_blocks
 from pipeline.plan.alone import random_batch
 from pipeline.plan.assembly import Plan, make_plan
 from pipeline.plan.blank import blank_modules, real_modules
+from pipeline.plan.cost_cut import cut_by_cost
 from pipeline.plan.counting import Part, Tally
+from pipeline.plan.module_flops import IMAGES, counted_step
 from pipeline.stage.inlet import BatchInlet
 from pipeline.stage.schedule import Kind
 from pipeline.stage.stage import Stage
-
-IMAGES = 2  # BatchNorm needs two
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,7 @@ def step_cost(config: Config, image_shape: tuple[int, ...], classes: int) -> Ste
     task = Classification(classes, image_shape)
     blocks = planned_blocks(config.model.name, image_shape[0], classes)
     numerics = resolve_numerics(config.precision, torch.device("cpu"), blocks.values())
+    config, _ = cut_by_cost(config, blocks, task)
     return planned_cost(make_plan(config, blocks, task, ranks=1), blocks, numerics)
 
 
@@ -170,18 +171,6 @@ def planned_cost(plan: Plan, blocks: Blocks, numerics: Numerics) -> StepCost:
     )
     operations, launches = (round(sum(calls.values())) for calls in (bp.operations, bp.launches))
     return StepCost(unit / IMAGES, operations, launches, modules)
-
-
-def counted_step(plan: Plan) -> Plan:
-    """The plan of a step that is counted: synchronous, of ``IMAGES`` images, nothing compiled, all on one rank."""
-    config = plan.config
-    config = dataclasses.replace(
-        config,
-        schedule=ScheduleConfig(),
-        data=dataclasses.replace(config.data, batch_size=IMAGES),
-        precision=dataclasses.replace(config.precision, compile=False),
-    )
-    return dataclasses.replace(plan, config=config, stages=()).placed((range(len(plan.modules)),))
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.base.config import Config
+from pipeline.base.toml import to_toml
 from pipeline.base.validation import validate
 from pipeline.data.loader_source import LoaderData
 from pipeline.edges.wire import Directive
@@ -34,7 +35,7 @@ from pipeline.run.beginning import (
     agree_on_all,
     asked_to_stop,
     begin,
-    blocks_and_task,
+    cut_network,
     named_after,
     open_source,
     refuse_early,
@@ -115,10 +116,11 @@ def train(
         failures.progress(-1, -1, "opening the data")
         source, data_spec = open_source(config, data, numerics, runtime, task)
         failures.progress(-1, -1, "placing the local modules")
-        blocks, task = blocks_and_task(config, network, data_spec, task)
+        config, blocks, task, cut = cut_network(config, network, data_spec, task, start, team)
         spec, together = data_spec.inputs, start.levels_together
         plan, placement = placed_plan(config, blocks, task, numerics, runtime, spec, together)
         if team.leads:
+            directory.write_config(to_toml(config))  # with the cuts of this run
             write_plan(plan, directory.path / PLAN)
         failures.describe(plan.stage_label(team.rank))
 
@@ -142,7 +144,7 @@ def train(
         if view is not None:
             goes_on = f"resumed from {start.checkpoint} (step {position.step})" if start.checkpoint else ""
             note = tracing.cannot_draw() if trace and draw else ""
-            about = [*describe(plan, numerics, devices or []), placement, levels_line(plan)]
+            about = [*describe(plan, numerics, devices or []), cut, placement, levels_line(plan)]
             lines = [*about, goes_on, *start.lines, note, without_curve() if config.log.curve else ""]
             show_beginning(view, start.warnings, lines, plan.labels())
 
