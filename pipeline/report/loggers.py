@@ -4,7 +4,7 @@
              '-----> Feed --queue--> thread --> TensorBoardLogger
              '-----> Feed --queue--> thread --> WandbLogger
 
-A logger is opened, fed and closed on a thread of its own. One that fails, or that has hung, is dropped with one warning.
+A logger is opened, fed and closed on a thread of its own. One that fails, or has hung, is dropped with one warning.
 """
 
 from __future__ import annotations
@@ -152,4 +152,5 @@ class _Feed:
         with self._lock:
             told, self._dropped = self._dropped, True
         if not told:
-            warn(f"logger {self._name} {' '.join(why.split())[:300]}; the run goes on without it, metrics.jsonl has all")
+            why = " ".join(why.split())[:300]
+            warn(f"logger {self._name} {why}; the run goes on without it, metrics.jsonl has all")

@@ -20,8 +20,8 @@ class WandbLogger:
     Args:
         run_dir: holds the id in its file ID, and what W&B itself keeps in its folder wandb.
         config: section -> key -> value, sent once.
-        past: the records of the run so far. A run that W&B does not know yet gets them first; one that it knows has them,
-            and takes no step a second time.
+        past: the records of the run so far. A run that W&B does not know yet gets them first; one that it knows has
+            them, and takes no step a second time.
     """
 
     def __init__(self, run_dir: Path, config: Mapping[str, Any], past: Sequence[Mapping[str, Any]]) -> None:
