@@ -165,6 +165,7 @@ class PatchedHead(nn.Module):
                 (result if whole else result[patch]).add_(leaf.grad)
             else:  # the patches cover the feature once, so nothing needs to be zeroed first
                 result[patch].copy_(leaf.grad)
+            del leaf, loss  # before the next patch takes its memory
         assert result is not None
         return result, total
 
@@ -284,6 +285,7 @@ def _run(
                 _block(into[head], rows, columns).copy_(found)
             else:
                 _block(into[head], rows, columns).add_(found)
+        del leaf, losses, patches, its_image, found  # before the next patches take their memory
     return list(zip(results, totals.unbind(), strict=True))
 
 
