@@ -1,6 +1,6 @@
 """Runs beside each other: what each has reached, at what cost, and in which keys they differ.
 
-All of it comes from the run directories (config.toml, metrics.jsonl, model.pt); a run that still goes on lacks the last.
+All of it comes from the run directories (config.toml, metrics.jsonl, model.pt); one that still goes on lacks the last.
 """
 
 from __future__ import annotations
