@@ -18,6 +18,7 @@ from pipeline.base.toml import to_toml
 from pipeline.base.validation import from_dict
 from pipeline.base.version import VERSION as __version__
 from pipeline.ranks.command import command
+from pipeline.report.loggers import refuse_missing_loggers
 
 if TYPE_CHECKING:
     from pipeline.base.flow import TensorSpec
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from pipeline.plan.cost import StepCost, step_cost
     from pipeline.plan.cost_profile import Profile
     from pipeline.plan.explain import explain, measure
+    from pipeline.report.compare import Comparison, compare
+    from pipeline.report.compare_view import plot_comparison, show_comparison
     from pipeline.report.curve import plot_curve
     from pipeline.report.exits import Evaluation, ExitRow, show_evaluation
     from pipeline.report.findings_view import show_finding, show_verdict
@@ -48,6 +51,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AuxiliaryHead",
     "Classification",
+    "Comparison",
     "Config",
     "ConfigError",
     "Diagnosis",
@@ -73,6 +77,7 @@ __all__ = [
     "backbone_names",
     "build_blocks",
     "command",
+    "compare",
     "diagnose",
     "evaluate",
     "explain",
@@ -83,15 +88,18 @@ __all__ = [
     "load_exported",
     "load_model",
     "measure",
+    "plot_comparison",
     "plot_curve",
     "plot_timeline",
     "read_metrics",
     "read_trace",
     "recipe_names",
     "recipes_text",
+    "refuse_missing_loggers",
     "register_backbone",
     "register_method",
     "schedule_text",
+    "show_comparison",
     "show_evaluation",
     "show_finding",
     "show_plan",
@@ -117,6 +125,8 @@ _NEED_TORCH = {
     "pipeline.plan.cost": ("StepCost", "step_cost"),
     "pipeline.plan.cost_profile": ("Profile",),
     "pipeline.plan.explain": ("explain", "measure"),
+    "pipeline.report.compare": ("Comparison", "compare"),
+    "pipeline.report.compare_view": ("plot_comparison", "show_comparison"),
     "pipeline.report.curve": ("plot_curve",),
     "pipeline.report.exits": ("Evaluation", "ExitRow", "show_evaluation"),
     "pipeline.report.findings_view": ("show_finding", "show_verdict"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -133,6 +134,8 @@ def test_benchmarks_of_one_process_run(of_one_process: Quick, name: str) -> None
     if name == "step_cost":
         calls = {row["name"]: row["operations"] for row in result["rows"]}
         assert calls["DGL + HPFF, levels together"] < calls["DGL + HPFF"]
+        aims = [entry["target"] for entry in result["targets"]]
+        assert [text for text in aims if "operations_ratio of DGL + HPFF" in text and "levels together)" in text]
 
 
 def test_operations_are_those_of_the_method(of_one_process: Quick) -> None:
@@ -141,6 +144,7 @@ def test_operations_are_those_of_the_method(of_one_process: Quick) -> None:
     assert calls["BP", "aten::addmm"] == 1 < calls["DGL + HPFF", "aten::addmm"]  # the heads are linear layers
     assert all(row["ms"] > 0 for row in result["rows"])
     assert "### BP: " in page and "### DGL + HPFF: " in page
+    assert re.search(r"\| BP \| \d+ \| [\d,]+ \| 1.00 \| 102 \|", page)  # the weights of ResNet-32, and its output
 
 
 def test_what_a_gpu_is_measured_by_runs_without_one(of_one_process: Quick) -> None:

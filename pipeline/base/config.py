@@ -21,6 +21,7 @@ METHODS = ["dgl", "greedy", "infopro", "infopro-contrast", "predsim"]  # registe
 DGL_HEADS = ("mlp-sr", "mlp", "cnn", "auglocal")
 XCYF = re.compile(r"([012])c([123])f")  # heads of InfoPro: X convolutions, Y linear layers
 TUNED_LAYERS = ("batch-norm", "pointwise", "paired", "pooling", "upsampling")  # of heads, see models.tuned
+LOGGERS = ("tensorboard", "wandb")
 DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder")
 YEAR_MIN = 366 * 24 * 60
 MONTH_S = 31 * 24 * 3600
@@ -253,6 +254,16 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """What is made of metrics.jsonl. These keys never change the result."""
+
+    to: tuple[str, ...] = key(
+        (), "where every record goes besides: event files of TensorBoard, a run of Weights & Biases", entries=LOGGERS
+    )
+    curve: bool = key(True, "draw curve.png at the end, which needs matplotlib: loss and test of every module")
+
+
+@dataclass(frozen=True)
 class RuntimeConfig:
     """Processes and waits. These keys never change the result."""
 
@@ -288,12 +299,15 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def fingerprint(self) -> str:
-        """SHA-256 over every key that can change the result (all but ``partition``, ``checkpoint`` and ``runtime``)."""
+        """SHA-256 over every key that can change the result (all but ``partition``, ``checkpoint``, ``log`` and
+        ``runtime``)."""
         values = dataclasses.asdict(self)
-        del values["partition"], values["checkpoint"], values["runtime"]
+        for section in ("partition", "checkpoint", "log", "runtime"):
+            del values[section]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

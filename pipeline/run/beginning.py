@@ -31,6 +31,7 @@ from pipeline.ranks.agreement import agree_on_config
 from pipeline.ranks.keys import Key
 from pipeline.ranks.runtime import Runtime
 from pipeline.ranks.team import Team
+from pipeline.report.loggers import refuse_missing_loggers
 from pipeline.report.view import View
 from pipeline.store.resume import Start, choose_start
 from pipeline.store.run_directory import CONFIG, RunDirectory
@@ -49,7 +50,9 @@ def named_after(config: Config, network: nn.Module | None, data: LoaderData | No
 
 def refuse_early(config: Config, network: nn.Module | None, task: Task | None, runtime: Runtime) -> Numerics:
     """Refusals that need no data: a task that cannot work, more modules than blocks, more ranks than modules, a layout
-    that cannot work."""
+    that cannot work, a logger that is not installed."""
+    if runtime.team.leads:
+        refuse_missing_loggers(config)
     if task is not None:
         if network is None or (config.data.name != "loader" and not isinstance(task, Classification)):
             raise ConfigError("a task of your own needs your own network and loaders: pass network=... and data=...")

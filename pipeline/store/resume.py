@@ -43,9 +43,9 @@ MAY_CHANGE = frozenset(
         *("precision.channels_last", "precision.compile", "precision.layers", "patches.at_once"),
     }
 )
-"""Keys that may differ from those of the checkpoint, besides all of partition, checkpoint and runtime. The others
-decide the shape of a tensor, the meaning of a step, or which images it sees."""
-FREE_SECTIONS = ("partition", "checkpoint", "runtime")
+"""Keys that may differ from those of the checkpoint, besides all of FREE_SECTIONS. The others decide the shape of a
+tensor, the meaning of a step, or which images it sees."""
+FREE_SECTIONS = ("partition", "checkpoint", "log", "runtime")
 
 
 @dataclass(frozen=True)
