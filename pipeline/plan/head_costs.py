@@ -32,7 +32,6 @@ from pipeline.stage.inlet import BatchInlet
 from pipeline.stage.schedule import Action, Kind, stage_schedule
 from pipeline.stage.watch import Watch
 
-
 BATCH = (0, 0)
 """Step and micro-batch: the only one there is."""
 
