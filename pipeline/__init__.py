@@ -18,6 +18,7 @@ from pipeline.base.toml import to_toml
 from pipeline.base.validation import from_dict
 from pipeline.base.version import VERSION as __version__
 from pipeline.ranks.command import command
+from pipeline.report.loggers import refuse_missing_loggers
 
 if TYPE_CHECKING:
     from pipeline.base.flow import TensorSpec
@@ -89,6 +90,7 @@ __all__ = [
     "read_trace",
     "recipe_names",
     "recipes_text",
+    "refuse_missing_loggers",
     "register_backbone",
     "register_method",
     "schedule_text",

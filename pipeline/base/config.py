@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 
 from pipeline.base.keys import Setting, key
 
-CUTS = ("auto", "even", "equal", "hpff", "balanced", "balanced-stl10")
+CUTS = ("auto", "cost", "even", "equal", "hpff", "balanced", "balanced-stl10")
 METHODS = ["dgl", "greedy", "infopro", "infopro-contrast", "predsim"]  # register_method adds to it
 DGL_HEADS = ("mlp-sr", "mlp", "cnn", "auglocal")
 XCYF = re.compile(r"([012])c([123])f")  # heads of InfoPro: X convolutions, Y linear layers
 TUNED_LAYERS = ("batch-norm", "pointwise", "paired", "pooling", "upsampling")  # of heads, see models.tuned
+LOGGERS = ("tensorboard", "wandb")
 DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder")
 YEAR_MIN = 366 * 24 * 60
 MONTH_S = 31 * 24 * 3600
@@ -35,7 +36,8 @@ class ModelConfig:
     modules: int = key(4, "K, the number of local modules; 1 is plain backpropagation", at_least=1, at_most=10_000)
     cuts: str | tuple[str, ...] = key(
         "auto",
-        "the papers' cut points, even, or the blocks that local modules begin with; auto: the table if it has K",
+        "the papers' cut points, even, the blocks that local modules begin with, or cost: fewest FLOPs of the largest "
+        "module, heads included; auto: the table if it has K",
         choices=CUTS,
     )
     stem: str = key(
@@ -252,6 +254,16 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """What is made of metrics.jsonl. These keys never change the result."""
+
+    to: tuple[str, ...] = key(
+        (), "where every record goes besides: event files of TensorBoard, a run of Weights & Biases", entries=LOGGERS
+    )
+    curve: bool = key(True, "draw curve.png at the end, which needs matplotlib: loss and test of every module")
+
+
+@dataclass(frozen=True)
 class RuntimeConfig:
     """Processes and waits. These keys never change the result."""
 
@@ -287,12 +299,15 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def fingerprint(self) -> str:
-        """SHA-256 over every key that can change the result (all but ``partition``, ``checkpoint`` and ``runtime``)."""
+        """SHA-256 over every key that can change the result (all but ``partition``, ``checkpoint``, ``log`` and
+        ``runtime``)."""
         values = dataclasses.asdict(self)
-        del values["partition"], values["checkpoint"], values["runtime"]
+        for section in ("partition", "checkpoint", "log", "runtime"):
+            del values[section]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -193,9 +193,8 @@ def limits(job: Job, cgroup: Cgroup, has_gpus: bool) -> Finding:
     """One line: open files, processes, locked memory."""
     files, processes, locked = map(soft_limit, (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_MEMLOCK))
     need, threads = FILES + FILES_PER_RANK * job.size, THREADS * job.here
-    shown = {"open files": files, "processes": processes, "locked memory": locked}
-    text = ", ".join(f"{name} {_limit(value)}" for name, value in shown.items())
-    text = text.replace(_limit(locked), size(locked)) if locked < UNLIMITED else text
+    text = f"open files {_limit(files)}, processes {_limit(processes)}, locked memory "
+    text += size(locked) if locked < UNLIMITED else "unlimited"
     if cgroup.processes < UNLIMITED:
         text += f", control group {cgroup.processes:g} more processes"
     if files < need:

@@ -52,8 +52,8 @@ class Plan:
         boundaries: what every local module gives.
         reconstructing: local modules with a head that asks for the image.
         upstream: weights that the heads get from the next module, where the method declares them.
-        largest_graph: bytes that autograd keeps of two rows in the local module that needs most; heads on patches go by
-            it (see local.at_once), None without any.
+        largest_graph: bytes that autograd keeps of some rows in the local module that needs most; heads on patches go
+            by it (see local.at_once), None without any.
     """
 
     config: Config

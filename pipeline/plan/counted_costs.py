@@ -17,9 +17,8 @@ from pipeline.models.unbuilt import no_values
 from pipeline.plan.alone import random_batch, random_gradients, stage_alone
 from pipeline.plan.assembly import Plan
 from pipeline.plan.blank import blank_modules
-from pipeline.plan.cost import IMAGES, counted_step
 from pipeline.plan.counting import Tally
-from pipeline.plan.module_flops import by_kind
+from pipeline.plan.module_flops import IMAGES, by_kind, counted_step
 from pipeline.plan.simulate import ModuleCost
 from pipeline.stage.schedule import Kind
 

@@ -27,6 +27,7 @@ from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import planned_blocks, without_memory
 from pipeline.plan.assembly import Plan, describe, make_plan
 from pipeline.plan.cost import StepCost, planned_cost
+from pipeline.plan.cost_cut import cut_by_cost
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.counted_costs import counted_costs
 from pipeline.plan.level_choice import choose_levels, joinable, levels_line
@@ -53,6 +54,7 @@ def measure(config: Config, ranks: int) -> Profile:
     """
     config = validate(config)
     network = _Network(config)
+    config, _ = cut_by_cost(config, network.blocks, network.task)
     return _measure(config, ranks, network, _plan_by_count(config, network, ranks))
 
 
@@ -102,6 +104,7 @@ def explain(
     if not (0 <= latency_s < math.inf and bytes_per_s > 0):
         raise ConfigError(f"a link of {latency_s:g} s and {bytes_per_s:g} bytes/s; use a latency >= 0 and a rate > 0")
     network = _Network(config)
+    config, cut = cut_by_cost(config, network.blocks, network.task)
     plan = _plan_by_count(config, network, ranks)
     measured = profile is None
     if profile is None:
@@ -149,7 +152,7 @@ def explain(
     memory = rank_memory(plan, costs, numerics)
     first = STEPS // 2
     return PlanReport(
-        lines=_lines(plan, numerics, profile, link, (reason if chosen == "auto" else "", unknown)),
+        lines=_lines(plan, numerics, profile, link, (cut, reason if chosen == "auto" else "", unknown)),
         modules=_modules(plan, network.blocks, costs, work, units),
         ranks=_ranks(plan, numerics, work, steady, memory),
         step_s=steady.step_s,
@@ -283,10 +286,10 @@ def _ranks(
 
 
 def _lines(
-    plan: Plan, numerics: Numerics, profile: Profile, link: tuple[float, float], reasons: Sequence[str]
+    plan: Plan, numerics: Numerics, profile: Profile, link: tuple[float, float], notes: Sequence[str]
 ) -> tuple[str, ...]:
-    """What is planned, ``reasons`` why it is otherwise than asked for (or ""), and on which assumptions the prediction
-    rests."""
+    """What is planned, ``notes`` about how it was chosen (those that are not empty), and on which assumptions the
+    prediction rests."""
     headline, how, *_ = describe(plan, numerics, [])
     shape = "x".join(map(str, plan.task.image_shape))
     latency_s, bytes_per_s = link
@@ -299,7 +302,7 @@ def _lines(
     lines = (
         headline,
         how,
-        *reasons,
+        *notes,
         levels_line(plan),
         f"images {shape}, {plan.task.classes} classes; each rank on {what} like {where}{measured}; {wire}",
     )

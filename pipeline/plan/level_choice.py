@@ -19,6 +19,7 @@ import torch
 from pipeline.base.flow import TensorSpec
 from pipeline.local.both_levels import BothLevels
 from pipeline.local.methods import levels_of
+from pipeline.local.roles import ModulePlan
 from pipeline.models.boundaries import META, ROWS, blank
 from pipeline.models.heads import Given
 from pipeline.models.unbuilt import without_memory
@@ -32,8 +33,7 @@ SAME = 1.0 + 1e-9
 
 def joinable(plan: Plan) -> frozenset[int]:
     """The local modules that have both levels, with heads of the same shape that can be done at once."""
-    both = [role.index for role in plan.modules if role.independent and role.cascade]
-    return frozenset(index for index in both if _pays(plan, index))
+    return frozenset(role.index for role in plan.modules if _has_both(role) and _pays(plan, role.index))
 
 
 def choose_levels(plan: Plan, costs: Sequence[ModuleCost]) -> Plan:
@@ -62,7 +62,7 @@ def choose_levels(plan: Plan, costs: Sequence[ModuleCost]) -> Plan:
 
 def levels_line(plan: Plan) -> str:
     """For people: on which ranks both levels run together, where that was chosen; else ""."""
-    if plan.config.hierarchy.levels != "auto":
+    if plan.config.hierarchy.levels != "auto" or not any(_has_both(role) for role in plan.modules):
         return ""
     chosen = plan.levels_together
     forms: dict[bool, list[int]] = {True: [], False: []}
@@ -81,6 +81,10 @@ def _listed(numbers: Sequence[int]) -> str:
     runs = (list(run) for _, run in itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0]))
     ends = ((run[0][1], run[-1][1]) for run in runs)
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in ends)
+
+
+def _has_both(role: ModulePlan) -> bool:
+    return role.independent and role.cascade
 
 
 def _pays(plan: Plan, index: int) -> bool:

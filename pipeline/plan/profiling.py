@@ -18,7 +18,6 @@ from collections.abc import Callable
 
 import torch
 
-from pipeline.base.flow import MAIN, named
 from pipeline.base.numerics import Numerics
 from pipeline.base.version import VERSION
 from pipeline.local.local_module import LocalModule
@@ -54,10 +53,8 @@ def profile_modules(
         sharing: ranks that share the memory of the device: all of a machine share its CPU's.
         after_module: called when a module has been measured.
 
-    With ``hierarchy.levels = "auto"`` a module whose levels may go together is measured in both forms.
-
-    On the CPU ``graph_bytes`` and ``work_bytes`` count the tensors that autograd keeps; what a kernel allocates and
-    frees inside one operation is not seen there.
+    With ``hierarchy.levels = "auto"`` a module whose levels may go together is measured in both forms. Bytes are those
+    of :class:`pipeline.plan.watches.MemoryWatch`.
     """
     alone = dataclasses.replace(plan, stages=tuple(range(m, m + 1) for m in range(len(plan.modules))))
     cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []
@@ -110,7 +107,7 @@ def _profile_one(
     (module,) = build_modules(alone, index, copies, numerics, fresh=any(map(is_planned, copies.values())))
     module.set_learning_rate(0.0)  # random labels must not drive the weights to where arithmetic is slow
     batch, gradients = random_batch(alone, [module], numerics), random_gradients(alone, module, numerics)
-    memory = MemoryWatch(numerics.device, module, outside=(*named(batch.x).values(), *gradients.values()))
+    memory = MemoryWatch(numerics.device, module)
     stage = stage_alone(alone, module, batch, gradients, memory)
     with torch.compiler.set_stance("force_eager"):  # what watches the tensors must not be compiled into the code
         stage.train_step(0, 0)
@@ -134,8 +131,9 @@ def _profile_one(
     return ModuleCost(
         **seconds,
         state_bytes=_state_bytes(module),
-        graph_bytes=memory.graph_bytes(gradients[MAIN], len(module.levels) + module.plan.final),
-        work_bytes=memory.work_bytes(),
+        graph_bytes=memory.graph_bytes,
+        work_bytes=memory.work_bytes,
+        head_bytes=memory.head_bytes,
         activation_bytes=parts * alone.activation_spec(index, *wire).nbytes if index < last else 0,
         gradient_bytes=parts * alone.gradient_spec(index, *wire).nbytes if module.plan.outgoing else 0,
     )
@@ -143,8 +141,13 @@ def _profile_one(
 
 def _with_both_forms(separate: ModuleCost, together: ModuleCost) -> ModuleCost:
     """The form is chosen later; there is memory for either."""
-    work_bytes = max(separate.work_bytes, together.work_bytes)
-    return dataclasses.replace(separate, together_s=together.together_s, work_bytes=work_bytes)
+    return dataclasses.replace(
+        separate,
+        together_s=together.together_s,
+        graph_bytes=max(separate.graph_bytes, together.graph_bytes),
+        work_bytes=max(separate.work_bytes, together.work_bytes),
+        head_bytes=max(separate.head_bytes, together.head_bytes),
+    )
 
 
 def _state_bytes(module: LocalModule) -> int:

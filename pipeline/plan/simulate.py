@@ -35,7 +35,8 @@ class ModuleCost:
         update_s: seconds of one optimiser step alone; of several modules together it takes no longer than their sum.
         state_bytes: parameters, gradients, buffers and optimiser state.
         graph_bytes: what one micro-batch keeps from its forward to its backward.
-        work_bytes: the most that a single action needs on top of that, and gives back.
+        work_bytes: the most that a single action of the module needs on top of that, and gives back.
+        head_bytes: likewise of the heads of a level.
         activation_bytes: what a whole batch sends downstream, with labels and (where a later head needs it) the image.
         gradient_bytes: what a whole batch sends upstream for each of its gradient messages.
         together_s: seconds of both levels in one action, for a whole batch; 0: not known, or no such module.
@@ -51,6 +52,7 @@ class ModuleCost:
     state_bytes: int = 0
     graph_bytes: int = 0
     work_bytes: int = 0
+    head_bytes: int = 0
     activation_bytes: int = 0
     gradient_bytes: int = 0
     together_s: float = 0.0
@@ -58,7 +60,7 @@ class ModuleCost:
     @property
     def memory_bytes(self) -> int:
         """Memory of a stage that owns this module alone, with one micro-batch at a time and without queues."""
-        return self.state_bytes + self.graph_bytes + self.work_bytes
+        return self.state_bytes + self.graph_bytes + max(self.work_bytes, self.head_bytes)
 
     @property
     def separate_s(self) -> float:

@@ -73,7 +73,7 @@ def chosen(width: int) -> int:
 
 
 def test_auto_takes_what_fits_into_the_largest_modules_own_graph() -> None:
-    found = [chosen(width) for width in (1, 8, 12, 100)]
+    found = [chosen(width) for width in (1, 12, 16, 20, 24, 100)]
     assert found == sorted(found)
     assert found[0] == 1 and found[-1] == 4 and len(set(found)) > 2
 

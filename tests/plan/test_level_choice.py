@@ -8,26 +8,30 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tiny import METHODS, tiny_blocks, tiny_config, tiny_plan
+from tiny import CLASSES, IMAGE, METHODS, tiny_blocks, tiny_config, tiny_plan
 from torch import nn
 
 from pipeline import TaskHead, Term, load_config, register_method
 from pipeline.base.numerics import Numerics
+from pipeline.local.task import Classification
 from pipeline.plan import counted_costs as counted_costs_module
 from pipeline.plan import explain as explain_module
+from pipeline.plan import measured_placement
 from pipeline.plan.assembly import Plan, write_plan
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.counted_costs import counted_costs
 from pipeline.plan.explain import explain
 from pipeline.plan.level_choice import choose_levels, joinable, levels_line
-from pipeline.plan.module_flops import by_kind
+from pipeline.plan.module_flops import Uncountable, by_kind
 from pipeline.plan.predicted import predicted
 from pipeline.plan.profiling import profile_modules
 from pipeline.plan.simulate import ModuleCost
+from pipeline.ranks.team import Team
 from pipeline.stage.schedule import Kind
 
 CPU = Numerics(torch.device("cpu"), torch.float32, False)
@@ -93,6 +97,10 @@ def test_only_auto_chooses() -> None:
         plan = auto_plan([5], hierarchy={"levels": levels})
         assert choose_levels(plan, [COST] * 5) is plan and plan.levels_together == expected
         assert levels_line(plan) == ""
+
+
+def test_nothing_is_said_where_no_module_has_both_levels() -> None:
+    assert levels_line(tiny_plan(tiny_config("dgl", "plain", 1, 5, hierarchy={"levels": "auto"}))) == ""
 
 
 # --- what may go together ---------------------------------------------------------------------------------------------
@@ -170,7 +178,7 @@ def test_the_work_of_a_module_is_that_of_its_form() -> None:
 
 # --- what people see --------------------------------------------------------------------------------------------------
 
-SETTINGS = ["runtime.device=cpu", "precision.compute=fp32", "hierarchy.levels=auto"]  # of the default recipe, K = 4
+SETTINGS = ["runtime.device=cpu", "precision.compute=fp32", "hierarchy.levels=auto", "model.cuts=even"]  # K = 4
 
 
 def profiled(cost: ModuleCost) -> Profile:
@@ -200,6 +208,33 @@ def test_a_plan_that_measures_only_for_itself_chooses_as_the_run_does(monkeypatc
     for kind, expected in (("count", (1,)), ("measured", ())):
         report = explain(load_config(assignments=[*SETTINGS, f"partition.kind={kind}"]), 4)
         assert report.ranks[1].levels_together == expected
+
+
+def test_what_cannot_be_counted_stays_separate_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> Any:
+        raise Uncountable("local module 1 cannot be counted without values")
+
+    monkeypatch.setattr(explain_module, "_measure", lambda *_: profiled(COST))
+    for user in (explain_module, measured_placement):
+        monkeypatch.setattr(user, "counted_costs", refuse)
+    expected = "levels separate: local module 1 cannot be counted without values"
+    report = explain(load_config(assignments=[*SETTINGS, "partition.kind=count"]), 4)
+    assert expected in report.lines and not any(rank.levels_together for rank in report.ranks)
+    config, task = auto_plan(partition={"kind": "count"}).config, Classification(CLASSES, IMAGE)
+    plan, words = measured_placement.placed_plan(config, tiny_blocks(), task, CPU, SimpleNamespace(team=Team()))
+    assert (plan.levels_together, words) == ((), expected)
+
+
+def test_a_measured_placement_chooses_by_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, task = auto_plan(partition={"kind": "measured"}).config, Classification(CLASSES, IMAGE)
+    runtime = SimpleNamespace(team=Team(), local_world_size=1)
+    for cost, expected in ((COST, (1, 2, 3)), (dataclasses.replace(COST, together_s=7.0), ())):
+        profile = Profile((cost,) * 5, 8, 8, device_bytes=2**40)
+        monkeypatch.setattr(measured_placement, "profile_modules", lambda *_, found=profile: found)
+        plan, words = measured_placement.placed_plan(config, tiny_blocks(), task, CPU, runtime)
+        assert plan.levels_together == expected
+        work_s = sum(cost.step_s(role) for role in plan.modules)
+        assert words.startswith(f"measured placement: {1e3 * work_s:.0f} ms of work a step, ")
 
 
 def test_a_choice_is_written_where_the_placement_is(tmp_path: Path) -> None:

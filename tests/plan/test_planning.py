@@ -33,7 +33,8 @@ PROFILE = Profile((ModuleCost(0.040, 0.0, 0.0025, 0.0, 0.0, 0.080, 0.001, 2**20,
 
 
 def config(*assignments: str) -> Config:
-    return load_config(assignments=["runtime.device=cpu", "precision.compute=fp32", *assignments])
+    cuts = () if any("model.cuts" in assignment for assignment in assignments) else ("model.cuts=even",)
+    return load_config(assignments=["runtime.device=cpu", "precision.compute=fp32", *cuts, *assignments])
 
 
 @pytest.fixture(scope="module")

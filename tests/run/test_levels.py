@@ -19,10 +19,12 @@ from pipeline.plan.simulate import ModuleCost
 
 # Both levels together are cheaper, and what the cascade sends upstream leaves 3 s later.
 COST = ModuleCost(forward_s=1.0, cascade_s=2.0, independent_s=4.0, relay_s=1.0, backward_s=2.0, together_s=5.0)
+DEARER = dataclasses.replace(COST, together_s=7.0)
 COSTS = {
-    "nobody waits": COST,
-    "rank 0 waits": dataclasses.replace(COST, forward_s=4.0),  # for module 3 on rank 1
-    "dearer": dataclasses.replace(COST, together_s=7.0),
+    "nobody waits": [COST] * 5,
+    "rank 0 waits": [dataclasses.replace(COST, forward_s=4.0)] * 5,  # for module 3 on rank 1
+    "dearer": [DEARER] * 5,
+    "dearer in module 3": [COST, COST, COST, DEARER, COST],
 }
 KINDS = ("exact", "async")
 
@@ -30,7 +32,7 @@ KINDS = ("exact", "async")
 def run(folder: Path, name: str, levels: str, kind: str, costs: str = "", **settings: Any) -> str:
     """Train the tiny network in float64, two processes owning modules 0-2 and 3-4; the digest of its weights."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(measured_placement, "counted_costs", lambda *_: [COSTS[costs]] * 5)
+    patch.setattr(measured_placement, "counted_costs", lambda *_: COSTS[costs])
     ranks = settings.pop("ranks")
     config = tiny_config(
         "infopro", "hpff", 2, 5,
@@ -61,7 +63,8 @@ def run_all(rank: int, folder: str, ranks: int) -> dict[str, str]:
             found[name] = run(root, name, "auto", kind, costs, ranks=ranks)
         resume, name = str(saved(root / f"nobody waits {kind}")), f"resumed {kind}"
         found[name] = run(root, name, "auto", kind, "dearer", ranks=ranks, resume=resume)
-    found["dearer exact"] = run(root, "dearer exact", "auto", "exact", "dearer", ranks=ranks)
+    for costs in ("dearer", "dearer in module 3"):
+        found[f"{costs} exact"] = run(root, f"{costs} exact", "auto", "exact", costs, ranks=ranks)
     return found
 
 
@@ -105,6 +108,8 @@ def test_the_choice_is_one_of_the_placement(runs: dict[int, Runs]) -> None:
     for ranks, kind, expected in ((1, "exact", [1, 2, 3]), (2, "exact", [1, 2]), (2, "async", [1, 2, 3])):
         assert together(runs[ranks][1] / f"rank 0 waits {kind}") == expected
     assert runs[1][0]["rank 0 waits exact"] != runs[2][0]["rank 0 waits exact"]
+    assert together(runs[1][1] / "dearer in module 3 exact") == [1, 2]  # the same choice as on the two ranks above
+    assert runs[1][0]["dearer in module 3 exact"] == runs[2][0]["rank 0 waits exact"]
     for levels in ("separate", "together"):
         assert runs[1][0][f"{levels} exact"] == runs[2][0][f"{levels} exact"]
 
