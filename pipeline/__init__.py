@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from pipeline.data.loader_source import LoaderData
     from pipeline.doctor.diagnose import diagnose
     from pipeline.doctor.finding import Diagnosis, Finding
-    from pipeline.local.methods import Term, register_method
+    from pipeline.local.methods import register_method
     from pipeline.local.task import Classification, Metric, Task
+    from pipeline.local.term import Term
     from pipeline.local.upstream import Upstream
     from pipeline.local.weights import load_model, weights_sha256
     from pipeline.models.backbones import UncutModel, backbone_names, build_blocks, register_backbone
@@ -116,8 +117,9 @@ _NEED_TORCH = {
     "pipeline.base.flow": ("TensorSpec",),
     "pipeline.doctor.diagnose": ("diagnose",),
     "pipeline.doctor.finding": ("Diagnosis", "Finding"),
-    "pipeline.local.methods": ("Term", "register_method"),
+    "pipeline.local.methods": ("register_method",),
     "pipeline.local.task": ("Classification", "Metric", "Task"),
+    "pipeline.local.term": ("Term",),
     "pipeline.local.upstream": ("Upstream",),
     "pipeline.local.weights": ("load_model", "weights_sha256"),
     "pipeline.models.backbones": ("UncutModel", "backbone_names", "build_blocks", "register_backbone"),

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pipeline.base.keys import Setting, key
 
 CUTS = ("auto", "cost", "even", "equal", "hpff", "balanced", "balanced-stl10")
-METHODS = ["dgl", "greedy", "infopro", "infopro-contrast", "predsim"]  # register_method adds to it
+METHODS = ["deinforeg", "dgl", "greedy", "infopro", "infopro-contrast", "lopt", "predsim"]  # register_method adds to it
 DGL_HEADS = ("mlp-sr", "mlp", "cnn", "auglocal")
 XCYF = re.compile(r"([012])c([123])f")  # heads of InfoPro: X convolutions, Y linear layers
 TUNED_LAYERS = ("batch-norm", "pointwise", "paired", "pooling", "upsampling")  # of heads, see models.tuned
@@ -53,7 +53,9 @@ class MethodConfig:
 
     name: str = key("infopro", "the local loss", choices=METHODS)
     head: str = key("", "dgl: mlp-sr, mlp, cnn or auglocal; infopro: 0c1f to 2c3f; empty = the method's default")
-    feature_dim: int = key(128, "width of hidden linear layers in XcYf heads", at_least=1, at_most=2**20)
+    feature_dim: int = key(
+        128, "width of hidden linear layers in XcYf heads and of deinforeg's projector", at_least=1, at_most=2**20
+    )
     widen: int = key(1, "width multiplier of InfoPro's heads", at_least=1, at_most=1024)
     reconstruction: tuple[float, ...] = key(
         (5.0, 0.5), "InfoPro: lambda_1 at the first and the last local head", at_least=0, at_most=10**6, length=2

@@ -18,7 +18,8 @@ _ENTROPY_FLOOR = 9.999999960041972e-13  # PyTorch's floor of p (1 - p): 1e-12 ro
 _LENGTH_FLOOR = 1e-8  # added to a length that is divided by
 
 
-def _full(x: Tensor) -> Tensor:
+def full(x: Tensor) -> Tensor:
+    """``x`` in float32 or wider."""
     return x.to(_WIDEN.get(x.dtype, x.dtype))
 
 
@@ -34,13 +35,13 @@ def image_target(image: Tensor, like: Tensor) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Softmax cross-entropy. logits (B, classes), labels int64 (B,)."""
     with torch.autocast(logits.device.type, enabled=False):
-        return F.cross_entropy(_full(logits), labels)
+        return F.cross_entropy(full(logits), labels)
 
 
 def grouped_cross_entropy(logits: Tensor, labels: Tensor, groups: int) -> Tensor:
     """Softmax cross-entropy of G patches that have the same labels: logits (B, G classes), labels (B,) -> (G,)."""
     with torch.autocast(logits.device.type, enabled=False):
-        rows = _full(logits).reshape(len(labels) * groups, -1)
+        rows = full(logits).reshape(len(labels) * groups, -1)
         return F.cross_entropy(rows, labels.repeat_interleave(groups), reduction="none").view(-1, groups).mean(dim=0)
 
 
@@ -90,7 +91,7 @@ def reconstruction(logits: Tensor, image: Tensor, groups: int = 1) -> Tensor:
     Of G > 1 groups: logits and image (B, G C, S, S) -> (G,).
     """
     with torch.autocast(logits.device.type, enabled=False):
-        loss: Tensor = _SigmoidEntropy.apply(_full(logits), image_target(image, logits), groups)
+        loss: Tensor = _SigmoidEntropy.apply(full(logits), image_target(image, logits), groups)
     return loss
 
 
@@ -101,7 +102,7 @@ def supervised_contrast(embedding: Tensor, labels: Tensor, temperature: float = 
     contributes 0 and stays in the batch mean. Of G patches at once: (G, B, D) -> (G,).
     """
     with torch.autocast(embedding.device.type, enabled=False):
-        z = F.normalize(_full(embedding), dim=-1)
+        z = F.normalize(full(embedding), dim=-1)
         similarity = z @ z.mT / temperature
         itself = torch.eye(z.size(-2), dtype=torch.bool, device=z.device)
         log_probability = similarity - similarity.masked_fill(itself, -torch.inf).logsumexp(dim=-1, keepdim=True)
@@ -116,7 +117,7 @@ def similarity_matrix(x: Tensor, groups: int = 1) -> Tensor:
     A feature map with more than 3 channels and more than 1 row is first reduced to its per-channel standard deviation
     over positions (unbiased). Of G > 1 groups of channels, (B, G C, h, w) -> (G, B, B).
     """
-    x = _full(x)
+    x = full(x)
     reduced = x.dim() == 4 and x.size(1) > 3 * groups and x.size(2) > 1
     x = x.flatten(2).std(dim=2) if reduced else x.flatten(1)
     if groups > 1:
