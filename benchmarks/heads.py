@@ -135,8 +135,8 @@ def measure(settings: Settings) -> Report:
                 "first_s": max(t.first_s for t in own), "operations": count,
             })  # fmt: skip
     about = (
-        f"ResNet-32 at 32x32, batch {settings.batch}, {settings.precision}, one thread; {settings.steps} measured steps "
-        f"a run, {settings.rounds} rounds; medians, and the ratio to the first form of the method within a round."
+        f"ResNet-32 at 32x32, batch {settings.batch}, {settings.precision}, one thread; {settings.steps} measured "
+        f"steps a run, {settings.rounds} rounds; medians, and the ratio to the first form of the method within a round."
     )
     return Report(f"Forms of heads: {settings.what}", [Table(COLUMNS, rows)], [about])
 

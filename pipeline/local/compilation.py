@@ -5,8 +5,8 @@ has one backward, so it would compute the weight gradients both times: such a mo
 module (schedule `async`), whose weights are another copy in every step. The compiler chooses the memory layout itself,
 so a block for which NHWC would corrupt memory on a CPU (see numerics) stays as it is as well.
 
-Heads of several modules are compiled for each of their shapes: what the compiler would make for all shapes at once fails
-on a decoder of many patches, and shapes of a run hardly change (a short last batch is compiled anew).
+Heads of several modules are compiled for each of their shapes: what the compiler would make for all shapes at once
+fails on a decoder of many patches, and shapes of a run hardly change (a short last batch is compiled anew).
 """
 
 from __future__ import annotations

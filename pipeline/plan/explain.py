@@ -67,6 +67,7 @@ def message_bytes(config: Config, ranks: int) -> list[tuple[int, int]]:
         ConfigError: whatever would stop a run of this configuration on ``ranks`` ranks.
     """
     network = _Network(validate(config))
+    config, _ = cut_by_cost(config, network.blocks, network.task)
     plan = _plan_by_count(config, network, ranks)
     wire = (network.numerics.dtype, network.numerics.channels_last)
     return [
