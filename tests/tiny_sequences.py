@@ -97,6 +97,7 @@ def configuration(span: int, **sections: dict[str, Any]) -> Config:
         "method": {"name": "pooled"},
         "hierarchy": {"cascade_span": span, **({"final_loss": "cascade"} if span > 1 else {})},
         "patches": {"grid": 1},
+        "partition": {"kind": "count"},
         "data": {"batch_size": ROWS},
         "optim": {"warmup_epochs": 0, "schedule": "constant", "lr": 0.05},
         "train": {"epochs": 2},
