@@ -104,6 +104,7 @@ def configuration(span: int, **sections: dict[str, Any]) -> Config:
         "precision": {"compute": "fp32"},
         "runtime": {"device": "cpu", "threads": 1, "deadline_s": 30.0},
         "checkpoint": {"every_epochs": 1},
+        "log": {"curve": False},
     }
     for section, entries in sections.items():
         values.setdefault(section, {}).update(entries)

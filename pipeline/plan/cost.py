@@ -1,8 +1,9 @@
 """What a training step costs, in FLOPs and in calls of PyTorch's operations, and what backpropagation would.
 
 The step is really executed, on two images; a large network's without memory or arithmetic (see
-:mod:`pipeline.plan.blank`), which in a small one would take longer than the arithmetic. PyTorch's formulas see every matrix product and convolution (elementwise work, BatchNorm and losses count nothing). The
-schedule's actions say what each operation was for:
+:mod:`pipeline.plan.blank`), which for a small one takes longer than the arithmetic. PyTorch's formulas see every matrix
+product and convolution (elementwise work, BatchNorm and losses count nothing). The schedule's actions say what each
+operation was for:
 
     unit = forward + backward of the uncut network = 1 BP step
     step = trunk forward + relays + trunk backward + cascade heads + independent heads

@@ -103,7 +103,7 @@ def test_two_nodes_meet_by_what_the_environment_says(tmp_path: Path) -> None:
     environment |= {"PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": f"127.0.0.1:{free_port()}", "PET_RDZV_ID": "job"}
     environment |= {"PET_LOCAL_ADDR": "127.0.0.1"}
     settings = ["train.max_steps=2", "data.batch_size=16", "runtime.device=cpu"]
-    settings += ["model.cuts=even", "patches.at_once=4", "partition.kind=count"]  # a start without counts
+    settings += ["model.cuts=even", "patches.at_once=4", "partition.kind=count", "log.curve=false"]  # no counts
     words = [word for pair in settings for word in ("--set", pair)]
     start = [sys.executable, "-m", "pipeline", "train", "--nproc=1", "--run-dir", "run", *words]
     nodes = [

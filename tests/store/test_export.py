@@ -25,7 +25,7 @@ from pipeline.store.checkpoint import FOLDER, open_checkpoint, step_folders
 
 SMALL = (
     "runtime.device=cpu", "runtime.threads=1", "precision.compute=fp32", "optim.warmup_epochs=0",
-    "model.cuts=even",
+    "model.cuts=even", "log.curve=false",
 )
 
 

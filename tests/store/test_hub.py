@@ -24,7 +24,7 @@ from pipeline.store.checkpoint import open_checkpoint
 
 SMALL = (
     "runtime.device=cpu", "runtime.threads=1", "precision.compute=fp32", "optim.warmup_epochs=0",
-    "model.cuts=even",
+    "model.cuts=even", "log.curve=false",
 )
 
 
