@@ -107,8 +107,8 @@ class Loop:
             if self.step < end:
                 self._save(epoch, run.stage.late_since(self.step))
                 return Directive.STOP
-            if run.runtime.device.type == "cuda":  # the only time that an epoch waits for the device
-                torch.cuda.synchronize()
+            if run.runtime.device.type == "cuda":  # the only time that an epoch waits for its own work
+                torch.cuda.current_stream().synchronize()  # not for the device: a message may be under way
             wall_s, wait_s = time.monotonic() - self._epoch_began, run.stage.wait_since_epoch()
             if directive is not Directive.STOP and (epoch % settings.evaluate_every == 0 or epoch == self.epochs):
                 directive = max(directive, self._test(epoch))
