@@ -9,6 +9,7 @@ operations too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,25 @@ def operations(case: Case, steps: int) -> list[Row]:
     return sorted(found, key=lambda row: -row["ms"])
 
 
+def summary(found: Sequence[list[Row]]) -> Table:
+    """All calls of a step; and of how many tensors it has a gradient, since on a CPU every weight is updated alone."""
+    rows = []
+    for of_method in found:
+        calls = {row["name"]: row["calls"] for row in of_method}
+        every = sum(calls.values())
+        rows.append({
+            "method": of_method[0]["method"], "calls": every, "ms": sum(row["ms"] for row in of_method),
+            "gradients": calls.get("torch::autograd::AccumulateGrad", 0),
+        })  # fmt: skip
+    for row in rows:
+        row["ratio"] = row["calls"] / rows[0]["calls"] if rows[0]["method"] == "BP" else None
+    columns = (
+        Column("method", "method"), Column("ms", "ms", ".0f"), Column("calls", "calls", ",d"),
+        Column("per BP's", "ratio", ".2f"), Column("gradients", "gradients", ",d"),
+    )  # fmt: skip
+    return Table(columns, rows, "All calls of a step")
+
+
 def table(found: list[Row], top: int) -> Table:
     """The ``top`` longest, and the rest on one line."""
     rest = found[top:]
@@ -63,7 +83,7 @@ def measure(settings: Settings) -> Report:
     """One table for every method."""
     names = [name for name in METHODS if name in settings.method]
     found = [operations(method_case(name, settings.batch), settings.steps) for name in names]
-    tables = [table(rows, settings.top) for rows in found]
+    tables = [summary(found), *(table(rows, settings.top) for rows in found)]
     return Report("Operations of a training step", tables, rows=[row for rows in found for row in rows])
 
 

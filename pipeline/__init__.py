@@ -18,14 +18,16 @@ from pipeline.base.toml import to_toml
 from pipeline.base.validation import from_dict
 from pipeline.base.version import VERSION as __version__
 from pipeline.ranks.command import command
+from pipeline.report.loggers import refuse_missing_loggers
 
 if TYPE_CHECKING:
     from pipeline.base.flow import TensorSpec
     from pipeline.data.loader_source import LoaderData
     from pipeline.doctor.diagnose import diagnose
     from pipeline.doctor.finding import Diagnosis, Finding
-    from pipeline.local.methods import Term, register_method
+    from pipeline.local.methods import register_method
     from pipeline.local.task import Classification, Metric, Task
+    from pipeline.local.term import Term
     from pipeline.local.upstream import Upstream
     from pipeline.local.weights import load_model, weights_sha256
     from pipeline.models.backbones import UncutModel, backbone_names, build_blocks, register_backbone
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from pipeline.plan.cost import StepCost, step_cost
     from pipeline.plan.cost_profile import Profile
     from pipeline.plan.explain import explain, measure
+    from pipeline.report.compare import Comparison, compare
+    from pipeline.report.compare_view import plot_comparison, show_comparison
     from pipeline.report.curve import plot_curve
     from pipeline.report.exits import Evaluation, ExitRow, show_evaluation
     from pipeline.report.findings_view import show_finding, show_verdict
@@ -42,11 +46,13 @@ if TYPE_CHECKING:
     from pipeline.run.train import train
     from pipeline.stage.events import Event, SteadyState, read_trace, steady_state
     from pipeline.store.exporting import Exported, export
+    from pipeline.store.hub import load_exported
     from pipeline.store.run_directory import read_metrics
 
 __all__ = [
     "AuxiliaryHead",
     "Classification",
+    "Comparison",
     "Config",
     "ConfigError",
     "Diagnosis",
@@ -72,6 +78,7 @@ __all__ = [
     "backbone_names",
     "build_blocks",
     "command",
+    "compare",
     "diagnose",
     "evaluate",
     "explain",
@@ -79,17 +86,21 @@ __all__ = [
     "from_dict",
     "keys_markdown",
     "load_config",
+    "load_exported",
     "load_model",
     "measure",
+    "plot_comparison",
     "plot_curve",
     "plot_timeline",
     "read_metrics",
     "read_trace",
     "recipe_names",
     "recipes_text",
+    "refuse_missing_loggers",
     "register_backbone",
     "register_method",
     "schedule_text",
+    "show_comparison",
     "show_evaluation",
     "show_finding",
     "show_plan",
@@ -106,8 +117,9 @@ _NEED_TORCH = {
     "pipeline.base.flow": ("TensorSpec",),
     "pipeline.doctor.diagnose": ("diagnose",),
     "pipeline.doctor.finding": ("Diagnosis", "Finding"),
-    "pipeline.local.methods": ("Term", "register_method"),
+    "pipeline.local.methods": ("register_method",),
     "pipeline.local.task": ("Classification", "Metric", "Task"),
+    "pipeline.local.term": ("Term",),
     "pipeline.local.upstream": ("Upstream",),
     "pipeline.local.weights": ("load_model", "weights_sha256"),
     "pipeline.models.backbones": ("UncutModel", "backbone_names", "build_blocks", "register_backbone"),
@@ -115,6 +127,8 @@ _NEED_TORCH = {
     "pipeline.plan.cost": ("StepCost", "step_cost"),
     "pipeline.plan.cost_profile": ("Profile",),
     "pipeline.plan.explain": ("explain", "measure"),
+    "pipeline.report.compare": ("Comparison", "compare"),
+    "pipeline.report.compare_view": ("plot_comparison", "show_comparison"),
     "pipeline.report.curve": ("plot_curve",),
     "pipeline.report.exits": ("Evaluation", "ExitRow", "show_evaluation"),
     "pipeline.report.findings_view": ("show_finding", "show_verdict"),
@@ -124,6 +138,7 @@ _NEED_TORCH = {
     "pipeline.run.train": ("train",),
     "pipeline.stage.events": ("Event", "SteadyState", "read_trace", "steady_state"),
     "pipeline.store.exporting": ("Exported", "export"),
+    "pipeline.store.hub": ("load_exported",),
     "pipeline.store.run_directory": ("read_metrics",),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,7 +112,8 @@ def test_a_plan_predicts_steps_of_a_plausible_length(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> Quick:
     """Quick runs of the benchmarks that need one core."""
-    return side_by_side(tmp_path_factory, step_cost=[], precision=[], operations=["--method", "BP", "DGL + HPFF"])
+    return side_by_side(tmp_path_factory, step_cost=[], precision=[], operations=["--method", "BP", "DGL + HPFF"],
+                        gpu=["--device", "cpu"])  # fmt: skip
 
 
 OF_ONE_PROCESS = [pytest.param("precision", marks=pytest.mark.alone), "step_cost"]  # the first one runs all
@@ -132,6 +134,8 @@ def test_benchmarks_of_one_process_run(of_one_process: Quick, name: str) -> None
     if name == "step_cost":
         calls = {row["name"]: row["operations"] for row in result["rows"]}
         assert calls["DGL + HPFF, levels together"] < calls["DGL + HPFF"]
+        aims = [entry["target"] for entry in result["targets"]]
+        assert [text for text in aims if "operations_ratio of DGL + HPFF" in text and "levels together)" in text]
 
 
 def test_operations_are_those_of_the_method(of_one_process: Quick) -> None:
@@ -140,6 +144,17 @@ def test_operations_are_those_of_the_method(of_one_process: Quick) -> None:
     assert calls["BP", "aten::addmm"] == 1 < calls["DGL + HPFF", "aten::addmm"]  # the heads are linear layers
     assert all(row["ms"] > 0 for row in result["rows"])
     assert "### BP: " in page and "### DGL + HPFF: " in page
+    assert re.search(r"\| BP \| \d+ \| [\d,]+ \| 1.00 \| 102 \|", page)  # the weights of ResNet-32, and its output
+
+
+def test_what_a_gpu_is_measured_by_runs_without_one(of_one_process: Quick) -> None:
+    result, page = of_one_process["gpu"]
+    assert {row["system"] for row in result["rows"]} == {"BP, eager", "DGL", "InfoPro"}
+    for row in result["rows"]:
+        assert row["ms_per_step"] > 0 and row["ratio_to_bp"] > 0
+        assert row["kernels"] is row["busy"] is row["peak_mib"] is None  # there is no GPU that could tell
+    assert [target["met"] for target in result["targets"]] == [True]  # the gradients
+    assert "| resnet32 | DGL | 16 |" in page
 
 
 def test_files_are_refused_before_anything_is_measured(tmp_path: Path) -> None:

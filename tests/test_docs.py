@@ -207,7 +207,8 @@ def called_in_training(rank: int, folder: str, wanted: list[tuple[str, str]]) ->
     threading.setprofile(look)  # of threads that are still to begin
     sys.setprofile(look)
     settings = ["data.name=folder", f"data.root={folder}/images", "data.batch_size=2", "data.cache_gib=0"]
-    settings += ["model.name=resnet20", "model.modules=3", "partition.kind=given", "partition.stages=[1, 2]"]
+    settings += ["model.name=resnet20", "model.modules=3", "model.cuts=even"]
+    settings += ["partition.kind=given", "partition.stages=[1, 2]"]
     config = load_config(assignments=[*settings, "train.max_steps=1", "checkpoint.every_epochs=0"])
     train(config, run_dir=f"{folder}/run", quiet=True)
     sys.setprofile(None)

@@ -72,6 +72,7 @@ def tiny_config(
         "optim": {"warmup_epochs": 0, "schedule": "constant", "lr": 0.05},
         "precision": {"compute": "fp32"},
         "partition": {"kind": "count"},  # so that a test knows who owns what
+        "log": {"curve": False},  # it takes a second
         "runtime": {"device": "cpu", "threads": 1, "deadline_s": 30.0},
     }
     for section, entries in [*VARIANTS[variant].items(), *sections.items()]:

@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 
 from pipeline.base.keys import Setting, key
 
-CUTS = ("auto", "even", "equal", "hpff", "balanced", "balanced-stl10")
-METHODS = ["dgl", "greedy", "infopro", "infopro-contrast", "predsim"]  # register_method adds to it
+CUTS = ("auto", "cost", "even", "equal", "hpff", "balanced", "balanced-stl10")
+METHODS = ["deinforeg", "dgl", "greedy", "infopro", "infopro-contrast", "lopt", "predsim"]  # register_method adds to it
 DGL_HEADS = ("mlp-sr", "mlp", "cnn", "auglocal")
 XCYF = re.compile(r"([012])c([123])f")  # heads of InfoPro: X convolutions, Y linear layers
 TUNED_LAYERS = ("batch-norm", "pointwise", "paired", "pooling", "upsampling")  # of heads, see models.tuned
+LOGGERS = ("tensorboard", "wandb")
 DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder")
 YEAR_MIN = 366 * 24 * 60
 MONTH_S = 31 * 24 * 3600
@@ -35,7 +36,8 @@ class ModelConfig:
     modules: int = key(4, "K, the number of local modules; 1 is plain backpropagation", at_least=1, at_most=10_000)
     cuts: str | tuple[str, ...] = key(
         "auto",
-        "the papers' cut points, even, or the blocks that local modules begin with; auto: the table if it has K",
+        "the papers' cut points, even, the blocks that local modules begin with, or cost: fewest FLOPs of the largest "
+        "module, heads included; auto: the table if it has K",
         choices=CUTS,
     )
     stem: str = key(
@@ -51,7 +53,9 @@ class MethodConfig:
 
     name: str = key("infopro", "the local loss", choices=METHODS)
     head: str = key("", "dgl: mlp-sr, mlp, cnn or auglocal; infopro: 0c1f to 2c3f; empty = the method's default")
-    feature_dim: int = key(128, "width of hidden linear layers in XcYf heads", at_least=1, at_most=2**20)
+    feature_dim: int = key(
+        128, "width of hidden linear layers in XcYf heads and of deinforeg's projector", at_least=1, at_most=2**20
+    )
     widen: int = key(1, "width multiplier of InfoPro's heads", at_least=1, at_most=1024)
     reconstruction: tuple[float, ...] = key(
         (5.0, 0.5), "InfoPro: lambda_1 at the first and the last local head", at_least=0, at_most=10**6, length=2
@@ -87,8 +91,9 @@ class HierarchyConfig:
     )
     levels: str = key(
         "separate",
-        "separate: the cascade level first, others wait for it; together: both in fewer, larger operations",
-        choices=("separate", "together"),
+        "separate: the cascade level first, others wait for it; together: both in fewer, larger operations; auto: "
+        "together on ranks where that makes no step longer, so the bits may depend on the placement",
+        choices=("separate", "together", "auto"),
     )
     final_loss: str = key(
         "auto",
@@ -137,7 +142,7 @@ class ScheduleConfig:
 
 @dataclass(frozen=True)
 class PartitionConfig:
-    """Which rank owns which local modules. These keys never change the result of `exact` and `async`."""
+    """Which rank owns which modules. `exact` and `async` give one result for all, unless hierarchy.levels=auto."""
 
     kind: str = key(
         "auto",
@@ -251,6 +256,16 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """What is made of metrics.jsonl. These keys never change the result."""
+
+    to: tuple[str, ...] = key(
+        (), "where every record goes besides: event files of TensorBoard, a run of Weights & Biases", entries=LOGGERS
+    )
+    curve: bool = key(True, "draw curve.png at the end, which needs matplotlib: loss and test of every module")
+
+
+@dataclass(frozen=True)
 class RuntimeConfig:
     """Processes and waits. These keys never change the result."""
 
@@ -286,12 +301,15 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def fingerprint(self) -> str:
-        """SHA-256 over every key that can change the result (all but ``partition``, ``checkpoint`` and ``runtime``)."""
+        """SHA-256 over every key that can change the result (all but ``partition``, ``checkpoint``, ``log`` and
+        ``runtime``)."""
         values = dataclasses.asdict(self)
-        del values["partition"], values["checkpoint"], values["runtime"]
+        for section in ("partition", "checkpoint", "log", "runtime"):
+            del values[section]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

@@ -31,7 +31,7 @@ class Bounds:
         low, high: the smallest and the largest number; of a list, of each entry.
         above: ``low`` itself is not valid.
         choices: the valid words; empty = any text. Methods registered later appear in it.
-        entries: the valid names in a key that may be a list of names as well; empty = any names.
+        entries: the valid names in a key that is, or may be, a list of names; empty = any names.
         length: of a list; 0 = any.
     """
 
@@ -149,6 +149,8 @@ class Setting:
             words = " | ".join(bounds.choices)
             names = f"of {', '.join(bounds.entries)}" if bounds.entries else "of names"
             return f"{words}, or a list {names}" if len(self.kinds) > 1 else words
+        if bounds.entries:
+            return f"a list of {', '.join(bounds.entries)}"
         if bool in self.kinds:
             return "true | false"
         if math.isinf(bounds.high):

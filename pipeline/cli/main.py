@@ -13,9 +13,9 @@ import sys
 from types import ModuleType
 
 import pipeline
-from pipeline.cli import doctor, evaluate, export, plan, train
+from pipeline.cli import compare, doctor, evaluate, export, plan, train
 
-COMMANDS = (train, plan, evaluate, export, doctor)
+COMMANDS = (train, plan, evaluate, export, compare, doctor)
 """Each adds its arguments to a parser, and runs what has been parsed; ``words`` is all that followed its name."""
 
 

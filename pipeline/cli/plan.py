@@ -39,7 +39,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = pipeline.load_config(arguments.recipe, arguments.config, arguments.set)
     profile = pipeline.Profile.read(arguments.profile) if arguments.profile else None  # None: measured here
     link = {"latency_s": arguments.latency_us * 1e-6, "bytes_per_s": arguments.gbit * 1e9 / 8}
-    report = pipeline.explain(config, arguments.ranks, profile, count=True, **link)
+    report = pipeline.explain(config, arguments.ranks, profile, count=True, forms=True, **link)
     pipeline.show_plan(report)
     if arguments.schedule:
         print(f"\n{pipeline.schedule_text(report)}")

@@ -54,6 +54,8 @@ def _train(arguments: argparse.Namespace, starts: bool) -> int:
         if first:
             sys.stdout.buffer.write(pipeline.to_toml(config, comments=True).encode())  # UTF-8 in any locale
         return 0
+    if first:
+        pipeline.refuse_missing_loggers(config)
     if starts:
         torchrun.become_torchrun(arguments.nproc, config.model.modules, ["train", *arguments.words])
     pipeline.train(

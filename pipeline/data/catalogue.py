@@ -105,6 +105,16 @@ def open_data(
     return ImageData(train, test, classes, image_shape, entry.mean, entry.std, policy, name)
 
 
+def normalisation(name: str, image_shape: tuple[int, ...]) -> tuple[Channels, Channels] | None:
+    """Mean and standard deviation per channel, of pixels in [0, 1], that ``open_data`` gives to images (C, H, W) of a
+    data set; None for one that it does not open."""
+    if name not in NAMES:
+        return None
+    channels, height, width = image_shape
+    entry = CATALOGUE.get(name) or _folder_entry(0, (channels, height, width))
+    return entry.mean, entry.std
+
+
 def _folder_entry(classes: int, image_shape: tuple[int, int, int]) -> CatalogueEntry:
     """Normalised and augmented as CIFAR if the images have its size, else as ImageNet with a padding in proportion."""
     height, width = image_shape[1:]

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from pipeline.base.config import Config
 from pipeline.base.validation import validate
 from pipeline.data import CATALOGUE
@@ -60,17 +62,18 @@ def diagnose(
     size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     sizes = message_bytes(config, size) if sized else [(LARGE_BYTES, LARGE_BYTES)] * (size - 1)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+    expected = here if size > 1 else _ranks_to_come(config)
     first_here = int(os.environ.get("LOCAL_RANK", str(rank))) == 0
     job = Job(
-        here=here,
-        size=size,
+        here=expected,
+        size=max(size, expected),
         nodes=-(-size // here),
         request=config.runtime.device,
         threads=config.runtime.threads,
         batch_bytes=_batch_bytes(config),
         run_dir=run_dir or Path("runs"),
         serves=launcher_serves(),
-        first=rank < here,
+        first=rank < here,  # ranks are consecutive on a node
     )
     node = f"node {os.environ.get('GROUP_RANK', '?')} ({socket.gethostname()})"
     told = _Told(tell if rank == 0 else lambda finding: None)
@@ -98,6 +101,12 @@ class _Told:
         self._tell(finding)
 
 
+def _ranks_to_come(config: Config) -> int:
+    """How many ranks this node would have, if this process is not one of several: one per GPU."""
+    gpus = torch.cuda.device_count() if config.runtime.device != "cpu" else 0
+    return max(1, min(gpus, config.model.modules))
+
+
 def _batch_bytes(config: Config) -> int:
     """Of a batch of images as floats; images of files have the size that they are decoded to."""
     data = config.data
@@ -108,7 +117,7 @@ def _batch_bytes(config: Config) -> int:
 def _together(runtime: Runtime, told: _Told, sizes: list[tuple[int, int]], seconds: float, node: str) -> Diagnosis:
     """What takes all ranks."""
     team, failures = runtime.team, runtime.failures
-    failures.describe("doctor")
+    failures.describe("in the doctor")
     failures.progress(0, 0, "comparing versions")
     gathered = team.gather((versions(), told.findings))
     for _, findings in (gathered or [])[1:]:

@@ -94,7 +94,11 @@ class Diagnosis:
     def verdict(self) -> str:
         """One line: fit or not, and because of what."""
         counts = Counter(finding.level for finding in self.findings)
-        found = ", ".join(f"{counts[level]} {level}" for level in Level if counts[level])
+        found = ", ".join(
+            f"{counts[level]} {level}{'s' if counts[level] > 1 and level is not Level.OK else ''}"
+            for level in Level
+            if counts[level]
+        )
         worst = max(self.findings, key=lambda finding: list(Level).index(finding.level))
         why = f": {worst}" if not self.fit else ""
         return f"{'fit' if self.fit else 'not fit'} to train ({found}){why}"

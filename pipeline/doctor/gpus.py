@@ -106,7 +106,7 @@ def smi(*words: str) -> str:
 
 
 def gpu_findings(ranks: int, request: str, torch_cuda: str | None, torch_gpus: int, arch: list[str]) -> list[Finding]:
-    """Two lines: the GPUs, and the links between neighbours.
+    """Two lines: the GPUs, and the links between neighbours; notes at most where ranks are not to use them.
 
     Args:
         ranks: processes of this node.
@@ -115,6 +115,16 @@ def gpu_findings(ranks: int, request: str, torch_cuda: str | None, torch_gpus: i
         torch_gpus: GPUs that torch sees.
         arch: what torch was compiled for, as ``["sm_90"]``.
     """
+    found = _look(ranks, request, torch_cuda, torch_gpus, arch)
+    if request != "cpu":
+        return found
+    return [
+        finding if finding.level is Level.OK else Finding(finding.subject, Level.NOTE, f"{finding.text} (not used)")
+        for finding in found
+    ]
+
+
+def _look(ranks: int, request: str, torch_cuda: str | None, torch_gpus: int, arch: list[str]) -> list[Finding]:
     wanted = request in ("cuda", "cuda-shared")
     try:
         gpus = parse_gpus(smi(f"--query-gpu={QUERY}", "--format=csv,noheader,nounits"))

@@ -67,7 +67,8 @@ def _network(roots: Roots, nodes: int) -> Finding:
         text = f"GLOO_SOCKET_IFNAME = {chosen}: no such interface"
         return Finding("network", Level.ERROR, text, f"this machine has {', '.join(here)}")
     try:
-        address = within(SLOW_NAMES_S, lambda: socket.gethostbyname(name))
+        found = within(SLOW_NAMES_S, lambda: socket.getaddrinfo(name, None, type=socket.SOCK_STREAM))
+        address = str(found[0][4][0])
     except TimeoutError:
         text = f"the name of this machine, {name}, is not found within {SLOW_NAMES_S:g} s"
         fix = "write it into /etc/hosts, or set RES_OPTIONS='timeout:1 attempts:1'"
@@ -79,7 +80,7 @@ def _network(roots: Roots, nodes: int) -> Finding:
     text = f"{name} is {address} on {interface or 'an interface without a name'}"
     text += f" ({speed / 1000:g} Gbit/s)" if speed else ""
     text += f", InfiniBand {', '.join(adapters)}" if adapters else ""
-    if nodes > 1 and not chosen and address.startswith("127."):
+    if nodes > 1 and not chosen and address.startswith(("127.", "::1")):
         others = [other for other in here if _address_of(other) not in ("", "127.0.0.1")]
         fix = f"set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to {' or '.join(others) or 'one that others reach'}"
         return Finding("network", Level.ERROR, f"{text}, which other machines cannot reach", fix)

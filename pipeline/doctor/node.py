@@ -80,12 +80,12 @@ def examine(job: Job) -> Iterator[Finding]:
     gpus, links = gpu_findings(
         job.here, job.request, torch.version.cuda, torch.cuda.device_count(), torch.cuda.get_arch_list()
     )
-    has_gpus = torch.cuda.device_count() > 0
+    has_gpus = torch.cuda.device_count() > 0 and job.request != "cpu"
     yield software()
     yield nccl(has_gpus)
     yield gpus
     yield links
-    yield cores(job, cgroup, on_cpu=job.request == "cpu" or not has_gpus or job.here > torch.cuda.device_count())
+    yield cores(job, cgroup, on_cpu=not has_gpus or (job.request == "auto" and job.here > torch.cuda.device_count()))
     yield memory(job, cgroup)
     yield shared_memory(job, has_gpus, int(cores_in_use(cgroup)))
     yield limits(job, cgroup, has_gpus)
@@ -168,7 +168,8 @@ def memory(job: Job, cgroup: Cgroup) -> Finding:
 
 
 def shared_memory(job: Job, has_gpus: bool, workers: int) -> Finding:
-    """One line: /dev/shm against what NCCL, and loaders with ``workers`` processes, keep there."""
+    """One line: /dev/shm against what NCCL, and loaders with ``workers`` processes, keep there. The queues of edges are
+    not there: gloo has sockets, and NCCL's buffers are those counted."""
     path = job.roots.shared_memory
     try:
         found = shutil.disk_usage(path)
@@ -192,9 +193,8 @@ def limits(job: Job, cgroup: Cgroup, has_gpus: bool) -> Finding:
     """One line: open files, processes, locked memory."""
     files, processes, locked = map(soft_limit, (resource.RLIMIT_NOFILE, resource.RLIMIT_NPROC, resource.RLIMIT_MEMLOCK))
     need, threads = FILES + FILES_PER_RANK * job.size, THREADS * job.here
-    shown = {"open files": files, "processes": processes, "locked memory": locked}
-    text = ", ".join(f"{name} {_limit(value)}" for name, value in shown.items())
-    text = text.replace(_limit(locked), size(locked)) if locked < UNLIMITED else text
+    text = f"open files {_limit(files)}, processes {_limit(processes)}, locked memory "
+    text += size(locked) if locked < UNLIMITED else "unlimited"
     if cgroup.processes < UNLIMITED:
         text += f", control group {cgroup.processes:g} more processes"
     if files < need:

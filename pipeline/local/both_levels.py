@@ -3,8 +3,8 @@
     separate    C  (R)  I        the cascade level first, whose gradient others may wait for; then the independent one
     together    CI (R)           half as many operations; the cascade's gradient leaves after both
 
-The arithmetic is the same, its order is not, so the bits depend on the choice. It is part of the configuration and of
-the module's role, and no placement changes it.
+The arithmetic is the same, its order is not, so the bits depend on the choice. It is part of the module's role: by the
+configuration, so that no placement changes it, or with "auto" by the plan.
 """
 
 from __future__ import annotations
@@ -42,6 +42,13 @@ class BothLevels:
             weights = tuple(levels[name].weights[term] for name in having)
             alike = len(heads) > 1 and all(head.like(heads[0]) for head in heads[1:])
             self._terms.append(_Term(term, tuple(having), heads, weights, alike))
+
+    def pays(self, feature: Tensor, given: Given) -> bool:
+        """Whether heads of two levels are done at once on such a feature, and no head may draw random numbers, which
+        would be others. Nothing is computed."""
+        heads = [head for term in self._terms for head in term.heads]
+        joined = any(term.alike and term.heads[0].groups(feature, given) for term in self._terms)
+        return joined and all(head.first.takes_patches(feature.dim()) for head in heads)
 
     def backward(
         self, feature: Tensor, given: Given, scale: float, autocast: Autocast

@@ -4,6 +4,9 @@ A module that relays a cascade gradient walks its graph twice, the first time fo
 has one backward, so it would compute the weight gradients both times: such a module stays as it is. So does a late
 module (schedule `async`), whose weights are another copy in every step. The compiler chooses the memory layout itself,
 so a block for which NHWC would corrupt memory on a CPU (see numerics) stays as it is as well.
+
+Heads of several modules are compiled for each of their shapes: what the compiler would make for all shapes at once
+fails on a decoder of many patches, and shapes of a run hardly change (a short last batch is compiled anew).
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ def compile_parts(plan: ModulePlan, blocks: Iterable[nn.Module], levels: Iterabl
         for _, patched in level.heads():
             for head in patched.heads:
                 for name in ("loss", "loss_of_means", "losses_of_patches"):
-                    setattr(head, name, torch.compile(getattr(head, name)))
+                    setattr(head, name, torch.compile(getattr(head, name), dynamic=False))
     if not late and (plan.merged or not plan.outgoing):
         for block in blocks:
             if narrow_strided_convolution([block]) is None:

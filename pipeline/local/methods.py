@@ -7,6 +7,8 @@ greedy            1 x cross-entropy of pool + linear (0c1f)
 infopro           l1 x reconstruction of the image + l2 x cross-entropy       (Wang et al. 2021)
 infopro-contrast  l1 x reconstruction of the image + l2 x supervised contrast
 predsim           b x similarity matching + (1 - b) x cross-entropy           (Nokland & Eidnes 2019)
+deinforeg         variance + covariance + label-invariance of a projection    (Huang et al. 2025)
+lopt              mean square of a reconstruction of the module's input       (Shi et al. 2026)
 
 For another task than classification its loss stands in place of the cross-entropy, on a head that the task brings.
 """
@@ -15,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -24,8 +25,10 @@ from torch import Tensor, nn
 from pipeline.base.config import DGL_HEADS, METHODS, Config, MethodConfig
 from pipeline.base.errors import ConfigError, suggest
 from pipeline.base.flow import LABEL, Tensors
+from pipeline.local import deinforeg, lopt
 from pipeline.local.roles import ModulePlan, lambda_position
 from pipeline.local.task import Classification, Task
+from pipeline.local.term import Term, Terms
 from pipeline.local.upstream import Upstream
 from pipeline.models import heads
 from pipeline.models.backbones import initialise
@@ -37,16 +40,7 @@ from pipeline.models.tuned import use_plain
 DEFAULT_HEADS = {"dgl": "mlp-sr", "greedy": "0c1f", "infopro": "1c2f", "infopro-contrast": "1c2f", "predsim": ""}
 
 
-@dataclass(frozen=True)
-class Term:
-    """One summand of a local loss: ``weight * head.loss``. ``make(shape)`` builds the head for a feature shape."""
-
-    name: str
-    weight: float
-    make: Callable[[FeatureShape], AuxiliaryHead]
-
-
-Terms = Callable[[MethodConfig, Task, float], list[Term]]
+_OWN_FILES: dict[str, Terms] = {"deinforeg": deinforeg.terms, "lopt": lopt.terms}
 _REGISTERED: dict[str, Terms] = {}
 _UPSTREAM: dict[str, Upstream] = {}
 
@@ -198,8 +192,9 @@ def method_terms(config: MethodConfig, task: Task, position: float) -> list[Term
     Raises:
         ConfigError: a head that the method or the task does not have.
     """
-    if config.name in _REGISTERED:
-        return _REGISTERED[config.name](config, task, position)
+    elsewhere = _OWN_FILES | _REGISTERED
+    if config.name in elsewhere:
+        return elsewhere[config.name](config, task, position)
     _refuse_what_the_task_lacks(config, task)
     head = config.head or DEFAULT_HEADS[config.name]
     if config.name == "dgl":

@@ -33,7 +33,8 @@ class ModulePlan:
         incoming: keys of the gradient messages from module + 1, in order of arrival.
         outgoing: keys of the gradient messages to module - 1, in order of departure.
         merged: its whole gradient is (a multiple of) the only message it sends, so one backward pass gives both.
-        together: both levels run in one action, that of the cascade level.
+        together: both levels run in one action, that of the cascade level; with ``levels = "auto"`` the plan of a run
+            decides (see plan.level_choice), here no module does.
         evaluations: times the literal definition would run the module in one step (BatchNorm of the released code).
     """
 

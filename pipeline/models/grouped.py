@@ -15,13 +15,12 @@ random numbers or mixes channels in another way does not.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
+from pipeline.models.joined import joined
 from pipeline.models.layers import PairedConv2d, PointwiseConv2d, PoolTo2d, RowBatchNorm2d, VectorInput
 from pipeline.models.upsampling import FactorisedConv2d, UpsampledConv2d
 
@@ -34,6 +33,8 @@ PER_CHANNEL = (*ELEMENTWISE, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, P
 def can_group(network: nn.Module, dims: int) -> bool:
     """Whether :func:`run` gives what ``network`` gives patch by patch on features of ``dims`` dimensions with the
     batch: 4 of a map, 3 of a sequence."""
+    if len({one.dtype for one in network.parameters()}) > 1:
+        return False
     for layer in flat(network):
         if not _known(layer) or layer._forward_hooks or layer._forward_pre_hooks:
             return False
@@ -67,47 +68,73 @@ def flat(network: nn.Module) -> Iterator[nn.Module]:
         yield network
 
 
-def run(networks: Sequence[Sequence[nn.Module]], x: Tensor, groups: int) -> Tensor:
+def run(networks: Sequence[Sequence[nn.Module]], x: Tensor, groups: int, size: tuple[int, int] | None = None) -> Tensor:
     """W networks of one structure, in training mode, on G patches; group g goes through network g mod W.
 
     Args:
         networks: the layers of each, as :func:`flat` gives them; they can be grouped (:func:`can_group`).
         x: (B, G C, h, w), of a sequence (B, t, G D).
         groups: G, a multiple of W.
+        size: (H, W) to which a :class:`UpsampledConv2d` upsamples.
     """
-    statistics = RunningStatistics(groups // len(networks))
-    for layers in zip(*networks, strict=True):
-        first = layers[0]
-        if isinstance(first, nn.Conv2d):
-            x = convolution(layers, x, groups)
+    places = list(zip(*networks, strict=True))
+    needed = [_needed(layers, x, size) for layers in places]
+    parameters = iter(joined([each for of_place in needed for each in of_place], groups // len(networks)))
+    moments = _Moments(places, x, groups)
+    for layers, its in zip(places, needed, strict=True):
+        first, own = layers[0], [next(parameters) for _ in its]
+        if isinstance(first, UpsampledConv2d):
+            assert size is not None
+            x = _upsampled_convolution(layers, x, size, groups, own)
+        elif isinstance(first, nn.Conv2d):
+            x = _convolution(first, x, groups, own)
         elif isinstance(first, nn.BatchNorm1d | nn.BatchNorm2d):
-            x = _batch_norm(layers, x, groups, statistics)
+            (mean, variance), (weight, bias) = moments.next(), own
+            x = F.batch_norm(x, mean, variance, weight, bias, training=True, momentum=1.0, eps=first.eps)
         elif isinstance(first, nn.Linear):
             x = _linear(layers, x, groups)
+        elif type(first) is nn.ReLU:  # in place it would write to a view of rows, which costs four copies
+            x = F.relu(x)
         else:
             x = first(x)
-    statistics.move()
+    moments.move_running()
     return x
 
 
-def convolution(layers: Sequence[nn.Conv2d], x: Tensor, groups: int) -> Tensor:
-    """(B, G C, h, w) -> (B, G O, h', w')."""
+def _needed(layers: Sequence[nn.Module], x: Tensor, size: tuple[int, int] | None) -> list[list[Tensor]]:
+    """The parameters of W layers that have to be joined for features like ``x``: weights, and biases where they are."""
     first = layers[0]
+    if isinstance(first, FactorisedConv2d) and size is not None and first.factorises(x.shape[2:], size):
+        return []
     if len(layers) == 1 and isinstance(first, PointwiseConv2d) and x.is_contiguous(memory_format=torch.channels_last):
+        return []
+    if not isinstance(first, (nn.Conv2d, *NORMS)):
+        return []
+    found: list[list[Tensor]] = [[layer.get_parameter("weight") for layer in layers]]
+    if first.bias is not None:
+        found.append([layer.get_parameter("bias") for layer in layers])
+    return found
+
+
+def _convolution(first: nn.Conv2d, x: Tensor, groups: int, own: Sequence[Tensor]) -> Tensor:
+    """(B, G C, h, w) -> (B, G O, h', w'); ``own``: weight and bias joined, none of a 1x1 convolution by pixels."""
+    if not own:
         batch, _, height, width = x.shape
         pixels = F.linear(x.permute(0, 2, 3, 1).reshape(-1, first.in_channels), first.weight.flatten(1))
         return pixels.view(batch, height, width, -1).permute(0, 3, 1, 2)
-    weight = joined([layer.weight for layer in layers], groups)
-    bias = None if first.bias is None else joined([layer.bias for layer in layers], groups)
+    weight, bias = own if len(own) == 2 else (own[0], None)
     return F.conv2d(x, weight, bias, first.stride, first.padding, first.dilation, groups)
 
 
-def upsampled_convolution(layers: Sequence[UpsampledConv2d], x: Tensor, size: tuple[int, int], groups: int) -> Tensor:
+def _upsampled_convolution(
+    layers: Sequence[UpsampledConv2d], x: Tensor, size: tuple[int, int], groups: int, own: Sequence[Tensor]
+) -> Tensor:
     """(B, G C, h, w) -> (B, G O, H, W) with ``size`` = (H, W), see :class:`UpsampledConv2d`."""
     first, (h, w) = layers[0], x.shape[2:]
-    if (h, w) == size or not (isinstance(first, FactorisedConv2d) and first.is_cheaper_factorised((h, w), size)):
+    if own:
         x = x if (h, w) == size else F.interpolate(x, size=size, mode="bilinear", align_corners=True)
-        return convolution(layers, x, groups)
+        return _convolution(first, x, groups, own)
+    assert isinstance(first, FactorisedConv2d)
     batch, channels, out, count = len(x), first.in_channels, first.out_channels, len(layers)
     pixels = x.permute(0, 2, 3, 1).view(batch, h, w, groups // count, count, channels)
     weights = [layer.taps() for layer in layers if isinstance(layer, FactorisedConv2d)]  # all: one structure
@@ -117,33 +144,6 @@ def upsampled_convolution(layers: Sequence[UpsampledConv2d], x: Tensor, size: tu
     if x.is_contiguous(memory_format=torch.channels_last):
         return y.permute(1, 3, 5, 2, 0, 4).reshape(batch, *size, groups * out).permute(0, 3, 1, 2).to(taps.dtype)
     return y.permute(1, 2, 0, 4, 3, 5).reshape(batch, groups * out, *size).to(taps.dtype)
-
-
-class _Joined(torch.autograd.Function):
-    """``(repeats, W tensors (O, ...)) -> (repeats W O, ...)``: fewer operations than cat and repeat with their own
-    backward passes."""
-
-    @staticmethod
-    def forward(ctx: Any, repeats: int, *tensors: Tensor) -> Tensor:
-        ctx.sides = repeats, len(tensors)
-        return torch.cat(tensors * repeats)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        repeats, count = ctx.sides
-        if repeats > 1:
-            gradient = gradient.unflatten(0, (repeats, -1)).sum(dim=0)
-        return None, *(gradient.chunk(count) if count > 1 else (gradient,))
-
-
-def joined(tensors: Sequence[Tensor | None], groups: int) -> Tensor:
-    """The parameters (O, ...) of W layers side by side, repeated until every group has its own: (G O, ...)."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    if len(present) == groups == 1:
-        return present[0]
-    every: Tensor = _Joined.apply(groups // len(present), *present)
-    return every
 
 
 def by_network(layers: Sequence[tuple[Tensor, Tensor | None]], x: Tensor) -> Tensor:
@@ -166,47 +166,50 @@ def _linear(layers: Sequence[nn.Linear], x: Tensor, groups: int) -> Tensor:
     return by_network([(layer.weight, layer.bias) for layer in layers], rows).transpose(0, 1).reshape(*sides, -1)
 
 
-class RunningStatistics:
-    """Moves BatchNorm's running statistics as one patch after another would, of all layers of some networks together.
+class _Moments:
+    """Mean and variance of every patch at the BatchNorm layers of a network, and the running statistics, which they
+    move as one patch after another would.
 
     Args:
-        times: forward passes that one call stands for.
+        places: the layers of W networks.
+        x: of which dtype and on which device the statistics of full precision are.
     """
 
-    def __init__(self, times: int) -> None:
-        self._times = times
-        self._found: dict[float, list[tuple[Tensor, tuple[Tensor, ...]]]] = {}
-        self._counters: list[Tensor] = []
+    def __init__(self, places: Sequence[Sequence[nn.Module]], x: Tensor, groups: int) -> None:
+        self._norms = [layers for layers in places if isinstance(layers[0], nn.BatchNorm1d | nn.BatchNorm2d)]
+        self._passes = groups // len(places[0])
+        if not self._norms:
+            return
+        weights = [layers[0].get_parameter("weight") for layers in self._norms]
+        widths = [len(weight) for weight in weights for _ in range(2 * groups)]
+        # with momentum 1 these become the batch's means and unbiased variances
+        moments = weights[0].new_zeros(sum(widths))
+        wholes = [groups * len(weight) for weight in weights for _ in range(2)]
+        self._whole = iter(moments.split(wholes))
+        self._each = moments.split(widths)
 
-    def add(self, layer: nn.BatchNorm1d | nn.BatchNorm2d, means: Sequence[Tensor], variances: Sequence[Tensor]) -> None:
-        """Of one layer: mean and unbiased variance (C,) of every pass, in order."""
-        assert layer.momentum is not None and layer.num_batches_tracked is not None
-        assert layer.running_mean is not None and layer.running_var is not None
-        pairs = self._found.setdefault(layer.momentum, [])
-        pairs += [(layer.running_mean, tuple(means)), (layer.running_var, tuple(variances))]
-        self._counters.append(layer.num_batches_tracked)
+    def next(self) -> tuple[Tensor, Tensor]:
+        """Where the next layer's means and variances (G C,) are to be written."""
+        return next(self._whole), next(self._whole)
 
     @torch.no_grad()
-    def move(self) -> None:
+    def move_running(self) -> None:
         """r <- (1 - momentum) r + momentum s, pass by pass."""
-        for momentum, pairs in self._found.items():
-            running = [tensor for tensor, _ in pairs]
-            for now in zip(*(found for _, found in pairs), strict=True):
-                torch._foreach_lerp_(running, now, momentum)
-        if self._counters:
-            torch._foreach_add_(self._counters, self._times)
-
-
-def _batch_norm(
-    layers: Sequence[nn.BatchNorm1d | nn.BatchNorm2d], x: Tensor, groups: int, statistics: RunningStatistics
-) -> Tensor:
-    """(B, G C, ...) -> the same, every group normalised by its own mean and variance."""
-    weight = joined([layer.weight for layer in layers], groups)
-    bias = joined([layer.bias for layer in layers], groups)
-    moments = weight.new_zeros(2, len(weight))  # with momentum 1 they become this batch's mean and unbiased variance
-    mean, variance = moments.unbind()
-    y = F.batch_norm(x, mean, variance, weight, bias, training=True, momentum=1.0, eps=layers[0].eps)
-    found = moments.view(2 * groups, -1).unbind()
-    for number, layer in enumerate(layers):
-        statistics.add(layer, found[number : groups : len(layers)], found[groups + number :: len(layers)])
-    return y
+        found: dict[float, list[tuple[Tensor, tuple[Tensor, ...]]]] = {}
+        counters: list[Tensor] = []
+        each = iter(self._each) if self._norms else iter(())
+        for layers in self._norms:
+            means, variances = ([next(each) for _ in range(self._passes * len(layers))] for _ in range(2))
+            for number, layer in enumerate(layers):
+                assert isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)
+                assert layer.momentum is not None and layer.num_batches_tracked is not None
+                assert layer.running_mean is not None and layer.running_var is not None
+                pairs = found.setdefault(layer.momentum, [])
+                pairs.append((layer.running_mean, tuple(means[number :: len(layers)])))
+                pairs.append((layer.running_var, tuple(variances[number :: len(layers)])))
+                counters.append(layer.num_batches_tracked)
+        for momentum, pairs in found.items():
+            for now in zip(*(moments for _, moments in pairs), strict=True):
+                torch._foreach_lerp_([running for running, _ in pairs], now, momentum)
+        if counters:
+            torch._foreach_add_(counters, self._passes)

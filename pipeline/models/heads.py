@@ -208,9 +208,8 @@ class DecoderHead(AuxiliaryHead):
     def losses_of_patches(self, patches: Patches, heads: Sequence[AuxiliaryHead]) -> Tensor:
         image, groups = patches.image, patches.groups
         assert image is not None
-        first, *layers = zip(*(head.decoder for head in heads if isinstance(head, DecoderHead)), strict=True)
-        x = grouped.upsampled_convolution(first, patches.feature, (image.size(2), image.size(3)), groups)
-        x = grouped.run(list(zip(*layers, strict=True)), x, groups)
+        networks = [list(head.decoder) for head in heads if isinstance(head, DecoderHead)]
+        x = grouped.run(networks, patches.feature, groups, size=(image.size(2), image.size(3)))
         return losses.reconstruction(x, image, groups)
 
 
@@ -229,8 +228,8 @@ class SimilarityHead(AuxiliaryHead):
         return type(self) is SimilarityHead and dims == 4
 
     def losses_of_patches(self, patches: Patches, heads: Sequence[AuxiliaryHead]) -> Tensor:
-        layers = [head.conv for head in heads if isinstance(head, SimilarityHead)]
-        x = grouped.convolution(layers, patches.feature, patches.groups)
+        networks = [[head.conv] for head in heads if isinstance(head, SimilarityHead)]
+        x = grouped.run(networks, patches.feature, patches.groups)
         return losses.similarity_matching(x, patches.targets[0], self.classes, patches.groups)
 
 

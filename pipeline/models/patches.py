@@ -25,6 +25,7 @@ from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given, Patches
 Autocast = Callable[[], contextlib.AbstractContextManager[None]]
 Patch = tuple[slice, ...]
 """Index of a patch in a tensor."""
+WHOLE: Patch = (slice(None),)
 
 
 def patch_slices(size: int, grid: int) -> list[slice]:
@@ -51,8 +52,12 @@ def patches_of(x: Tensor, feature: Tensor, grid: int) -> list[Patch]:
         return [(..., row, column) for row in rows for column in columns]  # type: ignore[misc]
     if grid > 1 and feature.dim() == 3 and x.dim() >= 2 and x.size(1) == feature.size(1):
         return [(slice(None), part) for part in patch_slices(x.size(1), grid)]
-    whole: list[Patch] = [(slice(None),)]
-    return whole * {4: grid * grid, 3: grid}.get(feature.dim(), 1)
+    return [WHOLE] * {4: grid * grid, 3: grid}.get(feature.dim(), 1)
+
+
+def _parts(x: Tensor, feature: Tensor, grid: int) -> list[Tensor]:
+    """What goes with each patch of ``feature``: views of ``x``, or ``x`` itself."""
+    return [x if patch == WHOLE else x[patch] for patch in patches_of(x, feature, grid)]
 
 
 class PatchedHead(nn.Module):
@@ -160,6 +165,7 @@ class PatchedHead(nn.Module):
                 (result if whole else result[patch]).add_(leaf.grad)
             else:  # the patches cover the feature once, so nothing needs to be zeroed first
                 result[patch].copy_(leaf.grad)
+            del leaf, loss  # before the next patch takes its memory
         assert result is not None
         return result, total
 
@@ -180,12 +186,9 @@ class PatchedHead(nn.Module):
         if len(patches_of(feature, feature, self.grid)) == 1:
             return [given]
 
-        def parts(x: Tensor) -> list[Tensor]:
-            return [x[patch] for patch in patches_of(x, feature, self.grid)]
-
-        targets = parts(given.target)
-        images = [None] * len(targets) if given.image is None else parts(given.image)
-        inputs = {name: parts(x) for name, x in (given.inputs or {}).items()}
+        targets = _parts(given.target, feature, self.grid)
+        images = [None] * len(targets) if given.image is None else _parts(given.image, feature, self.grid)
+        inputs = {name: _parts(x, feature, self.grid) for name, x in (given.inputs or {}).items()}
         return [
             Given(
                 target,
@@ -261,15 +264,14 @@ def _run(
     results = [torch.empty_like(feature) if gradient is None else gradient for gradient in gradients]
     cut, into = _split(feature.detach(), grid), [_split(result, grid) for result in results]
     image = None if given.image is None else _split(given.image, grid)
-    targets = [given.target[patch] for patch in patches_of(given.target, feature, grid)]
+    targets = _parts(given.target, feature, grid)
     share = 1.0 if first.separate else 1.0 / len(targets)
     totals = feature.new_zeros(count, dtype=torch.float64)
     nhwc = feature.dim() == 4 and feature.stride(1) == 1
     for rows, columns in rectangles(cut.size(1), cut.size(2), first.at_once):
         some = [row * grid + column for row in rows for column in columns]
-        here = (slice(None), slice(rows.start, rows.stop), slice(columns.start, columns.stop))
-        leaf = _packed(cut[here], count, nhwc).requires_grad_()
-        its_image = None if image is None else _packed(image[here], count, nhwc=False)
+        leaf = _packed(_block(cut, rows, columns), count, nhwc).requires_grad_()
+        its_image = None if image is None else _packed(_block(image, rows, columns), count, nhwc=False)
         its_targets = [targets[patch] for patch in some for _ in heads]
         patches = Patches(leaf, len(its_targets), its_targets, its_image, pooled)
         networks = [first.of(patch) for patch in some] if first.separate else [head.of(0) for head in heads]
@@ -278,11 +280,12 @@ def _run(
         losses.backward(_filled(losses, [weight * share for weight in weights]))
         totals.add_(losses.detach().sum(dim=0, dtype=torch.float64), alpha=share)
         assert leaf.grad is not None
-        for head, found in enumerate(_unpacked(leaf.grad, count, cut[here].shape)):
+        for head, found in enumerate(_unpacked(leaf.grad, count, _block(cut, rows, columns).shape)):
             if gradients[head] is None:  # the patches cover the feature once, so nothing needs to be zeroed first
-                into[head][here].copy_(found)
+                _block(into[head], rows, columns).copy_(found)
             else:
-                into[head][here].add_(found)
+                _block(into[head], rows, columns).add_(found)
+        del leaf, losses, patches, its_image, found  # before the next patches take their memory
     return list(zip(results, totals.unbind(), strict=True))
 
 
@@ -308,6 +311,13 @@ def _split(x: Tensor, grid: int) -> Tensor:
         return x.view(batch, 1, grid, length // grid, depth)
     batch, channels, height, width = x.shape
     return x.view(batch, channels, grid, height // grid, grid, width // grid).permute(0, 2, 4, 1, 3, 5)
+
+
+def _block(patches: Tensor, rows: range, columns: range) -> Tensor:
+    """Some of :func:`_split`, a view."""
+    if (len(rows), len(columns)) == (patches.size(1), patches.size(2)):
+        return patches
+    return patches[:, rows.start : rows.stop, columns.start : columns.stop]
 
 
 def _packed(patches: Tensor, copies: int, nhwc: bool) -> Tensor:

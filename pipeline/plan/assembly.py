@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +18,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.flow import MAIN, Specs, TensorSpec
 from pipeline.base.numerics import Numerics, stable_hash
 from pipeline.edges.wire import FieldSpec, MessageSpec
-from pipeline.local.at_once import HeadMemory, largest_graph
+from pipeline.local.at_once import HeadMemory, largest_backward
 from pipeline.local.local_module import LocalModule, Maps
 from pipeline.local.methods import Level, levels_of
 from pipeline.local.roles import ModulePlan, plan_hierarchy
@@ -52,8 +52,8 @@ class Plan:
         boundaries: what every local module gives.
         reconstructing: local modules with a head that asks for the image.
         upstream: weights that the heads get from the next module, where the method declares them.
-        largest_graph: bytes that autograd keeps of two rows in the local module that needs most; heads on patches go by
-            it (see local.at_once), None without any.
+        largest_backward: bytes that forward and backward of some rows need in the local module that needs most; heads
+            on patches go by it (see local.at_once), None without any.
     """
 
     config: Config
@@ -66,7 +66,7 @@ class Plan:
     boundaries: tuple[Specs, ...]
     reconstructing: frozenset[int]
     upstream: UpstreamPlan | None = None
-    largest_graph: int | None = None
+    largest_backward: int | None = None
 
     def placed(self, stages: tuple[range, ...]) -> Plan:
         """The same plan with other consecutive local modules on the ranks."""
@@ -74,6 +74,19 @@ class Plan:
             return self
         schedules = _schedules(self.config, self.modules, stages, self.upstream)
         return dataclasses.replace(self, stages=stages, schedules=schedules)
+
+    def with_levels_together(self, modules: Collection[int]) -> Plan:
+        """The same plan with both levels of these local modules in one action, and of no others."""
+        roles = tuple(dataclasses.replace(role, together=role.index in modules) for role in self.modules)
+        if roles == self.modules:
+            return self
+        schedules = _schedules(self.config, roles, self.stages, self.upstream)
+        return dataclasses.replace(self, modules=roles, schedules=schedules)
+
+    @property
+    def levels_together(self) -> tuple[int, ...]:
+        """The local modules with both levels in one action."""
+        return tuple(role.index for role in self.modules if role.together)
 
     def given(self, module: int) -> Specs:
         """What a local module gets."""
@@ -187,7 +200,7 @@ def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int, inputs: Sp
     graph = None
     if config.patches.at_once == "auto" and config.patches.grid > 1:
         parts = [[blocks[name] for name in names] for names in cut.modules]
-        graph = largest_graph(zip(parts, (inputs, *boundaries), strict=False))
+        graph = largest_backward(zip(parts, (inputs, *boundaries), strict=False))
     return Plan(
         config, task, cut, modules, stages, schedules, inputs, boundaries, frozenset(reconstructing), upstream, graph
     )
@@ -217,8 +230,8 @@ def build_modules(
     )
     built = []
     memory = None
-    if plan.config.patches.at_once == "auto" and plan.largest_graph is not None:
-        memory = HeadMemory(plan.largest_graph, plan.task)
+    if plan.config.patches.at_once == "auto" and plan.largest_backward is not None:
+        memory = HeadMemory(plan.largest_backward, plan.task)
     for index in plan.stages[rank]:
         names = plan.cut.modules[index]
         if fresh:
@@ -290,6 +303,7 @@ def write_plan(plan: Plan, path: Path) -> None:
         "partition": plan.config.partition.kind,
         "stages": [len(stage) for stage in plan.stages],
         "modules": [list(names) for names in plan.cut.modules],
+        "levels_together": list(plan.levels_together),
         "schedules": [" ".join(map(str, schedule)) for schedule in plan.schedules],
     }
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

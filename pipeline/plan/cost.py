@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.base.config import Config, ModelConfig, ScheduleConfig
+from pipeline.base.config import Config, ModelConfig
 from pipeline.base.errors import LocalpipeError
 from pipeline.base.numerics import Numerics, resolve_numerics
 from pipeline.edges.connect import Edges
@@ -32,12 +32,12 @@ from pipeline.models.unbuilt import no_values, planned_blocks
 from pipeline.plan.alone import random_batch
 from pipeline.plan.assembly import Plan, make_plan
 from pipeline.plan.blank import blank_modules, real_modules
+from pipeline.plan.cost_cut import cut_by_cost
 from pipeline.plan.counting import Part, Tally
+from pipeline.plan.module_flops import IMAGES, counted_step
 from pipeline.stage.inlet import BatchInlet
 from pipeline.stage.schedule import Kind
 from pipeline.stage.stage import Stage
-
-IMAGES = 2  # BatchNorm needs two
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class ModuleUnits:
         cascade, independent: the heads of a level with their backward passes.
         operations: calls in all its actions, of losses and updates too; no BP units. What is done for several modules
             at once counts in equal parts.
+        launches: those of the operations for which a GPU launches something.
     """
 
     module: int
@@ -59,6 +60,7 @@ class ModuleUnits:
     cascade: float
     independent: float
     operations: float
+    launches: float
 
     @property
     def trunk(self) -> float:
@@ -77,12 +79,13 @@ class StepCost:
 
     Attributes:
         bp_flops: of one backpropagation step of the whole network, per image (1 multiply-add = 2).
-        bp_operations: calls of such a step, of any number of images in one micro-batch.
+        bp_operations, bp_launches: calls of such a step, of any number of images in one micro-batch.
         modules: in order.
     """
 
     bp_flops: float
     bp_operations: int
+    bp_launches: int
     modules: tuple[ModuleUnits, ...]
 
     @property
@@ -110,6 +113,16 @@ class StepCost:
         """The same to those of backpropagation."""
         return self.operations / self.bp_operations
 
+    @property
+    def launches(self) -> int:
+        """Those of :attr:`operations` for which a GPU launches something."""
+        return round(sum(module.launches for module in self.modules))
+
+    @property
+    def launches_ratio(self) -> float:
+        """The same to those of backpropagation."""
+        return self.launches / self.bp_launches
+
 
 def step_cost(config: Config, image_shape: tuple[int, ...], classes: int) -> StepCost:
     """Count one step of ``config`` on images (C, S, S).
@@ -127,6 +140,7 @@ def step_cost(config: Config, image_shape: tuple[int, ...], classes: int) -> Ste
     task = Classification(classes, image_shape)
     blocks = planned_blocks(config.model.name, image_shape[0], classes)
     numerics = resolve_numerics(config.precision, torch.device("cpu"), blocks.values())
+    config, _ = cut_by_cost(config, blocks, task)
     return planned_cost(make_plan(config, blocks, task, ranks=1), blocks, numerics)
 
 
@@ -151,30 +165,21 @@ def planned_cost(plan: Plan, blocks: Blocks, numerics: Numerics) -> StepCost:
             cascade=step.flops[module, Kind.CASCADE] / unit,
             independent=step.flops[module, Kind.INDEPENDENT] / unit,
             operations=sum(step.operations[module, kind] for kind in Kind),
+            launches=sum(step.launches[module, kind] for kind in Kind),
         )
         for module in range(len(plan.modules))
     )
-    return StepCost(unit / IMAGES, round(sum(bp.operations.values())), modules)
-
-
-def counted_step(plan: Plan) -> Plan:
-    """The plan of a step that is counted: synchronous, of ``IMAGES`` images, nothing compiled, all on one rank."""
-    config = plan.config
-    config = dataclasses.replace(
-        config,
-        schedule=ScheduleConfig(),
-        data=dataclasses.replace(config.data, batch_size=IMAGES),
-        precision=dataclasses.replace(config.precision, compile=False),
-    )
-    return dataclasses.replace(plan, config=config, stages=()).placed((range(len(plan.modules)),))
+    operations, launches = (round(sum(calls.values())) for calls in (bp.operations, bp.launches))
+    return StepCost(unit / IMAGES, operations, launches, modules)
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """FLOPs of the first step over ``IMAGES`` images, and the operations of the second."""
+    """FLOPs of the first step over ``IMAGES`` images, and the calls of the second."""
 
     flops: Mapping[Part, float]
     operations: Mapping[Part, float]
+    launches: Mapping[Part, float]
 
 
 def _count(plan: Plan, blocks: Blocks, numerics: Numerics) -> _Counts:
@@ -193,13 +198,13 @@ def _count(plan: Plan, blocks: Blocks, numerics: Numerics) -> _Counts:
 
 def _counts_of(plan: Plan, modules: list[LocalModule], numerics: Numerics) -> _Counts:
     levels = [level for module in modules for level in module.levels.values()]
-    flops, operations = Tally(), Tally()
+    flops, calls = Tally(), Tally()
     stage = Stage(modules, plan.schedules[0], BatchInlet(random_batch(plan, modules, numerics)), Edges(), watch=flops)
     # Products with the zeros of a paired convolution are no FLOPs of the method.
     replaced = [layer for level in levels for layer in use_plain(level, (PairedConv2d.tuned,))]
     stage.train_step(1, 0)
     for parent, name, layer in replaced:
         setattr(parent, name, layer)
-    stage.watch = operations
+    stage.watch = calls
     stage.train_step(1, 1)
-    return _Counts(flops.flops, operations.operations)
+    return _Counts(flops.flops, calls.operations, calls.launches)

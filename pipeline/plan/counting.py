@@ -1,7 +1,9 @@
-"""What PyTorch is asked to do in a step: how many operations, and how many floating-point operations in them.
+"""What PyTorch is asked to do in a step: how many operations, how many of them a GPU launches something
+for, and how many floating-point operations are in them.
 
     module 0   F  I  U     operation: one call of the dispatcher, which is one kernel or a few on a GPU; views count too
-    module 1   F  I  B  U  FLOPs: of matrix products and convolutions; elementwise work, BatchNorm and losses count none
+    module 1   F  I  B  U  launch: an operation that computes or copies; neither a view nor memory alone
+                           FLOPs: of matrix products and convolutions; elementwise work, BatchNorm and losses count none
 """
 
 from __future__ import annotations
@@ -23,16 +25,27 @@ Part = tuple[int, Kind]
 """Of a step: the actions of one kind of one module."""
 
 
+aten = torch.ops.aten
+NO_LAUNCH = frozenset({
+    aten.detach.default, aten.alias.default, aten._unsafe_view.default,
+    aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default,
+    aten.new_empty.default, aten.new_empty_strided.default,
+})  # fmt: skip
+"""Besides views: the same memory, or memory alone."""
+
+
 class Tally(Watch):
     """Counts the work of a stage.
 
     Attributes:
-        operations, flops: by module and kind of action; what is done for several modules at once counts in equal parts.
+        operations, launches, flops: by module and kind of action; what is done for several modules at once counts in
+            equal parts.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.operations: dict[Part, float] = defaultdict(float)
+        self.launches: dict[Part, float] = defaultdict(float)
         self.flops: dict[Part, float] = defaultdict(float)
 
     @contextmanager
@@ -42,6 +55,7 @@ class Tally(Watch):
             yield
         for action in actions:
             self.operations[action.module, kind] += counted.calls / len(actions)
+            self.launches[action.module, kind] += counted.launches / len(actions)
             self.flops[action.module, kind] += counted.flops / len(actions)
 
 
@@ -57,6 +71,7 @@ class _Operations(TorchDispatchMode):
     def __init__(self, reads: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has not annotated it
         self.calls = 0
+        self.launches = 0
         self.flops = 0
         self._reads = reads
 
@@ -65,6 +80,7 @@ class _Operations(TorchDispatchMode):
         if func.namespace == "prim":  # a question, such as for the device
             return func(*args, **kwargs)
         self.calls += 1
+        self.launches += not (func.is_view or func in NO_LAUNCH)
         if self._reads and func is torch.ops.aten._local_scalar_dense.default:
             return 1.0 if args[0].is_floating_point() else 1
         result = func(*args, **kwargs)

@@ -12,6 +12,8 @@ from pipeline.base.config import ModelConfig
 from pipeline.base.cut_tables import EQUAL, HPFF, TABLES
 from pipeline.base.errors import ConfigError, suggest
 
+BY_COST = "cost"
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -35,7 +37,8 @@ class Cut:
 
 
 def make_cut(blocks: Sequence[str], config: ModelConfig) -> Cut:
-    """Cut the named blocks into ``config.modules`` local modules.
+    """Cut the named blocks into ``config.modules`` local modules; not by cost, as a name has none
+    (see :mod:`pipeline.plan.cost_cut`).
 
     Raises:
         ConfigError: more modules than blocks, a named table without an entry for this network and K, names that are no
@@ -50,6 +53,7 @@ def make_cut(blocks: Sequence[str], config: ModelConfig) -> Cut:
         )
     if wanted == 1:
         return Cut((tuple(blocks),), 1)
+    assert config.cuts != BY_COST
     if config.cuts in TABLES:
         by_number = TABLES[config.cuts].get(config.name, {})
         if wanted not in by_number:

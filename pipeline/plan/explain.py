@@ -27,19 +27,22 @@ from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import planned_blocks, without_memory
 from pipeline.plan.assembly import Plan, describe, make_plan
 from pipeline.plan.cost import StepCost, planned_cost
+from pipeline.plan.cost_cut import cut_by_cost
 from pipeline.plan.cost_profile import Profile
+from pipeline.plan.counted_costs import counted_costs
+from pipeline.plan.forms import compared_forms
+from pipeline.plan.level_choice import choose_levels, joinable, levels_line
 from pipeline.plan.module_flops import Uncountable, module_flops
 from pipeline.plan.placement import choose_stages, given, place, split_by_cost
+from pipeline.plan.predicted import STEPS, predicted
 from pipeline.plan.profiling import profile_modules, work_of
 from pipeline.plan.rank_memory import rank_memory, refuse_too_large
-from pipeline.plan.report import Placement, PlannedModule, PlannedRank, PlanReport
-from pipeline.plan.simulate import ModuleCost, Simulation, simulate
+from pipeline.plan.report import Placement, PlannedForm, PlannedModule, PlannedRank, PlanReport
+from pipeline.plan.simulate import ModuleCost
 from pipeline.ranks.runtime import choose_device, keep_freed_memory, ranks_per_device, set_threads
-from pipeline.stage.events import SteadyState, steady_state
+from pipeline.stage.events import SteadyState
 from pipeline.stage.schedule import Kind
 
-STEPS = 24
-"""Simulated steps besides those that late work needs; the first half fills the pipeline."""
 MARGIN = 4
 """Steps before and after the two complete ones that a report keeps for a chart: other ranks are at them meanwhile."""
 
@@ -52,6 +55,7 @@ def measure(config: Config, ranks: int) -> Profile:
     """
     config = validate(config)
     network = _Network(config)
+    config, _ = cut_by_cost(config, network.blocks, network.task)
     return _measure(config, ranks, network, _plan_by_count(config, network, ranks))
 
 
@@ -63,6 +67,7 @@ def message_bytes(config: Config, ranks: int) -> list[tuple[int, int]]:
         ConfigError: whatever would stop a run of this configuration on ``ranks`` ranks.
     """
     network = _Network(validate(config))
+    config, _ = cut_by_cost(config, network.blocks, network.task)
     plan = _plan_by_count(config, network, ranks)
     wire = (network.numerics.dtype, network.numerics.channels_last)
     return [
@@ -80,6 +85,7 @@ def explain(
     profile: Profile | None = None,
     *,
     count: bool = False,
+    forms: bool = False,
     latency_s: float = 0.0,
     bytes_per_s: float = math.inf,
 ) -> PlanReport:
@@ -90,6 +96,8 @@ def explain(
         ranks: number of processes, each on a device like the profiled one.
         profile: costs of the modules; None: :func:`measure` them here, once nothing else is left to refuse.
         count: give FLOPs, in BP units, and operations of every module too, which takes a few seconds.
+        forms: plan the other forms that the work of the heads can take too. Without a ``profile`` their heads are
+            measured, which takes less time than measuring the modules did.
         latency_s: seconds that a message takes besides its transfer.
         bytes_per_s: bandwidth between two ranks.
 
@@ -101,7 +109,9 @@ def explain(
     if not (0 <= latency_s < math.inf and bytes_per_s > 0):
         raise ConfigError(f"a link of {latency_s:g} s and {bytes_per_s:g} bytes/s; use a latency >= 0 and a rate > 0")
     network = _Network(config)
+    config, cut = cut_by_cost(config, network.blocks, network.task)
     plan = _plan_by_count(config, network, ranks)
+    measured = profile is None
     if profile is None:
         profile = _measure(config, ranks, network, plan)
     else:
@@ -109,12 +119,11 @@ def explain(
     numerics = network.numerics
     if profile.dtype:  # of the device that is planned for, which need not be this one
         numerics = dataclasses.replace(numerics, dtype=profile.torch_dtype)
-    costs = profile.modules
+    costs: Sequence[ModuleCost] = profile.modules
     work = [cost.step_s(role) for cost, role in zip(costs, plan.modules, strict=True)]
     if max(work) <= 0:
         raise ConfigError("the profile has no time for any action; give forward_s and backward_s of the modules")
     chosen = config.partition.kind
-    units = planned_cost(plan, network.blocks, numerics) if count else None
     flops, reason = None, ""
     if count or (chosen == "auto" and 1 < ranks < len(work)):
         try:
@@ -128,19 +137,34 @@ def explain(
     if flops is not None:
         candidates["auto"] = split_by_cost(flops, ranks)
     link = (latency_s, bytes_per_s)
+    by_form, unknown = costs, ""
+    if config.hierarchy.levels == "auto" and measured and chosen != "measured":  # as a run would decide
+        try:
+            by_form = counted_costs(plan, joinable(plan), network.blocks, numerics)
+        except Uncountable as error:
+            by_form, unknown = (ModuleCost(),) * len(costs), f"levels separate: {error}"
     runs = {}
     for kind, candidate in candidates.items():
-        plan = plan.placed(candidate)
-        runs[kind] = (plan, *_run(plan, costs, *link))
+        plan = choose_levels(plan.placed(candidate), by_form)
+        runs[kind] = (plan, *predicted(plan, costs, *link))
     plan, simulation, steady = runs[chosen]
+    units = planned_cost(plan, network.blocks, numerics) if count else None
+    work = [cost.step_s(role) for cost, role in zip(costs, plan.modules, strict=True)]
     bound_s = max(sum(work[m] for m in stage) for stage in stages)
     if config.schedule.kind == "free":  # every stage at its own pace; the first one sees every batch
         bound_s = sum(work[m] for m in stages[0])
         steady = dataclasses.replace(steady, step_s=bound_s)
     memory = rank_memory(plan, costs, numerics)
+    compared: tuple[PlannedForm, ...] = ()
+    if forms:
+        operations = units.operations if units is not None else None
+        with _threads_of_a_rank(config, ranks, numerics):
+            compared = compared_forms(
+                plan, costs, network.blocks, numerics, link, measure=measured, operations=operations
+            )
     first = STEPS // 2
     return PlanReport(
-        lines=_lines(plan, numerics, profile, link, reason if chosen == "auto" else ""),
+        lines=_lines(plan, numerics, profile, link, (cut, reason if chosen == "auto" else "", unknown)),
         modules=_modules(plan, network.blocks, costs, work, units),
         ranks=_ranks(plan, numerics, work, steady, memory),
         step_s=steady.step_s,
@@ -156,6 +180,7 @@ def explain(
         first_step=first,
         refusal=_refusal(memory, profile),
         bp_operations=units.bp_operations if units is not None else None,
+        forms=compared,
     )
 
 
@@ -213,23 +238,6 @@ def _threads_of_a_rank(config: Config, ranks: int, numerics: Numerics) -> Iterat
         torch.set_num_threads(before)
 
 
-def _run(
-    plan: Plan, costs: Sequence[ModuleCost], latency_s: float, bytes_per_s: float
-) -> tuple[Simulation, SteadyState]:
-    late = max(action.lag for schedule in plan.schedules for action in schedule)
-    simulation = simulate(
-        plan.modules,
-        plan.schedules,
-        costs,
-        STEPS + late,
-        depth=plan.config.runtime.queue_depth,
-        latency_s=latency_s,
-        bytes_per_s=bytes_per_s,
-        replay=plan.config.schedule.kind == "free",
-    )
-    return simulation, steady_state(simulation.events(), STEPS // 2, STEPS - 1)
-
-
 def _modules(
     plan: Plan, blocks: Blocks, costs: Sequence[ModuleCost], work: Sequence[float], units: StepCost | None
 ) -> tuple[PlannedModule, ...]:
@@ -240,6 +248,7 @@ def _modules(
         heads = sum(p.numel() for build in builders.values() for p in without_memory(build).parameters())
         kinds = {action.kind for action in plan.schedules[rank_of[role.index]] if action.module == role.index}
         names = plan.cut.modules[role.index]
+        cost = cost.in_role(role)
         rows.append(
             PlannedModule(
                 index=role.index,
@@ -283,16 +292,17 @@ def _ranks(
                 memory_bytes=memory[rank],
                 sent_down_bytes=down,
                 sent_up_bytes=up,
+                levels_together=tuple(m for m in stage if plan.modules[m].together),
             )
         )
     return tuple(rows)
 
 
 def _lines(
-    plan: Plan, numerics: Numerics, profile: Profile, link: tuple[float, float], placement: str
+    plan: Plan, numerics: Numerics, profile: Profile, link: tuple[float, float], notes: Sequence[str]
 ) -> tuple[str, ...]:
-    """What is planned, why it is placed otherwise than asked for (else ""), and on which assumptions the prediction
-    rests."""
+    """What is planned, ``notes`` about how it was chosen (those that are not empty), and on which assumptions the
+    prediction rests."""
     headline, how, *_ = describe(plan, numerics, [])
     shape = "x".join(map(str, plan.task.image_shape))
     latency_s, bytes_per_s = link
@@ -305,7 +315,8 @@ def _lines(
     lines = (
         headline,
         how,
-        placement,
+        *notes,
+        levels_line(plan),
         f"images {shape}, {plan.task.classes} classes; each rank on {what} like {where}{measured}; {wire}",
     )
     return tuple(filter(None, lines))

@@ -18,7 +18,6 @@ from collections.abc import Callable
 
 import torch
 
-from pipeline.base.flow import MAIN, named
 from pipeline.base.numerics import Numerics
 from pipeline.base.version import VERSION
 from pipeline.local.local_module import LocalModule
@@ -27,6 +26,7 @@ from pipeline.models.unbuilt import is_planned
 from pipeline.plan.alone import random_batch, random_gradients, stage_alone
 from pipeline.plan.assembly import Plan, build_modules
 from pipeline.plan.cost_profile import Profile
+from pipeline.plan.level_choice import joinable
 from pipeline.plan.rank_memory import device_memory
 from pipeline.plan.simulate import ModuleCost
 from pipeline.plan.watches import MemoryWatch, Stopwatch
@@ -53,15 +53,20 @@ def profile_modules(
         sharing: ranks that share the memory of the device: all of a machine share its CPU's.
         after_module: called when a module has been measured.
 
-    On the CPU ``graph_bytes`` and ``work_bytes`` count the tensors that autograd keeps; what a kernel allocates and
-    frees inside one operation is not seen there.
+    With ``hierarchy.levels = "auto"`` a module whose levels may go together is measured in both forms. Bytes are those
+    of :class:`pipeline.plan.watches.MemoryWatch`.
     """
-    alone = dataclasses.replace(plan, stages=tuple(range(m, m + 1) for m in range(len(plan.modules))))
+    alone = _one_module_a_rank(plan)
     cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []
     costs = []
+    both = joinable(plan) if plan.config.hierarchy.levels == "auto" else frozenset()
     with torch.random.fork_rng(devices=cuda):
         for index in range(len(plan.modules)):
-            costs.append(_profile_one(alone, index, blocks, numerics, warmup, steps))
+            cost = _profile_one(alone, index, blocks, numerics, warmup, steps)
+            if index in both:
+                together = _profile_one(alone.with_levels_together({index}), index, blocks, numerics, warmup, steps)
+                cost = _with_both_forms(cost, together)
+            costs.append(cost)
             if after_module is not None:
                 after_module()
     return Profile(
@@ -75,6 +80,18 @@ def profile_modules(
         datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         work_of(plan),
     )
+
+
+def module_alone(plan: Plan, index: int, blocks: Blocks, numerics: Numerics) -> LocalModule:
+    """A throwaway local module of a plan, whatever its placement; planned blocks get weights in a copy."""
+    copies = OrderedDict((name, copy.deepcopy(blocks[name])) for name in plan.cut.modules[index])
+    fresh = any(map(is_planned, copies.values()))
+    (module,) = build_modules(_one_module_a_rank(plan), index, copies, numerics, fresh)
+    return module
+
+
+def _one_module_a_rank(plan: Plan) -> Plan:
+    return dataclasses.replace(plan, stages=tuple(range(m, m + 1) for m in range(len(plan.modules))))
 
 
 def work_of(plan: Plan) -> tuple[str, ...]:
@@ -98,11 +115,10 @@ def device_name(device: torch.device) -> str:
 def _profile_one(
     alone: Plan, index: int, blocks: Blocks, numerics: Numerics, warmup: int, steps: int
 ) -> ModuleCost:
-    copies = OrderedDict((name, copy.deepcopy(blocks[name])) for name in alone.cut.modules[index])
-    (module,) = build_modules(alone, index, copies, numerics, fresh=any(map(is_planned, copies.values())))
+    module = module_alone(alone, index, blocks, numerics)
     module.set_learning_rate(0.0)  # random labels must not drive the weights to where arithmetic is slow
     batch, gradients = random_batch(alone, [module], numerics), random_gradients(alone, module, numerics)
-    memory = MemoryWatch(numerics.device, module, outside=(*named(batch.x).values(), *gradients.values()))
+    memory = MemoryWatch(numerics.device, module)
     stage = stage_alone(alone, module, batch, gradients, memory)
     with torch.compiler.set_stance("force_eager"):  # what watches the tensors must not be compiled into the code
         stage.train_step(0, 0)
@@ -119,15 +135,29 @@ def _profile_one(
     median = {kind: statistics.median(values) for kind, values in times.items()}
     seconds = {f"{kind.name.lower()}_s": value * parts for kind, value in median.items()}
     seconds["update_s"] = median[Kind.UPDATE]
+    if module.plan.together:
+        seconds["together_s"] = seconds.pop("cascade_s")
     wire = (numerics.dtype, numerics.channels_last)
     last = len(alone.modules) - 1
     return ModuleCost(
         **seconds,
         state_bytes=_state_bytes(module),
-        graph_bytes=memory.graph_bytes(gradients[MAIN], len(module.levels) + module.plan.final),
-        work_bytes=memory.work_bytes(),
+        graph_bytes=memory.graph_bytes,
+        work_bytes=memory.work_bytes,
+        head_bytes=memory.head_bytes,
         activation_bytes=parts * alone.activation_spec(index, *wire).nbytes if index < last else 0,
         gradient_bytes=parts * alone.gradient_spec(index, *wire).nbytes if module.plan.outgoing else 0,
+    )
+
+
+def _with_both_forms(separate: ModuleCost, together: ModuleCost) -> ModuleCost:
+    """The form is chosen later; there is memory for either."""
+    return dataclasses.replace(
+        separate,
+        together_s=together.together_s,
+        graph_bytes=max(separate.graph_bytes, together.graph_bytes),
+        work_bytes=max(separate.work_bytes, together.work_bytes),
+        head_bytes=max(separate.head_bytes, together.head_bytes),
     )
 
 

@@ -15,6 +15,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics
 from pipeline.plan.assembly import Plan
 from pipeline.plan.simulate import ModuleCost
+from pipeline.plan.watches import HEADS
 from pipeline.stage.schedule import Kind
 
 GIB = 2**30
@@ -78,7 +79,7 @@ def _peak_of_graphs(plan: Plan, rank: int, costs: Sequence[ModuleCost]) -> int:
             cost = costs[action.module]
             if action.kind is Kind.FORWARD:
                 open_now += cost.graph_bytes
-            most = max(most, open_now + cost.work_bytes)
+            most = max(most, open_now + (cost.head_bytes if action.kind in HEADS else cost.work_bytes))
             if action.kind is Kind.BACKWARD:
                 open_now -= cost.graph_bytes
     return most

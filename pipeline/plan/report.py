@@ -53,6 +53,7 @@ class PlannedRank:
         busy: share of the time it works.
         memory_bytes: weights, optimiser, graphs, queues.
         sent_down_bytes, sent_up_bytes: of one step, to the next and to the previous rank.
+        levels_together: its local modules with both levels in one action.
     """
 
     rank: int
@@ -62,6 +63,7 @@ class PlannedRank:
     memory_bytes: int
     sent_down_bytes: int
     sent_up_bytes: int
+    levels_together: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,30 @@ class Placement:
     kind: str
     sizes: tuple[int, ...]
     step_s: float
+
+
+@dataclass(frozen=True)
+class PlannedForm:
+    """A way to do the work of the heads: the configured one, or with one key changed.
+
+    Attributes:
+        at_once, levels: ``patches.at_once`` and ``hierarchy.levels``.
+        patches: fewest and most patches that a head works on together, of how many; None without patches.
+        together: number of local modules that do both levels together.
+        configured: it is the one that is planned.
+        step_s: predicted seconds of a step; None: nobody has measured it.
+        operations: of a step of one micro-batch; None: not counted.
+        memory_bytes: of every rank; None: nobody has measured it.
+    """
+
+    at_once: int | str
+    levels: str
+    patches: tuple[int, int, int] | None
+    together: int
+    configured: bool
+    step_s: float | None
+    operations: int | None
+    memory_bytes: tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -91,6 +117,7 @@ class PlanReport:
         first_step: the first of two complete steps in ``events``.
         refusal: why this cannot run on these devices, or None.
         bp_operations: of a backpropagation step of the whole network; None: not counted.
+        forms: ways to do the work of the heads, the configured one first; () where there is one only, or nobody asked.
     """
 
     lines: tuple[str, ...]
@@ -107,6 +134,7 @@ class PlanReport:
     first_step: int
     refusal: str | None
     bp_operations: int | None
+    forms: tuple[PlannedForm, ...] = ()
 
     @property
     def images_per_s(self) -> float:

@@ -12,6 +12,7 @@ looked at twice, so the work is proportional to the number of actions.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from collections import deque
@@ -34,9 +35,11 @@ class ModuleCost:
         update_s: seconds of one optimiser step alone; of several modules together it takes no longer than their sum.
         state_bytes: parameters, gradients, buffers and optimiser state.
         graph_bytes: what one micro-batch keeps from its forward to its backward.
-        work_bytes: the most that a single action needs on top of that, and gives back.
+        work_bytes: the most that a single action of the module needs on top of that, and gives back.
+        head_bytes: likewise of the heads of a level.
         activation_bytes: what a whole batch sends downstream, with labels and (where a later head needs it) the image.
         gradient_bytes: what a whole batch sends upstream for each of its gradient messages.
+        together_s: seconds of both levels in one action, for a whole batch; 0: not known, or no such module.
     """
 
     forward_s: float = 0.0
@@ -49,18 +52,33 @@ class ModuleCost:
     state_bytes: int = 0
     graph_bytes: int = 0
     work_bytes: int = 0
+    head_bytes: int = 0
     activation_bytes: int = 0
     gradient_bytes: int = 0
+    together_s: float = 0.0
 
     @property
     def memory_bytes(self) -> int:
         """Memory of a stage that owns this module alone, with one micro-batch at a time and without queues."""
-        return self.state_bytes + self.graph_bytes + self.work_bytes
+        return self.state_bytes + self.graph_bytes + max(self.work_bytes, self.head_bytes)
+
+    @property
+    def separate_s(self) -> float:
+        """Seconds of both levels one after the other."""
+        return self.cascade_s + self.independent_s
+
+    def in_role(self, plan: ModulePlan) -> ModuleCost:
+        """The cost of a module with the role ``plan``: levels together are the work of the cascade's action. As long as
+        one after the other where nothing else is known."""
+        if not plan.together:
+            return self
+        return dataclasses.replace(self, cascade_s=self.together_s or self.separate_s, independent_s=0.0)
 
     def step_s(self, plan: ModulePlan) -> float:
         """Seconds of work of one whole step of a module with the role ``plan``."""
         relays = 0 if plan.merged else len(plan.outgoing)
-        heads = plan.cascade * self.cascade_s + plan.independent * self.independent_s + plan.final * self.final_s
+        cost = self.in_role(plan)
+        heads = plan.cascade * cost.cascade_s + plan.independent * cost.independent_s + plan.final * self.final_s
         return self.forward_s + heads + relays * self.relay_s + self.backward_s + self.update_s
 
     def seconds(self, action: Action, micro_batches: int) -> float:
@@ -201,6 +219,7 @@ def simulate(
     Raises:
         ValueError: the stages wait for each other for ever.
     """
+    costs = [cost.in_role(role) for cost, role in zip(costs, plans, strict=True)]
     micro_batches = 1 + max(action.micro_batch for action in schedules[0])
     bounds = [(min(a.module for a in schedule), max(a.module for a in schedule)) for schedule in schedules]
     down, up = [], []

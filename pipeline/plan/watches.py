@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from pipeline.base.alive import Alive
 from pipeline.local.local_module import LocalModule
 from pipeline.stage.schedule import Action, Kind
 from pipeline.stage.watch import Watch
+
+HEADS = frozenset({Kind.CASCADE, Kind.INDEPENDENT, Kind.FINAL})
 
 
 class Stopwatch(Watch):
@@ -49,74 +51,55 @@ class Stopwatch(Watch):
 
 
 class MemoryWatch(Watch):
-    """Watches the memory of one step: what stays after the forward, and the most that any action adds to it.
+    """Watches the memory of one step of a module: what stays until its backward, and the most that its actions need.
 
-    On a GPU the allocator counts. On a CPU it counts the distinct storages that autograd holds, without the weights and
-    without the tensors in ``outside``, which belong to the queues.
+    On a GPU the allocator counts. On a CPU, and where nothing is computed, the tensors do that are made in the step and
+    still alive; what a kernel allocates and frees inside one operation is not seen there. Parameters' gradients are
+    left out, as far as they are there before an action: they belong to the module's state.
     """
 
-    def __init__(self, device: torch.device, module: LocalModule, outside: Sequence[Tensor]) -> None:
+    def __init__(self, device: torch.device, module: LocalModule) -> None:
         super().__init__()
         self._device = device
-        owned = [p for part in (*module.blocks.values(), *module.levels.values()) for p in part.parameters()]
-        self._known = {tensor.untyped_storage().data_ptr() for tensor in (*owned, *outside)}
-        self._held: dict[int, int] = defaultdict(int)
-        self._now = self._peak = 0
-        self._after_forward = self._most = 0
+        self._parameters = [p for part in (*module.blocks.values(), *module.levels.values()) for p in part.parameters()]
+        self._alive = Alive()
+        self._kept = 0
+        self._most = {True: 0, False: 0}  # of heads; of everything else
         self._base = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
     @contextmanager
     def working(self, actions: Sequence[Action], step: int, waited: Callable[[], float]) -> Iterator[None]:
+        state = self._gradients()
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
             yield
             peak = torch.cuda.max_memory_allocated(self._device) - self._base
             after = torch.cuda.memory_allocated(self._device) - self._base
         else:
-            self._peak = self._now
-            with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda kept: kept.tensor):
+            self._alive.most = self._alive.now
+            with self._alive:
                 yield
-            peak, after = self._peak, self._now
+            peak, after = self._alive.most, self._alive.now
         kind = actions[0].kind
-        if kind is Kind.FORWARD:
-            self._after_forward = after
         if kind is not Kind.UPDATE:
-            self._most = max(self._most, peak)
+            self._most[kind in HEADS] = max(self._most[kind in HEADS], peak - state)
+        if kind not in (Kind.BACKWARD, Kind.UPDATE):
+            self._kept = max(self._kept, after - self._gradients())
 
-    def graph_bytes(self, output: Tensor, levels: int) -> int:
+    @property
+    def graph_bytes(self) -> int:
         """What stays from the forward to the backward: the graph, and the gradient of the output from every level."""
-        return self._after_forward + levels * output.nbytes
+        return self._kept
 
+    @property
     def work_bytes(self) -> int:
-        """The most that an action adds."""
-        return max(0, self._most - self._after_forward)
+        """The most that forward, relay or backward adds."""
+        return max(0, self._most[False] - self._kept)
 
-    def _pack(self, tensor: Tensor) -> _Kept:
-        storage = tensor.untyped_storage()
-        pointer, size = storage.data_ptr(), storage.nbytes()
-        if pointer not in self._known:
-            self._held[pointer] += 1
-            if self._held[pointer] == 1:
-                self._now += size
-                self._peak = max(self._peak, self._now)
-        return _Kept(tensor, self)
+    @property
+    def head_bytes(self) -> int:
+        """The most that a level's heads add."""
+        return max(0, self._most[True] - self._kept)
 
-    def free(self, tensor: Tensor) -> None:
-        """Autograd has dropped a tensor that it held."""
-        storage = tensor.untyped_storage()
-        pointer = storage.data_ptr()
-        if pointer not in self._known:
-            self._held[pointer] -= 1
-            if self._held[pointer] == 0:
-                self._now -= storage.nbytes()
-
-
-class _Kept:
-    """A tensor that autograd holds; it tells when autograd drops it."""
-
-    def __init__(self, tensor: Tensor, memory: MemoryWatch) -> None:
-        self.tensor = tensor
-        self._memory = memory
-
-    def __del__(self) -> None:
-        self._memory.free(self.tensor)
+    def _gradients(self) -> int:
+        return sum(p.grad.nbytes for p in self._parameters if p.grad is not None)

@@ -2,6 +2,7 @@
 
     modules   blocks, heads, parameters, ms of every action, memory
     ranks     modules, ms of work, busy share, memory, bytes sent in a step
+    forms     of the heads' work: patches at once or not, levels together or not; time and memory of each
     totals    step time, images/s, bubble, the bound that no schedule beats, other placements
 """
 
@@ -15,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.base.units import mebibytes
-from pipeline.plan.report import PlannedModule, PlannedRank, PlanReport
+from pipeline.plan.report import PlannedForm, PlannedModule, PlannedRank, PlanReport
 from pipeline.report.console import output_console
 from pipeline.stage.events import NAMES, SEND, WAIT
 
@@ -27,10 +28,13 @@ def show_plan(report: PlanReport, console: Console | None = None) -> None:
     console = output_console(console)
     for number, line in enumerate(report.lines):
         console.print(line, style="bold" if number == 0 else None, markup=False, highlight=False, soft_wrap=True)
-    for title, table in (
+    tables = [
         ("Local modules (milliseconds for a whole batch)", _module_table(report.modules, console.width)),
         ("Ranks (one step)", _rank_table(report.ranks)),
-    ):
+    ]
+    if report.forms:
+        tables.append(("Forms of the heads' work (* as configured)", _form_table(report.forms, console.width)))
+    for title, table in tables:
         console.print()
         console.print(title, style="bold")
         console.print(table)
@@ -96,6 +100,32 @@ def _rank_table(ranks: Sequence[PlannedRank]) -> Table:
             mebibytes(rank.sent_up_bytes),
         )
     return table
+
+
+def _form_table(forms: Sequence[PlannedForm], width: int) -> Table:
+    """``width``: of the console."""
+    everyone = width >= 100 and all(len(form.memory_bytes or ()) <= 8 for form in forms)
+    columns: list[tuple[str, Callable[[PlannedForm], str]]] = [
+        ("", lambda f: "*" if f.configured else ""),
+        ("patches.\nat_once", lambda f: str(f.at_once)),
+        ("hierarchy.\nlevels", lambda f: f.levels),
+        ("patches\nat once", lambda f: "-" if f.patches is None else _patches(*f.patches)),
+        ("levels\ntogether", lambda f: f"{f.together} modules" if f.together else "-"),
+        ("step\nms", lambda f: _ms(f.step_s)),
+        ("opera-\ntions", lambda f: "-" if f.operations is None else f"{f.operations:,}"),
+        ("largest rank\nMiB", lambda f: "-" if f.memory_bytes is None else mebibytes(max(f.memory_bytes))),
+    ]
+    if everyone:
+        columns.append(("every rank\nMiB", lambda f: " ".join(map(mebibytes, f.memory_bytes or ())) or "-"))
+    table = _table(*(heading for heading, _ in columns), gap=2 if width >= 100 else 1)
+    for form in forms:
+        table.add_row(*(cell(form) for _, cell in columns))
+    return table
+
+
+def _patches(least: int, most: int, of: int) -> str:
+    """``3 to 4 of 4``."""
+    return f"{most} of {of}" if least == most else f"{least} to {most} of {of}"
 
 
 def _totals(report: PlanReport) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from pipeline.base.errors import ConfigError, warn
 from pipeline.base.numerics import Numerics, resolve_numerics
 from pipeline.base.paths import path_of, text_of
 from pipeline.base.toml import to_toml
-from pipeline.base.validation import validate
+from pipeline.base.validation import validate, with_values
 from pipeline.base.version import code_version
 from pipeline.data.image_source import ImageSource
 from pipeline.data.loader_source import LoaderData, LoaderSource
@@ -24,12 +24,14 @@ from pipeline.local.task import Classification, Task, refuse_unusable, task_name
 from pipeline.models.backbones import Blocks
 from pipeline.models.custom import network_blocks
 from pipeline.models.unbuilt import planned_blocks
-from pipeline.plan.cut import make_cut
+from pipeline.plan.cost_cut import cut_by_cost
+from pipeline.plan.cut import BY_COST, make_cut
 from pipeline.plan.placement import given, place
 from pipeline.ranks.agreement import agree_on_config
 from pipeline.ranks.keys import Key
 from pipeline.ranks.runtime import Runtime
 from pipeline.ranks.team import Team
+from pipeline.report.loggers import refuse_missing_loggers
 from pipeline.report.view import View
 from pipeline.store.resume import Start, choose_start
 from pipeline.store.run_directory import CONFIG, RunDirectory
@@ -48,7 +50,9 @@ def named_after(config: Config, network: nn.Module | None, data: LoaderData | No
 
 def refuse_early(config: Config, network: nn.Module | None, task: Task | None, runtime: Runtime) -> Numerics:
     """Refusals that need no data: a task that cannot work, more modules than blocks, more ranks than modules, a layout
-    that cannot work."""
+    that cannot work, a logger that is not installed."""
+    if runtime.team.leads:
+        refuse_missing_loggers(config)
     if task is not None:
         if network is None or (config.data.name != "loader" and not isinstance(task, Classification)):
             raise ConfigError("a task of your own needs your own network and loaders: pass network=... and data=...")
@@ -56,7 +60,9 @@ def refuse_early(config: Config, network: nn.Module | None, task: Task | None, r
     blocks = (
         network_blocks(network, config.model.cuts) if network is not None else planned_blocks(config.model.name, 3, 10)
     )
-    count = len(make_cut(list(blocks), config.model))
+    # How many modules a cut by cost makes is known before anything is counted.
+    model = dataclasses.replace(config.model, cuts="auto") if config.model.cuts == BY_COST else config.model
+    count = len(make_cut(list(blocks), model))
     if config.partition.kind == "given":
         given(config.partition.stages, count, runtime.team.size)
     place(count, runtime.team.size)
@@ -91,7 +97,7 @@ def begin(
         lock = RunLock(directory.path.absolute())
         held.callback(lock.close)
         path = str(directory.path.absolute())
-        start = choose_start(resume, directory.path.absolute(), known is not None, config, task)
+        start = choose_start(resume, directory.path.absolute(), known is not None, config, task, team.size)
         directory.write_config(to_toml(config))
         # Not before: what is refused now must not be done by a restart.
         team.remember(Key.RUN_DIRECTORY(), text_of(path))
@@ -123,6 +129,25 @@ def open_source(
     data_spec = runtime.team.broadcast(source.data_spec if source is not None else None)
     assert data_spec is not None  # rank 0 has opened the data
     return source, data_spec
+
+
+def cut_network(
+    config: Config, network: nn.Module | None, data_spec: DataSpec, task: Task | None, start: Start, team: Team
+) -> tuple[Config, Blocks, Task, str]:
+    """The configuration with the cuts of this run, the network in blocks, what it is for, and what to tell people about
+    a cut by cost (else ""). Collective.
+
+    Rank 0 counts where ``model.cuts = "cost"``; a run that goes on keeps the cuts it has.
+    """
+    if start.cuts is not None:
+        config = with_values(config, {"model.cuts": start.cuts})
+    blocks, found = blocks_and_task(config, network, data_spec, task)
+    if config.model.cuts != BY_COST or config.model.modules == 1:
+        return config, blocks, found, ""
+    config, words = team.broadcast(
+        cut_by_cost(config, blocks, found, data_spec.inputs) if team.leads else (config, "")
+    )
+    return config, *blocks_and_task(config, network, data_spec, task), words
 
 
 def blocks_and_task(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.base.errors import warn
 from pipeline.local.local_module import LocalModule
 from pipeline.local.weights import State, heads_state, model_state, module_weights, weights_sha256
 from pipeline.ranks.team import Team
+from pipeline.report.curve import plot_curve
 from pipeline.report.view import View
 from pipeline.run.loop import Loop, Run
-from pipeline.store.run_directory import RunDirectory, summarise
+from pipeline.store.run_directory import METRICS, RunDirectory, summarise
 from pipeline.store.weights_file import HEADS, MODEL, write_weights
+
+CURVE = "curve.png"
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,23 @@ def finish(run: Run, loop: Loop, modules: Sequence[LocalModule]) -> dict[str, An
     summary = team.broadcast(summary)
     assert summary is not None  # rank 0 has written it
     return summary
+
+
+def draw_curve(directory: RunDirectory) -> None:
+    """Draw CURVE of a complete run (rank 0), where matplotlib is there. What goes wrong costs a line, and no run."""
+    if without_curve():
+        return
+    try:
+        plot_curve(directory.path / METRICS, directory.path / CURVE)
+    except Exception as error:  # whatever matplotlib stumbles over
+        warn(f"{CURVE} could not be drawn: {type(error).__name__}: {error}")
+
+
+def without_curve() -> str:
+    """What to say at the start where matplotlib, an optional dependency, is missing; else nothing."""
+    if importlib.util.find_spec("matplotlib") is not None:
+        return ""
+    return f"{CURVE} will not be drawn: it needs matplotlib: pip install localpipe[plot] (or set log.curve=false)"
 
 
 def _settings(run: Run, module: LocalModule, states: list[State]) -> dict[str, Any]:

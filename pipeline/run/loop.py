@@ -32,13 +32,14 @@ from pipeline.local.optimiser import learning_rate
 from pipeline.local.task import Classification, task_name
 from pipeline.plan.assembly import Plan, write_plan
 from pipeline.ranks.runtime import Runtime
+from pipeline.report.loggers import Loggers
 from pipeline.report.view import View
 from pipeline.run.orders import SaveOrStop
 from pipeline.run.telemetry import Telemetry, merge
 from pipeline.stage.stage import Stage
 from pipeline.store.records import EpochProgress, EpochRecord
 from pipeline.store.resume import Position
-from pipeline.store.run_directory import PLAN, RunDirectory
+from pipeline.store.run_directory import PLAN, RunDirectory, json_ready
 from pipeline.store.run_lock import RunLock
 from pipeline.store.saver import Document, Saver
 
@@ -49,7 +50,7 @@ that takes longer, the more ranks there are."""
 
 @dataclass(frozen=True)
 class Run:
-    """What the loop works with; ``directory``, ``lock`` and ``view`` are used on rank 0 only."""
+    """What the loop works with; ``directory``, ``lock``, ``view`` and ``loggers`` are used on rank 0 only."""
 
     config: Config
     runtime: Runtime
@@ -63,6 +64,7 @@ class Run:
     saver: Saver
     orders: SaveOrStop
     view: View | None
+    loggers: Loggers
     custom_network: bool
 
 
@@ -233,11 +235,19 @@ class Loop:
                 "custom_network": run.custom_network,
                 "config_sha256": run.config.fingerprint(),
                 "test_error_pct": tested,
+                **self._chosen_levels(),
                 **self._of_another_task(records[-1] if records and position.finished_epochs == epoch else None),
             }
             return manifest, [dataclasses.asdict(record) for record in records]
 
         return Document(to_toml(run.config), contents)
+
+    def _chosen_levels(self) -> dict[str, Any]:
+        """What the plan has chosen, so that a resume on as many ranks does the same."""
+        plan = self._run.plan
+        if plan.config.hierarchy.levels != "auto":
+            return {}
+        return {"levels_together": {"ranks": len(plan.stages), "modules": list(plan.levels_together)}}
 
     def _of_another_task(self, tested: EpochRecord | None) -> dict[str, Any]:
         """What the manifest of a task other than classification says besides."""
@@ -294,9 +304,12 @@ class Loop:
                     run.view.epoch(record)
 
     def _write(self, record: EpochRecord) -> None:
-        """Add a line to metrics.jsonl; a full disk costs no run, and the line is made up for later."""
+        """Add a line to metrics.jsonl; a full disk costs no run, and the line is made up for later. The same line goes
+        to the loggers."""
+        anew = False
         try:
-            if self.keep_directory() or self._unwritten:
+            anew = self.keep_directory()
+            if anew or self._unwritten:
                 self._run.directory.begin_metrics(self.records)
             else:
                 self._run.directory.append(record)
@@ -304,6 +317,12 @@ class Loop:
         except OSError as error:
             self._unwritten = True
             warn(f"metrics.jsonl was not written: {error}")
+        if not anew:  # else they have begun with it
+            self._run.loggers.record(json_ready(dataclasses.asdict(record)))
+
+    def begin_loggers(self) -> None:
+        """Rank 0: open the loggers, with the records so far."""
+        self._run.loggers.begin([json_ready(dataclasses.asdict(record)) for record in self.records])
 
     def keep_directory(self) -> bool:
         """Rank 0: where the run directory has been deleted or renamed, go on in a new one with everything in it.
@@ -321,6 +340,7 @@ class Loop:
             run.directory.write_config(to_toml(run.config))
             write_plan(run.plan, run.directory.path / PLAN)
             run.directory.begin_metrics(self.records)
+            self.begin_loggers()
             told, self._told_of_directory = self._told_of_directory, True
         if told:  # a deletion that takes its time meets a directory that is made anew
             return True

@@ -9,6 +9,7 @@ run (a checkpoint is written by all).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -17,35 +18,38 @@ from typing import Any
 from torch import nn
 
 from pipeline.base.config import Config
+from pipeline.base.toml import to_toml
 from pipeline.base.validation import validate
 from pipeline.data.loader_source import LoaderData
 from pipeline.edges.wire import Directive
 from pipeline.local.local_module import LocalModule
 from pipeline.local.task import Task
 from pipeline.plan.assembly import build_modules, describe, write_plan
+from pipeline.plan.level_choice import levels_line
 from pipeline.plan.measured_placement import placed_plan
 from pipeline.ranks.runtime import Runtime
+from pipeline.report.loggers import Loggers
 from pipeline.report.view import open_view
 from pipeline.run import tracing
 from pipeline.run.beginning import (
     agree_on_all,
     asked_to_stop,
     begin,
-    blocks_and_task,
+    cut_network,
     named_after,
     open_source,
     refuse_early,
     show_beginning,
 )
 from pipeline.run.building import connect_stage, explained_failures, inlet_of, open_checkpoint, restore, stage_of
-from pipeline.run.ending import Outcome, finish, stopped, unsaved
+from pipeline.run.ending import Outcome, draw_curve, finish, stopped, unsaved, without_curve
 from pipeline.run.loop import Loop, Run
 from pipeline.run.orders import SaveOrStop
 from pipeline.run.telemetry import Telemetry
 from pipeline.stage.schedule import Action
 from pipeline.stage.watch import Watch
 from pipeline.store import checkpoint
-from pipeline.store.run_directory import PLAN
+from pipeline.store.run_directory import PLAN, json_ready
 from pipeline.store.saver import SaveFailed, Saver
 
 ActionHook = Callable[[int, Action], None]
@@ -112,9 +116,11 @@ def train(
         failures.progress(-1, -1, "opening the data")
         source, data_spec = open_source(config, data, numerics, runtime, task)
         failures.progress(-1, -1, "placing the local modules")
-        blocks, task = blocks_and_task(config, network, data_spec, task)
-        plan, placement = placed_plan(config, blocks, task, numerics, runtime, data_spec.inputs)
+        config, blocks, task, cut = cut_network(config, network, data_spec, task, start, team)
+        spec, together = data_spec.inputs, start.levels_together
+        plan, placement = placed_plan(config, blocks, task, numerics, runtime, spec, together)
         if team.leads:
+            directory.write_config(to_toml(config))  # with the cuts of this run
             write_plan(plan, directory.path / PLAN)
         failures.describe(plan.stage_label(team.rank))
 
@@ -138,10 +144,13 @@ def train(
         if view is not None:
             goes_on = f"resumed from {start.checkpoint} (step {position.step})" if start.checkpoint else ""
             note = tracing.cannot_draw() if trace and draw else ""
-            lines = [*describe(plan, numerics, devices or []), placement, goes_on, *start.lines, note]
+            about = [*describe(plan, numerics, devices or []), cut, placement, levels_line(plan)]
+            lines = [*about, goes_on, *start.lines, note, without_curve() if config.log.curve else ""]
             show_beginning(view, start.warnings, lines, plan.labels())
 
         folder = directory.path / checkpoint.FOLDER
+        loggers = Loggers(config.log.to, directory.path, json_ready(dataclasses.asdict(config)))
+        held.callback(loggers.close)
         run = Run(
             config=config,
             runtime=runtime,
@@ -155,11 +164,13 @@ def train(
             saver=Saver(team, folder, config.checkpoint),
             orders=orders,
             view=view,
+            loggers=loggers,
             custom_network=network is not None,
         )
         loop = Loop(run, position, records, saved=start.checkpoint is not None and start.checkpoint.parent == folder)
         if team.leads:
             directory.begin_metrics(loop.records)
+            loop.begin_loggers()
         reason = asked_to_stop(runtime)
         if reason is not None:
             edges.close()
@@ -175,6 +186,8 @@ def train(
             assert reason is not None  # that is why it stops
             return stopped(team, Outcome(directory, reason, loop.step, checkpoint.step_folder(folder, loop.step)), view)
         summary = finish(run, loop, modules)
+        if team.leads and config.log.curve:
+            draw_curve(directory)
         if recorder is not None:
             steps = min(data_spec.train_batches, loop.total)
             for note in tracing.write(runtime, recorder, plan, directory.path, steps, draw):

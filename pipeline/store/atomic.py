@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, and what killed processes have left of them.
+"""Files and directories that are there as a whole or not at all, and what killed processes have left of them.
 
     .model.pt.4711.tmp   being written by process 4711, which holds a lock on it   -- fsync, rename -->   model.pt
 """
@@ -9,7 +9,8 @@ import contextlib
 import fcntl
 import os
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,8 +37,27 @@ def write_atomically(target: Path, write: Callable[[BinaryIO], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_directory(target: Path, files: Mapping[str, bytes]) -> None:
+    """The same for a new directory of ``files``, content by name. Raises OSError."""
+    temporary = temporary_of(target)
+    temporary.mkdir()
+    try:
+        with _opened(temporary) as descriptor:
+            with contextlib.suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for name, content in files.items():
+                with open(temporary / name, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+            os.fsync(descriptor)
+            os.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def remove_temporaries(folder: Path, ours: Callable[[str], bool] = lambda name: True) -> None:
-    """Remove the temporary files in ``folder`` that no living process is writing.
+    """Remove the temporary files and directories in ``folder`` that no living process is writing.
 
     A process on another machine or in another container, where the pid says nothing, holds a lock. Where neither can be
     told, a file stays. ``ours``: by the name of a target, whether it is a file of this program.
@@ -45,9 +65,19 @@ def remove_temporaries(folder: Path, ours: Callable[[str], bool] = lambda name: 
     for path in folder.iterdir():
         match = _TEMPORARY.fullmatch(path.name)
         if match is not None and ours(match["name"]) and not _alive(int(match["pid"])):
-            with contextlib.suppress(OSError), open(path, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # an error where it is locked, or cannot be
-                path.unlink()
+            with contextlib.suppress(OSError), _opened(path) as descriptor:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # an error where it is locked, or cannot be
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    """The descriptor of a file or a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _alive(pid: int) -> bool:

@@ -207,6 +207,12 @@ class Checkpoint:
         """Whether the network was a user's own, which no name can rebuild."""
         return bool(self.manifest["custom_network"])
 
+    def levels_together(self, ranks: int) -> tuple[int, ...] | None:
+        """The local modules with both levels together, if they have been chosen (``hierarchy.levels = "auto"``) for so
+        many ranks."""
+        chosen = self.manifest.get("levels_together")
+        return tuple(chosen["modules"]) if chosen is not None and chosen["ranks"] == ranks else None
+
     def history(self) -> list[dict[str, Any]]:
         """Records of the finished epochs, as dicts."""
         records: list[dict[str, Any]] = json.loads((self.path / HISTORY).read_text())

@@ -95,6 +95,15 @@ def _shape(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(_whole(size, 1) for size in value)
 
 
+def _levels(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and _whole(value.get("ranks"), 1)
+        and isinstance(value.get("modules"), list)
+        and all(_whole(module, 0) for module in value["modules"])
+    )
+
+
 def _files(value: Any) -> bool:
     def known(name: str, entry: Any) -> bool:
         path = PurePosixPath(name)
@@ -132,12 +141,14 @@ _ENTRIES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "test_error_pct": (lambda value: value is None or _number(value, 0, 100), "null or a number from 0 to 100"),
     "task": _TEXT,
     "test_cost": (lambda value: value is None or _number(value, -math.inf), "null or a number"),
+    "levels_together": (_levels, "a number of ranks and a list of local modules"),
     "files": (_files, "a table of at least one file, each with its SHA-256 and its bytes"),
 }
 
 
-_OPTIONAL = ("task", "test_cost")
-"""Of tasks other than classification: their name, and the first metric so that lower is better."""
+_OPTIONAL = ("task", "test_cost", "levels_together")
+"""Of tasks other than classification: their name, and the first metric so that lower is better. With
+``hierarchy.levels = "auto"``: what was chosen for so many ranks."""
 
 
 def _wrong_entry(manifest: Mapping[str, Any]) -> str | None:

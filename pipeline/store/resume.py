@@ -16,7 +16,9 @@ from typing import Any
 from pipeline.base.config import Config
 from pipeline.base.errors import CheckpointError, ConfigError
 from pipeline.base.metric import ERROR, MetricForm
+from pipeline.base.validation import with_values
 from pipeline.local.task import Task, task_name
+from pipeline.plan.cut import BY_COST
 from pipeline.store.atomic import remove_temporaries
 from pipeline.store.checkpoint import (
     FOLDER,
@@ -41,9 +43,9 @@ MAY_CHANGE = frozenset(
         *("precision.channels_last", "precision.compile", "precision.layers", "patches.at_once"),
     }
 )
-"""Keys that may differ from those of the checkpoint, besides all of partition, checkpoint and runtime. The others
-decide the shape of a tensor, the meaning of a step, or which images it sees."""
-FREE_SECTIONS = ("partition", "checkpoint", "runtime")
+"""Keys that may differ from those of the checkpoint, besides all of FREE_SECTIONS. The others decide the shape of a
+tensor, the meaning of a step, or which images it sees."""
+FREE_SECTIONS = ("partition", "checkpoint", "log", "runtime")
 
 
 @dataclass(frozen=True)
@@ -72,18 +74,28 @@ class Position:
 
 @dataclass(frozen=True)
 class Start:
-    """``checkpoint`` to go on from, None for the beginning, and what the user should know."""
+    """Where a run starts.
+
+    Attributes:
+        checkpoint: to go on from; None: the beginning.
+        lines, warnings: what the user should know.
+        levels_together: see :meth:`pipeline.store.checkpoint.Checkpoint.levels_together`.
+        cuts: ``model.cuts`` of the checkpoint where the configuration says ``"cost"``, which chooses only when a run
+            begins.
+    """
 
     checkpoint: Path | None
     lines: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    levels_together: tuple[int, ...] | None = None
+    cuts: str | tuple[str, ...] | None = None
 
 
 def choose_start(
-    resume: str, run_dir: Path, restarted: bool, config: Config, task: Task | None = None
+    resume: str, run_dir: Path, restarted: bool, config: Config, task: Task | None = None, ranks: int = 1
 ) -> Start:
-    """Decide on rank 0, and tidy up what killed runs have left in ``run_dir``. ``task``: what the network is for,
-    None: classification.
+    """Decide on rank 0 of ``ranks``, and tidy up what killed runs have left in ``run_dir``. ``task``: what the network
+    is for, None: classification.
 
     Raises:
         CheckpointError: ``resume`` is a path without a valid checkpoint; the checkpoint is of another task.
@@ -121,7 +133,11 @@ def choose_start(
             "the task that was trained, or start anew with --resume none and another --run-dir"
         )
     warnings += [chosen.older] if chosen.older is not None else []
-    return Start(chosen.path, tuple(_changes(chosen, config)), tuple(warnings))
+    cuts = chosen.config.model.cuts if config.model.cuts == BY_COST else None
+    lines = _changes(chosen, with_values(config, {"model.cuts": cuts}) if cuts is not None else config)
+    if isinstance(cuts, str) and cuts != BY_COST and config.model.modules > 1:
+        lines.append(f"model.cuts = {cuts!r} of the checkpoint stays: 'cost' chooses only when a run begins")
+    return Start(chosen.path, tuple(lines), tuple(warnings), chosen.levels_together(ranks), cuts)
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:

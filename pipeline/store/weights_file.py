@@ -1,14 +1,12 @@
-"""The one writer of files of weights, model.pt and heads.pt of a run and exports: a flat dict of tensors, whole or not
-at all.
+"""The one writer of .pt files of weights, model.pt and heads.pt of a run and exports: a flat dict of tensors, whole or
+not at all.
 
     dict --> bytes --> temporary file --> fsync --> rename
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,8 +24,7 @@ def encode_pt(state: State) -> bytes:
     return buffer.getvalue()
 
 
-def write_weights(target: Path, state: State, encode: Callable[[State], bytes] = encode_pt) -> str:
-    """Write ``state`` as ``encode`` (default: a .pt file) does; returns the SHA-256 of the file. Raises OSError."""
-    content = encode(state)
+def write_weights(target: Path, state: State) -> None:
+    """Write ``state`` as a .pt file. Raises OSError."""
+    content = encode_pt(state)
     write_atomically(target, lambda file: file.write(content))
-    return hashlib.sha256(content).hexdigest()

@@ -99,6 +99,8 @@ def near(setting: Setting) -> st.SearchStrategy[Any]:
     kind = setting.kinds[0]
     if bounds.choices:
         return st.sampled_from(list(bounds.choices))
+    if bounds.entries:
+        return st.lists(st.sampled_from(list(bounds.entries)), max_size=3)
     if kind is bool:
         return st.booleans()
     if kind is str:

@@ -13,6 +13,7 @@ from pipeline.base.recipes import recipes
 
 BEFORE = json.loads((Path(__file__).parent / "recipes_before_inheritance.json").read_text())
 DEFAULTS_SINCE = {"partition": {"kind": "auto"}}
+RECIPES_SINCE = {"digits-resnet32-k4-infopro-hpff": {"model": {"cuts": "cost"}}}
 
 
 def test_every_recipe_resolves_to_what_it_was_as_a_file_of_its_own() -> None:
@@ -22,6 +23,7 @@ def test_every_recipe_resolves_to_what_it_was_as_a_file_of_its_own() -> None:
         now = json.loads(json.dumps(dataclasses.asdict(load_config(name, say=pytest.fail))))
         for section, entries in BEFORE["defaults"].items():
             expected = {**entries, **DEFAULTS_SINCE.get(section, {}), **changes.get(section, {})}
+            expected |= RECIPES_SINCE.get(name, {}).get(section, {})
             assert {key: now[section][key] for key in expected} == expected, (name, section)
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers_spawn import free_port
 from helpers_torchrun import run_agents
 
+from pipeline import diagnose, load_config
 from pipeline.cli import torchrun
 from pipeline.cli.main import main
+from pipeline.doctor import diagnose as diagnose_module
 from pipeline.doctor.finding import Level
 
 
@@ -49,6 +53,15 @@ def test_a_node_that_is_not_fit_ends_with_1_and_the_reason(
     assert len(lines) == 11 and verdict.startswith("not fit to train (") and "MASTER_PORT" in verdict
 
 
+def test_one_process_looks_at_the_node_as_a_rank_per_gpu_would_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    seen: list[int] = []
+    monkeypatch.setattr(diagnose_module, "examine", lambda job: seen.append(job.here) or iter(()))
+    for words in ([], ["model.modules=2", "hierarchy.cascade_span=2"], ["runtime.device=cpu"]):
+        diagnose(load_config(assignments=words))
+    assert seen == [3, 2, 1]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -78,13 +91,18 @@ def test_nproc_starts_the_same_command_under_torchrun(monkeypatch: pytest.Monkey
         localpipe(monkeypatch, "doctor", "--nproc", "3", "--seconds", "2")
 
 
-def on_a_node(rank: int, folder: str) -> None:
-    """The command in a worker of torchrun."""
+def on_a_node(rank: int, folder: str, files: int = 0) -> None:
+    """The command in a worker of torchrun, which may have so many files open."""
     os.chdir(folder)
+    if files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # both nodes are this machine
     sys.argv = ["localpipe", "doctor", "--seconds", "0.6", "--set", "runtime.device=cpu", "--json", "found.json"]
     code = main()
     Path(f"code{rank}").write_text(str(code))
+    if files:  # an agent that has seen a failure reads no return values, and a fork would wait for that
+        sys.stdout.flush()
+        os._exit(code)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="lo is what Linux calls it")
@@ -97,3 +115,13 @@ def test_two_nodes_have_their_lines_and_the_ranks_theirs(tmp_path: Path) -> None
     assert [finding["subject"] for finding in findings[20:]] == ["versions", "clocks", "neighbours"]
     printed = "".join(agent.stderr for agent in agents)
     assert printed.count("fit to train (") == 1 and "(on two machines)" not in printed
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="lo is what Linux calls it")
+def test_ranks_that_are_not_fit_end_with_1_and_torchrun_with_the_reason(tmp_path: Path) -> None:
+    (agent,) = run_agents(on_a_node, [2], str(tmp_path), 120)
+    assert agent.exit_code == 1
+    assert [(tmp_path / f"code{rank}").read_text() for rank in range(2)] == ["1", "0"]  # one report of torchrun's
+    document = json.loads((tmp_path / "found.json").read_text())
+    assert not document["fit"] and "open files 120" in document["verdict"] and len(document["pairs"]) == 1
+    assert agent.stderr.count(document["verdict"]) == 2  # printed, and at the end of torchrun's report

@@ -108,6 +108,7 @@ def test_the_hash_is_splitmix64_in_plain_integers() -> None:
         assert hashed(torch.tensor(indices), *keys).tolist() == [expected(i, *keys) for i in indices]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("policy", MODES)
 def test_a_gpu_gives_the_same_pixels(policy: Augmentation) -> None:

@@ -102,6 +102,14 @@ def test_idle_gpus_are_fine_and_links_are_those_of_the_visible_ones(
     assert (links.level, links.text) == (Level.OK, "NVLink between all neighbours (NV4)")
 
 
+def test_gpus_that_are_not_to_be_used_are_a_note_at_most(tmp_path: Path) -> None:
+    driver(tmp_path, "Failed to initialize NVML", "", code=9)
+    gpus, _ = look(request="cpu")
+    assert gpus.level is Level.NOTE and gpus.text.endswith("(not used)")
+    driver(tmp_path, QUERY_H100, CROSSED)
+    assert [finding.level for finding in look(request="cpu")] == [Level.NOTE, Level.NOTE]
+
+
 @pytest.mark.parametrize(
     ("arguments", "level", "words"),
     [

@@ -70,7 +70,8 @@ def test_a_limit_of_processes_counts_threads(tmp_path: Path) -> None:
 
 def test_locked_memory_matters_where_there_is_infiniband(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node, "soft_limit", lambda kind: 8.0 * MIB if kind == resource.RLIMIT_MEMLOCK else UNLIMITED)
-    assert limits(job(tmp_path), NO_LIMITS, has_gpus=True).level is Level.OK
+    found = limits(job(tmp_path), NO_LIMITS, has_gpus=True)
+    assert found.level is Level.OK and "open files unlimited" in found.text
     files(tmp_path, {"sys/class/infiniband/mlx5_0/node_guid": ""})
     found = limits(job(tmp_path), NO_LIMITS, has_gpus=True)
     assert found.level is Level.WARNING and "locked memory 8.0 MiB" in found.text and "ulimit -l" in found.fix
@@ -168,6 +169,12 @@ def test_a_full_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 # -- network ---------------------------------------------------------------------------------------------------------
 
 
+def called(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """The address that the name of this machine stands for."""
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 0))]
+    monkeypatch.setattr(network.socket, "getaddrinfo", lambda *name, type: found)
+
+
 def test_a_port_that_is_taken_is_an_error_where_it_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as other:
         other.bind(("", 0))
@@ -189,17 +196,20 @@ def test_a_name_that_other_machines_cannot_reach_matters_where_there_are_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    monkeypatch.setattr(network.socket, "gethostbyname", lambda name: "127.0.1.1")
+    called(monkeypatch, "127.0.1.1")
     port, roots = Finding("port", Level.OK, "1 is free"), job(tmp_path).roots
     (alone,) = network.network_findings(roots, 1, port)
     assert alone.level is Level.OK and alone.text.endswith("; port 1 is free")
+    called(monkeypatch, "fd00::1")
+    assert network.network_findings(roots, 2, port)[0].level is Level.OK
+    called(monkeypatch, "::1")
     found, kept = network.network_findings(roots, 2, port)
     assert found.level is Level.ERROR and "GLOO_SOCKET_IFNAME" in found.fix and kept is port
 
 
 def test_a_slow_interface_matters_between_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(network.socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth0"), (3, "eth1")])
-    monkeypatch.setattr(network.socket, "gethostbyname", lambda name: "10.0.0.1")
+    called(monkeypatch, "10.0.0.1")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
     files(tmp_path / "sys/class/net", {"eth0/speed": "1000\n", "eth1/speed": "25000\n"})
     port, roots = Finding("port", Level.OK, "1 is free"), job(tmp_path).roots
@@ -216,7 +226,7 @@ def test_a_name_server_that_does_not_answer_is_not_waited_for(
 ) -> None:
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     read, write = os.pipe()
-    monkeypatch.setattr(network.socket, "gethostbyname", lambda name: os.read(read, 1))
+    monkeypatch.setattr(network.socket, "getaddrinfo", lambda *name, type: os.read(read, 1))
     monkeypatch.setattr(network, "SLOW_NAMES_S", 0.05)
     found = network.network_findings(job(tmp_path).roots, 1, Finding("port", Level.OK, ""))[0]
     os.write(write, b".")

@@ -21,7 +21,7 @@ SECONDS = 0.6
 DEADLINE_S = 3.0
 ENDS_WITHIN_S = 10.0
 HANG_S = 60.0
-DELAY_S = 0.03
+DELAY_S = 0.1
 """Of each answer; far more than this machine ever takes for one."""
 AHEAD_S = 5.0
 

@@ -87,6 +87,7 @@ def test_an_error_makes_unfit_and_the_verdict_names_it(tmp_path: Path) -> None:
     low = Finding("limits", Level.ERROR, "open files 64", "ulimit -n 4096")
     diagnosis = Diagnosis(1, (fine,))
     assert diagnosis.fit and diagnosis.verdict == "fit to train (1 warning)"
+    assert Diagnosis(1, (fine, fine)).verdict == "fit to train (2 warnings)"
     diagnosis = Diagnosis(2, (fine, low), (pair(0),), (ClockSkew(1, 0.1, 0.01),))
     assert not diagnosis.fit
     assert diagnosis.verdict == "not fit to train (1 warning, 1 error): limits: open files 64; ulimit -n 4096"

@@ -55,7 +55,7 @@ def refusal(results: list[RankResult]) -> str:
         ),
         (
             {"partition": {"kind": "given", "stages": (1, 1, 1)}},
-            'localpipe: ranks disagree about partition.kind: ranks 0, 2 have "auto"; rank 1 has "given", and about '
+            'localpipe: ranks disagree about partition.kind: ranks 0, 2 have "count"; rank 1 has "given", and about '
             "partition.stages: ranks 0, 2 have []; rank 1 has [1, 1, 1]",
         ),
         (

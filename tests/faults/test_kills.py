@@ -60,6 +60,7 @@ def test_a_single_process_that_was_killed_goes_on_with_its_run(
     assert len(list(tmp_path.glob("**/checkpoints"))) == 1
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL needs a GPU for each of two ranks")
 def test_torchrun_restarts_what_was_killed_on_nccl(tmp_path: Path) -> None:
     fault = {"rank": 1, "step": 17, "do": "kill"}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeline.base.flow import TensorSpec
 from pipeline.base.numerics import Numerics
-from pipeline.local.at_once import HeadMemory, largest_graph
+from pipeline.local.at_once import HeadMemory, largest_backward
 from pipeline.local.methods import Level
 from pipeline.local.task import Classification
 from pipeline.models.heads import DecoderHead, Given
@@ -67,13 +67,13 @@ def chosen(width: int) -> int:
     """Patches at once of a decoder beside a convolution, BatchNorm and ReLU of ``width`` channels."""
     block = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
     level = Level(1.0, {"reconstruction": (1.0, PatchedHead(partial(DecoderHead, 8, 3, 1), 2, at_once=4))})
-    HeadMemory(largest_graph([([block], {"x": TensorSpec((3, 16, 16))})]), TASK).fit([level], SHAPE)
+    HeadMemory(largest_backward([([block], {"x": TensorSpec((3, 16, 16))})]), TASK).fit([level], SHAPE)
     ((_, head),) = level.heads()
     return head.at_once
 
 
 def test_auto_takes_what_fits_into_the_largest_modules_own_graph() -> None:
-    found = [chosen(width) for width in (1, 8, 12, 100)]
+    found = [chosen(width) for width in (1, 12, 16, 20, 24, 100)]
     assert found == sorted(found)
     assert found[0] == 1 and found[-1] == 4 and len(set(found)) > 2
 
@@ -84,7 +84,7 @@ def test_a_network_that_cannot_run_without_values_leaves_one_patch_at_a_time() -
             return x if float(x.sum()) > 0 else -x
 
     level = Level(1.0, {"reconstruction": (1.0, PatchedHead(partial(DecoderHead, 8, 3, 1), 2, at_once=4))})
-    HeadMemory(largest_graph([([Picky()], {"x": TensorSpec((3, 16, 16))})]), TASK).fit([level], SHAPE)
+    HeadMemory(largest_backward([([Picky()], {"x": TensorSpec((3, 16, 16))})]), TASK).fit([level], SHAPE)
     assert level.heads()[0][1].at_once == 1
 
 

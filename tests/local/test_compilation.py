@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
 import shutil
+from collections import OrderedDict
 
 import pytest
 import torch
-from tiny import gradients, tiny_batch, tiny_config, tiny_stage, train_on, without_updates
+from tiny import (
+    CLASSES,
+    IMAGE,
+    gradients,
+    tiny_batch,
+    tiny_config,
+    tiny_plan,
+    tiny_stage,
+    train_on,
+    without_updates,
+)
 
 from pipeline.base.errors import ConfigError
-from pipeline.local.compilation import refuse_without_compiler
+from pipeline.local.both_levels import BothLevels
+from pipeline.local.compilation import compile_parts, refuse_without_compiler
 from pipeline.local.local_module import LocalModule
+from pipeline.local.methods import levels_of
+from pipeline.local.task import Classification
 from pipeline.local.weights import module_weights
+from pipeline.models.heads import Given
 
 
 def one_step(compile_it: bool) -> tuple[list[LocalModule], dict[str, torch.Tensor | None]]:
@@ -33,6 +51,33 @@ def test_compiled_modules_give_the_same_gradients_under_the_same_names() -> None
         assert module_weights(one).keys() == module_weights(other).keys()
     # The first and the last module send no gradient; module 1 walks its graph twice and stays as it is.
     assert [any(b._compiled_call_impl is not None for b in m.blocks.values()) for m in compiled] == [True, False, True]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler (g++) on this machine")
+def test_compiled_heads_of_all_patches_and_both_levels_give_the_same_on_maps_of_several_sizes() -> None:
+    config = tiny_config("infopro", "hpff", 2, 3, hierarchy={"levels": "together"})
+    role = dataclasses.replace(tiny_plan(config).modules[1], together=True)
+    for channels, side in ((4, 8), (6, 4)):  # a shape that varies would be compiled for all sizes at once
+        torch.manual_seed(0)
+        shape = (channels, side, side)
+        builders = levels_of(role, 3, shape, Classification(CLASSES, IMAGE), config)
+        plain = OrderedDict((name, build()) for name, build in builders.items())
+        compiled = copy.deepcopy(plain)
+        compile_parts(role, [], compiled.values(), late=True)
+        feature, batch = torch.randn(8, *shape), tiny_batch()
+        given = Given(batch.labels, batch.image)
+        results = [
+            BothLevels(levels).backward(feature, given, 0.5, contextlib.nullcontext) for levels in (plain, compiled)
+        ]
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+        for name, level in plain.items():
+            pairs = list(zip(compiled[name].parameters(), level.parameters(), strict=True))
+            assert pairs
+            for mine, other in pairs:
+                torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
+            for mine, other in zip(compiled[name].buffers(), level.buffers(), strict=True):
+                torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
 
 def test_a_missing_compiler_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:

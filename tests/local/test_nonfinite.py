@@ -162,6 +162,7 @@ def test_the_place_where_it_began_comes_first() -> None:
     assert ordered[5:] == [(5, 1, -module) for module in (3, 2, 1, 0)]
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_number_of_a_gpu_is_read() -> None:
     value = torch.tensor([1.0, float("nan")], device="cuda")

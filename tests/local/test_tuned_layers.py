@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from pipeline import ConfigError, from_dict, load_config
 from pipeline.base.config import METHODS as KNOWN
 from pipeline.base.config import TUNED_LAYERS, Config
-from pipeline.local.methods import Level, Term, build_level, register_method
+from pipeline.local.methods import Level, build_level, register_method
 from pipeline.local.task import Classification
+from pipeline.local.term import Term
 from pipeline.models.heads import Given
 from pipeline.models.layers import PointwiseConv2d, PoolTo2d
 from pipeline.models.tuned import Tuned, use_plain

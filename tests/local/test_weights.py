@@ -55,9 +55,8 @@ def test_all_names_of_a_module_are_made_in_one_place() -> None:
     assert levels == {"module0.independent", "module1.independent", "module1.cascade"}
 
 
-def test_a_file_of_weights_holds_tensors_only_and_says_its_digest(tmp_path: Path) -> None:
+def test_a_file_of_weights_holds_tensors_only(tmp_path: Path) -> None:
     state = model_state(STATES)
-    written = write_weights(tmp_path / "model.pt", state)
-    assert written == hashlib.sha256((tmp_path / "model.pt").read_bytes()).hexdigest()
+    write_weights(tmp_path / "model.pt", state)
     read = torch.load(tmp_path / "model.pt", weights_only=True)
     assert list(read) == list(state) and all(torch.equal(read[name], value) for name, value in state.items())

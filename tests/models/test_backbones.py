@@ -51,7 +51,7 @@ def test_initial_weights_depend_on_seed_and_block_only() -> None:
     """Neither the number of modules nor the number of ranks changes them."""
     found = []
     for modules, ranks in ((1, 1), (4, 1), (4, 4)):
-        config = load_config(assignments=[f"model.modules={modules}", "model.name=resnet20"])
+        config = load_config(assignments=[f"model.modules={modules}", "model.name=resnet20", "model.cuts=even"])
         state = {}
         for rank in range(ranks):
             blocks = build_blocks("resnet20", 3, 10)
@@ -72,7 +72,7 @@ def test_a_backbone_is_one_function() -> None:
         )
 
     register_backbone("one-function", build)
-    config = load_config(assignments=["model.name=one-function", "model.modules=2"])
+    config = load_config(assignments=["model.name=one-function", "model.modules=2", "model.cuts=even"])
     assert load_model(config, classes=5)(torch.zeros(1, 3, 8, 8)).shape == (1, 5)
     with pytest.raises(ConfigError, match="registered twice"):
         register_backbone("one-function", build)

@@ -64,7 +64,7 @@ def test_drawn_blocks_are_those_of_a_network_built_at_once(name: str) -> None:
 
 @pytest.mark.parametrize("method", ["dgl", "infopro", "infopro-contrast", "predsim", "greedy"])
 def test_planning_makes_no_tensor_and_changes_no_random_state(method: str) -> None:
-    config = load_config(assignments=[f"method.name={method}", "patches.grid=2"])
+    config = load_config(assignments=[f"method.name={method}", "model.cuts=even", "patches.grid=2"])
     torch.manual_seed(5)
     state = torch.get_rng_state()
     with RealTensors() as real:
@@ -75,7 +75,7 @@ def test_planning_makes_no_tensor_and_changes_no_random_state(method: str) -> No
 
 
 def test_a_rank_makes_only_its_own_blocks_real() -> None:
-    config = load_config(assignments=["model.modules=4"])
+    config = load_config(assignments=["model.modules=4", "model.cuts=even"])
     blocks = planned_blocks("resnet32", 3, 10)
     plan = make_plan(config, blocks, Classification(10, (3, 32, 32)), 4)
     build_modules(plan, 1, blocks, CPU, fresh=True)
@@ -125,7 +125,8 @@ def test_unusual_networks_get_the_same_weights_on_every_placement(
     digests = set()
     for ranks, unrelated in ((1, 1), (3, 2)):
         torch.manual_seed(unrelated)
-        config = load_config(assignments=[f"model.name={name}", "model.modules=3", "method.name=greedy"])
+        settings = [f"model.name={name}", "model.modules=3", "model.cuts=even", "method.name=greedy"]
+        config = load_config(assignments=settings)
         plan = make_plan(config, planned_blocks(name, 3, 10), Classification(10, (3, 8, 8)), ranks)
         modules = []
         for rank in range(ranks):  # each rank has a network of its own

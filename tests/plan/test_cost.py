@@ -20,6 +20,7 @@ from pipeline.models.unbuilt import planned_blocks
 from pipeline.plan import cost as cost_module
 from pipeline.plan.assembly import make_plan
 from pipeline.plan.cost import StepCost, planned_cost, step_cost
+from pipeline.plan.counting import _Operations
 
 SHAPE = (3, 16, 16)
 CPU = Numerics(torch.device("cpu"), torch.float32, channels_last=True)
@@ -124,6 +125,7 @@ DGL = ["method.name=dgl", "patches.at_once=1"]
 def test_every_module_has_its_operations() -> None:
     bp = cost("model.modules=1")
     assert bp.operations == bp.bp_operations and bp.operations_ratio == 1.0
+    assert bp.launches == bp.bp_launches and bp.launches_ratio == 1.0
     heads, patches = (cost("model.modules=4", *DGL, f"patches.grid={grid}") for grid in (1, 2))
     assert heads.bp_operations == patches.bp_operations == bp.bp_operations
     assert heads.operations == sum(module.operations for module in heads.modules) > bp.operations
@@ -204,3 +206,13 @@ def test_the_precision_does_not_change_the_flops(compute: str) -> None:
     found, expected = (cost(*settings, f"precision.compute={name}") for name in (compute, "fp32"))
     assert found.bp_flops == expected.bp_flops
     assert [module.total for module in found.modules] == [module.total for module in expected.modules]
+
+
+def test_views_and_memory_alone_launch_nothing() -> None:
+    x = torch.ones(4, 3)
+    with _Operations(reads=False) as counted:
+        torch.empty(2)
+        turned = x.t().detach()
+        y = torch.relu(turned.reshape(-1))  # a copy, since the turned rows are not in order
+        y[2:5].view(3, 1).add_(1.0)
+    assert counted.launches == len(["clone", "relu", "add_"]) < counted.calls

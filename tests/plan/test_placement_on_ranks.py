@@ -75,6 +75,6 @@ def test_given_sizes_are_used_or_refused() -> None:
 def test_the_kind_of_partition_chooses_the_placement() -> None:
     costs = [4.0, 1.0, 1.0, 1.0]
     sizes = {}
-    for config in (PartitionConfig(), *map(PartitionConfig, ("auto", "measured")), PartitionConfig("given", (3, 1))):
+    for config in (*map(PartitionConfig, ("count", "auto", "measured")), PartitionConfig("given", (3, 1))):
         sizes[config.kind] = [len(stage) for stage in choose_stages(config, 4, 2, costs)]
     assert sizes == {"count": [2, 2], "auto": [1, 3], "measured": [1, 3], "given": [3, 1]}

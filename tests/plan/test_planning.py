@@ -22,7 +22,7 @@ from pipeline.models import backbones
 from pipeline.models.backbones import Blocks
 from pipeline.plan import explain as explain_module
 from pipeline.plan.cost_profile import Profile
-from pipeline.plan.explain import explain, measure
+from pipeline.plan.explain import explain, measure, message_bytes
 from pipeline.plan.report import PlanReport
 from pipeline.plan.simulate import ModuleCost
 from pipeline.report.plan_view import schedule_text, show_plan
@@ -33,7 +33,8 @@ PROFILE = Profile((ModuleCost(0.040, 0.0, 0.0025, 0.0, 0.0, 0.080, 0.001, 2**20,
 
 
 def config(*assignments: str) -> Config:
-    return load_config(assignments=["runtime.device=cpu", "precision.compute=fp32", *assignments])
+    cuts = () if any("model.cuts" in assignment for assignment in assignments) else ("model.cuts=even",)
+    return load_config(assignments=["runtime.device=cpu", "precision.compute=fp32", *cuts, *assignments])
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,12 @@ def test_bytes_of_a_step_are_those_of_its_messages(report: PlanReport) -> None:
     assert report.ranks[1].sent_up_bytes == pytest.approx(32 * activation, rel=1e-3)
     assert report.ranks[0].sent_up_bytes == report.ranks[3].sent_down_bytes == 0
     assert report.ranks[3].sent_up_bytes == 0  # the last module's loss stays in it
+
+
+def test_the_messages_of_a_placement_by_count_are_known_without_costs(report: PlanReport) -> None:
+    down, up = zip(*message_bytes(config(), 4), strict=True)
+    assert list(down) == [rank.sent_down_bytes for rank in report.ranks[:-1]]
+    assert list(up) == [rank.sent_up_bytes for rank in report.ranks[1:]] and up[-1] == 0
 
 
 def test_an_asynchronous_schedule_has_no_bubble() -> None:

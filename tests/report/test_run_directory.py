@@ -193,7 +193,7 @@ def test_curve_is_of_the_metric_of_the_task(tmp_path, sample_run, monkeypatch, m
         RunDirectory(tmp_path).append(run.epoch(epoch))
     plot_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
     (axes,) = drawn
-    assert axes.get_ylabel() == label and axes.get_title(loc="left") == f"test {metric.title}"
+    assert axes.get_ylabel() == label and axes.get_title(loc="left") == f"test {metric.title}, independent level"
     assert axes.get_title(loc="right").endswith(last)
     assert axes.lines[0].get_ydata().tolist() == [run.epoch(epoch).measured for epoch in range(1, 6)]
 
@@ -207,7 +207,41 @@ def test_curve_of_metrics_that_an_older_version_has_written(tmp_path, sample_run
         del record[key]
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     plot_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
-    assert drawn[0].get_ylabel() == "test error (%)" and len(drawn[0].lines) == 1
+    assert drawn[0].get_ylabel() == "test error (%)" and len(drawn[0].lines) == 4
+
+
+def drawn_axes(records, tmp_path, monkeypatch):
+    """The axes of the curve of these records, in the order of reading."""
+    figure = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path: drawn.append(self.axes))
+    for record in records:
+        RunDirectory(tmp_path).append(record)
+    plot_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
+    return drawn[0]
+
+
+def test_curve_has_a_row_per_level_and_a_line_per_module(tmp_path, sample_run, monkeypatch):
+    run = sample_run(55, 4)
+    records = [run.epoch(epoch) for epoch in range(1, 4)]
+    *panels, bar = drawn_axes(records, tmp_path, monkeypatch)
+    assert [len(axes.lines) for axes in panels] == [55] * 4
+    assert [axes.get_title(loc="left") for axes in panels] == [
+        "test error, independent level", "training loss, independent level",
+        "test error, cascade level", "training loss, cascade level",
+    ]
+    network, first, *_, last = panels[1].lines  # the loss is the sum of the level's two terms
+    losses = records[-1].modules[0].losses
+    assert first.get_ydata()[-1] == losses["independent.reconstruction"] + losses["independent.task"]
+    assert network.get_ydata()[-1] == records[-1].train_loss
+    lightness = [sum(line.get_color()[:3]) for line in panels[1].lines[1:]]
+    assert lightness == sorted(lightness, reverse=True) and len(set(lightness)) == 54  # ordered along the depth
+    assert len(bar.get_yticks()) <= 9 and "54" in bar.get_ylabel()
+
+
+def test_curve_of_backpropagation_is_one_line_without_a_bar(tmp_path, sample_run, monkeypatch):
+    test, loss = drawn_axes([sample_run(1, 1).epoch(epoch) for epoch in range(1, 4)], tmp_path, monkeypatch)
+    assert len(test.lines) == len(loss.lines) == 1 and loss.get_title(loc="left") == "training loss"
 
 
 def test_curve_without_matplotlib_names_the_fix(tmp_path, monkeypatch):

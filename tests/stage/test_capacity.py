@@ -164,7 +164,8 @@ def test_where_no_gradient_crosses_there_is_no_room_for_any() -> None:
 
 def test_a_span_between_two_and_all_needs_less_than_activations_times_keys() -> None:
     """K = 8, k = 3: every open activation was once counted once per gradient key, on both edges."""
-    config = load_config(assignments=["hierarchy.cascade_span=3", "model.modules=8", "schedule.kind=async"])
+    settings = ["hierarchy.cascade_span=3", "model.modules=8", "model.cuts=even", "schedule.kind=async"]
+    config = load_config(assignments=settings)
     plan = make_plan(config, build_blocks("resnet32", 3, 10), Classification(10, (3, 32, 32)), 8)
     depth = config.runtime.queue_depth
     product = depth + max(map(activations_held, plan.schedules)) * max(len(role.incoming) for role in plan.modules)

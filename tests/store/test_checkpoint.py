@@ -136,6 +136,8 @@ def forge(path: Path, **entries: Any) -> None:
         ({"versions": []}, "versions ="),
         ({"date": None}, "date ="),
         ({"config_sha256": 7}, "config_sha256 ="),
+        ({"levels_together": [1]}, "levels_together = [1], which must be a number of ranks and a list of"),
+        ({"levels_together": {"ranks": 2, "modules": [-1]}}, "levels_together ="),
         ({"files": {}}, "files = {}, which must be a table of at least one file"),
         ({"files": {"../config.toml": {"sha256": "0" * 64, "bytes": 1}}}, "files ="),
         ({"files": {"config.toml": {"sha256": "short", "bytes": 1}}}, "files ="),
@@ -177,6 +179,12 @@ def test_an_entry_that_is_missing_is_named(tmp_path: Path, name: str) -> None:
     (path / MANIFEST).write_text(sealed(manifest))
     with pytest.raises(CheckpointError, match=f"cannot be right: {name} is missing"):
         open_checkpoint(path)
+
+
+def test_levels_are_those_chosen_for_as_many_ranks(tmp_path: Path) -> None:
+    chosen = saved(tmp_path, 3, levels_together={"ranks": 2, "modules": [1, 3]})
+    assert [open_checkpoint(chosen).levels_together(ranks) for ranks in (1, 2)] == [None, (1, 3)]
+    assert open_checkpoint(saved(tmp_path, 4)).levels_together(2) is None
 
 
 def test_a_wrong_manifest_disturbs_no_save(tmp_path: Path) -> None:

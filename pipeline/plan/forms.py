@@ -1,0 +1,144 @@
+"""The forms that the work of heads can take, each planned like a run: time and memory of a choice, before it is made.
+
+    patches.at_once     auto | 1 | n          hierarchy.levels     separate | together | auto
+    forms               the configured one, and every one that changes one of these keys and thereby what is done
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from pipeline.base.config import Config
+from pipeline.base.numerics import Numerics
+from pipeline.local.at_once import HeadMemory
+from pipeline.local.methods import levels_of
+from pipeline.models.backbones import Blocks
+from pipeline.models.unbuilt import without_memory
+from pipeline.plan.assembly import Plan, make_plan
+from pipeline.plan.head_costs import head_operations, with_heads_of
+from pipeline.plan.level_choice import joinable
+from pipeline.plan.module_flops import Uncountable
+from pipeline.plan.predicted import predicted
+from pipeline.plan.rank_memory import rank_memory
+from pipeline.plan.report import PlannedForm
+from pipeline.plan.simulate import ModuleCost
+
+
+def compared_forms(
+    plan: Plan,
+    costs: Sequence[ModuleCost],
+    blocks: Blocks,
+    numerics: Numerics,
+    link: tuple[float, float],
+    *,
+    measure: bool,
+    operations: int | None,
+) -> tuple[PlannedForm, ...]:
+    """The forms of ``plan``, on its ranks, the plan itself first; () where there is no other.
+
+    Args:
+        plan: placed, its levels chosen.
+        costs: of its local modules.
+        blocks: the network; it stays as it is.
+        numerics: of the run.
+        link: seconds of latency and bytes per second between two ranks.
+        measure: measure heads where they differ from those of ``plan``; otherwise nothing is known of their time and
+            memory.
+        operations: of a step of ``plan``; None: count none.
+    """
+    own = _heads(plan)
+    rows = []
+    seen = []
+    for form in (plan, *_others(plan, blocks)):
+        heads = _heads(form)
+        if (heads, form.levels_together) in seen:
+            continue
+        seen.append((heads, form.levels_together))
+        differ = {
+            role.index
+            for role, before, now, then in zip(form.modules, plan.modules, heads, own, strict=True)
+            if now != then or role.together != before.together
+        }
+        known: Sequence[ModuleCost] | None = costs if not differ else None
+        if differ and measure:
+            try:
+                known = with_heads_of(form, differ, costs, blocks, numerics)
+            except Uncountable:  # it may need more memory than there is
+                known = None
+        patches = [number for module in heads for number in module]
+        rows.append(
+            PlannedForm(
+                at_once=form.config.patches.at_once,
+                levels=form.config.hierarchy.levels,
+                patches=(min(patches), max(patches), max(_patches(form, role.index) for role in form.modules))
+                if patches
+                else None,
+                together=len(form.levels_together),
+                configured=form is plan,
+                step_s=None if known is None else _step_s(form, known, link),
+                operations=_operations(form, plan, operations, blocks, numerics),
+                memory_bytes=None if known is None else rank_memory(form, known, numerics),
+            )
+        )
+    return tuple(rows) if len(rows) > 1 else ()
+
+
+def _others(plan: Plan, blocks: Blocks) -> Iterator[Plan]:
+    """Plans with one key changed, on the ranks of ``plan``."""
+    config = plan.config
+    if config.patches.grid > 1:
+        for at_once in ("auto", 1):
+            patches = dataclasses.replace(config.patches, at_once=at_once)
+            other = _planned(plan, dataclasses.replace(config, patches=patches), blocks)
+            yield other.with_levels_together(plan.levels_together)
+    if joinable(plan):
+        for levels in ("separate", "together"):
+            hierarchy = dataclasses.replace(config.hierarchy, levels=levels)
+            yield _planned(plan, dataclasses.replace(config, hierarchy=hierarchy), blocks)
+
+
+def _planned(plan: Plan, config: Config, blocks: Blocks) -> Plan:
+    return make_plan(config, blocks, plan.task, len(plan.stages), plan.inputs).placed(plan.stages)
+
+
+def _heads(plan: Plan) -> tuple[tuple[int, ...], ...]:
+    """Patches that every head of every local module works on together, of those that have patches."""
+    found = []
+    memory = None
+    if plan.config.patches.at_once == "auto" and plan.largest_backward is not None:
+        memory = HeadMemory(plan.largest_backward, plan.task)
+    for role in plan.modules:
+        shape = plan.feature(role.index)
+        builders = levels_of(role, len(plan.modules), shape, plan.task, plan.config)
+        levels = [without_memory(build) for build in builders.values()]
+        if memory is not None:
+            memory.fit(levels, shape, role.together)
+        heads = [head for level in levels for _, head in level.heads() if head.grid > 1]
+        patches = _patches(plan, role.index)
+        found.append(
+            tuple(min(head.at_once, patches) if head.first.takes_patches(len(shape) + 1) else 1 for head in heads)
+        )
+    return tuple(found)
+
+
+def _patches(plan: Plan, module: int) -> int:
+    """Of a map, of a sequence, of a vector."""
+    return {3: plan.config.patches.grid**2, 2: plan.config.patches.grid}.get(len(plan.feature(module)), 1)
+
+
+def _operations(form: Plan, plan: Plan, known: int | None, blocks: Blocks, numerics: Numerics) -> int | None:
+    """``known`` operations of ``plan``, with the heads of ``form``."""
+    if known is None or form is plan:
+        return known
+    try:
+        now, before = (sum(head_operations(some, blocks, numerics)) for some in (form, plan))
+    except Uncountable:
+        return None
+    return round(known + now - before)
+
+
+def _step_s(plan: Plan, costs: Sequence[ModuleCost], link: tuple[float, float]) -> float:
+    if plan.config.schedule.kind == "free":  # the first stage sets the pace
+        return sum(costs[m].step_s(plan.modules[m]) for m in plan.stages[0])
+    return predicted(plan, costs, *link)[1].step_s

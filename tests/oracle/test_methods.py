@@ -1,0 +1,207 @@
+"""DeInfoReg and LoPT against their formulas, written out by hand: float64, losses and gradients to 1e-12.
+
+Networks and parameters of heads are shared with the runtime; layers of heads, losses and paths are not.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny import CLASSES, gradients, tiny_batch, tiny_stage, train_on, without_updates
+from tiny_features import DEPTH, LENGTH, configured, features, transformer
+from torch import Tensor, nn
+
+from pipeline import ConfigError
+from pipeline.base.config import Config, MethodConfig
+from pipeline.base.flow import TensorSpec
+from pipeline.base.numerics import Numerics
+from pipeline.edges.connect import Edges
+from pipeline.local.local_module import LocalModule
+from pipeline.local.methods import method_terms
+from pipeline.local.task import Classification
+from pipeline.models.heads import FeatureShape, Given
+from pipeline.models.patches import PatchedHead
+from pipeline.plan.assembly import build_modules, make_plan
+from pipeline.stage.inlet import Batch, BatchInlet
+from pipeline.stage.stage import Stage
+
+TOLERANCE = 1e-12
+Loss = Callable[[LocalModule, str, Tensor, Tensor, Tensor], Tensor]
+"""(module, level, its input, its output, labels) -> the local loss."""
+
+
+# --- the formulas -----------------------------------------------------------------------------------------------------
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    return torch.einsum("...i,oi->...o", x, layer.weight) + layer.bias
+
+
+def batch_norm(layer: nn.Module, x: Tensor) -> Tensor:
+    mean = x.sum(0) / len(x)
+    spread = ((x - mean) ** 2).sum(0) / len(x)
+    return (x - mean) / (spread + layer.eps) ** 0.5 * layer.weight + layer.bias
+
+
+def lopt(module: LocalModule, level: str, x: Tensor, h: Tensor, labels: Tensor) -> Tensor:
+    norm, narrow, _, wide = module.levels[level].terms["reconstruction"].heads[0].decoder
+    depth = h.shape[-1]
+    assert narrow.weight.shape == (depth // 4, depth)
+    mean = h.sum(-1, keepdim=True) / depth
+    spread = ((h - mean) ** 2).sum(-1, keepdim=True) / depth
+    inner = linear(narrow, (h - mean) / (spread + norm.eps) ** 0.5 * norm.weight + norm.bias)
+    found = linear(wide, inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2))))
+    return ((found - x.detach()) ** 2).sum() / x.numel()
+
+
+def deinforeg(module: LocalModule, level: str, x: Tensor, h: Tensor, labels: Tensor) -> Tensor:
+    head = module.levels[level].terms["information"].heads[0]
+    first, norm, _, second, other_norm, _, third = head.projector[2:]
+    z = h.reshape(len(h), -1)
+    z = batch_norm(norm, linear(first, z)).relu()
+    z = linear(third, batch_norm(other_norm, linear(second, z)).relu())
+    last_norm, _, scores = head.classifier
+    scores = linear(scores, batch_norm(last_norm, z).relu())
+    rows, width = z.shape
+    u = torch.stack([row / (row**2).sum() ** 0.5 for row in z])
+    centred = u - u.sum(0) / rows
+
+    variance = sum((1 - ((centred[:, j] ** 2).sum() / (rows - 1) + 1e-7) ** 0.5).relu() for j in range(width)) / width
+    covariance = sum(
+        ((centred[:, i] * centred[:, j]).sum() / rows) ** 2 for i in range(width) for j in range(width) if i != j
+    )
+
+    def similarity(a: Tensor, b: Tensor) -> Tensor:
+        a, b = a - a.sum() / len(a), b - b.sum() / len(b)
+        return (a @ b / ((1e-8 + (a @ a) ** 0.5) * (1e-8 + (b @ b) ** 0.5))).clamp(-1, 1)
+
+    wanted = torch.zeros(rows, CLASSES, dtype=z.dtype)
+    for row, label in enumerate(labels):
+        wanted[row, label] = 1.0
+    invariance = sum(
+        (similarity(u[a], u[b]) - similarity(wanted[a], wanted[b])) ** 2 for a in range(rows) for b in range(rows)
+    )
+    entropy = sum(row.exp().sum().log() - row[label] for row, label in zip(scores, labels, strict=True)) / rows
+    return variance / rows + covariance / width + invariance / rows**2 + 0.001 * entropy
+
+
+# --- a step -----------------------------------------------------------------------------------------------------------
+
+
+def literal(modules: list[LocalModule], loss: Loss, config: Config, x: Tensor, labels: Tensor) -> dict[str, float]:
+    """Every path of every loss is evaluated anew; the losses by module and level."""
+    for module in modules:
+        for part in (*module.blocks.values(), *module.levels.values()):
+            part.train()
+
+    def through(index: int, h: Tensor) -> Tensor:
+        for block in modules[index].blocks.values():
+            h = block(h)
+        return h
+
+    entrances = [x]
+    for index in range(len(modules)):
+        entrances.append(through(index, entrances[-1]).detach())
+    found = {}
+    for m, module in enumerate(modules[:-1]):
+        for level in module.levels:
+            low = m if level == "independent" else max(0, m - config.hierarchy.cascade_span + 1)
+            h = entrances[low]
+            for index in range(low, m + 1):
+                h = through(index, h)
+            value = loss(module, level, entrances[m], h, labels)
+            weight = getattr(config.hierarchy, f"{level}_weight")
+            (weight * value).backward()
+            found[f"{m}.{level}"] = float(value.detach())
+    nn.functional.cross_entropy(through(len(modules) - 1, entrances[-2]), labels).backward()
+    return found
+
+
+def check(stage: Stage, modules: list[LocalModule], batch: Batch, loss: Loss, config: Config) -> None:
+    reference = copy.deepcopy(modules)
+    train_on(without_updates(stage), 0, 0, batch)
+    expected = literal(reference, loss, config, batch.x, batch.labels)
+
+    mine, theirs = gradients(modules), gradients(reference)
+    scale = max(float(g.norm()) for g in theirs.values() if g is not None)
+    for name, gradient in theirs.items():
+        found = mine[name]
+        assert found is not None and gradient is not None, name
+        # a bias before a BatchNorm has an exact gradient of 0: noise is judged on the scale of all gradients
+        assert float((found - gradient).norm()) <= TOLERANCE * max(float(gradient.norm()), 1e-2 * scale), name
+    for name, value in expected.items():
+        index, level = name.split(".")
+        (term,) = modules[int(index)].levels[level].terms
+        kept = modules[int(index)].losses.open[0][f"{level}.{term}"]
+        assert abs(float(kept) - value) <= TOLERANCE * abs(value), name
+
+
+@pytest.mark.parametrize("span", [1, 2, 4])
+def test_deinforeg_is_its_formula(span: int) -> None:
+    weights = {"independent_weight": 0.5, "cascade_weight": 0.25, "final_loss": "local"}
+    config = configured(span, {"name": "deinforeg", "feature_dim": 8}, hierarchy=weights)
+    stage, modules, _ = tiny_stage(config, torch.float64)
+    check(stage, modules, tiny_batch(dtype=torch.float64), deinforeg, config)
+
+
+@pytest.mark.parametrize("span", [1, 2, 4])
+def test_lopt_is_its_formula(span: int) -> None:
+    weights = {"independent_weight": 10.0, "cascade_weight": 0.25, "final_loss": "local"}
+    config = configured(span, {"name": "lopt"}, hierarchy=weights)
+    x, labels = features(0, torch.float64)
+    blocks = dict(transformer().named_children())
+    specs = {"x": TensorSpec((LENGTH, DEPTH))}
+    plan = make_plan(config, blocks, Classification(CLASSES, (LENGTH, DEPTH)), 1, specs)
+    modules = build_modules(plan, 0, blocks, Numerics(torch.device("cpu"), torch.float64, False), fresh=True)
+    stage = Stage(modules, plan.schedules[0], BatchInlet(), Edges())
+    check(stage, modules, Batch(x, labels, None), lopt, config)
+
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+
+def head(name: str, shape: FeatureShape, **settings: int) -> nn.Module:
+    (term,) = method_terms(MethodConfig(name=name, **settings), Classification(CLASSES, shape), 0.0)
+    return term.make(shape)
+
+
+def test_the_reconstruction_of_patches_is_compared_with_the_patches_of_the_input() -> None:
+    torch.manual_seed(0)
+    patched = PatchedHead(lambda: head("lopt", (3, DEPTH)), 2).double()
+    h, x = torch.randn(2, 4, 6, DEPTH, dtype=torch.float64)
+    _, found = patched.backward(h, Given(torch.zeros(4), inputs={"x": x}), 1.0)
+    decoder = patched.of(0).decoder
+    expected = ((decoder(h) - x) ** 2).mean()  # patches of one length: the mean of means
+    torch.testing.assert_close(found, expected.detach(), rtol=TOLERANCE, atol=0)
+
+
+def test_a_first_reconstruction_is_small() -> None:
+    decoder = head("lopt", (5, 64)).decoder
+    for layer in (decoder[1], decoder[3]):
+        bound = 0.1 * math.sqrt(6 / (64 + 16))
+        assert not layer.bias.any() and 0.9 * bound < float(layer.weight.detach().abs().max()) <= bound
+
+
+def test_deinforeg_takes_sequences_and_vectors_and_gives_scores() -> None:
+    for shape in ((3, 4, 4), (5, 6), (7,)):
+        scores = head("deinforeg", shape, feature_dim=8).logits(torch.randn(4, *shape))
+        assert scores.shape == (4, CLASSES)
+
+
+def test_what_lopt_cannot_reconstruct_is_refused_in_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"'lopt' is for transformers, but a local module ends in \(3, 8, 8\)"):
+        head("lopt", (3, 8, 8))
+    built = head("lopt", (LENGTH, DEPTH))
+    given = Given(torch.zeros(2), inputs={"x": torch.zeros(2, LENGTH, dtype=torch.int64)})
+    with pytest.raises(ConfigError, match=r"takes rows of \(6,\) and gives \(6, 8\); give the network features"):
+        built.loss(torch.zeros(2, LENGTH, DEPTH), given)
+
+
+@pytest.mark.parametrize("name", ["deinforeg", "lopt"])
+def test_another_head_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"method.head = 'mlp': {name} has one fixed head; remove method.head"):
+        head(name, (LENGTH, DEPTH), head="mlp")
