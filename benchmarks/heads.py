@@ -142,4 +142,4 @@ def measure(settings: Settings) -> Report:
 
 
 if __name__ == "__main__":
-    main(__doc__, Settings, measure, quick={"rounds": 1, "batch": 4, "method": ("DGL + HPFF",)})
+    main(__doc__, Settings, measure, quick={"rounds": 1, "batch": 4, "method": ("DGL",)})

@@ -113,7 +113,7 @@ def test_a_plan_predicts_steps_of_a_plausible_length(tmp_path: Path) -> None:
 def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> Quick:
     """Quick runs of the benchmarks that need one core."""
     return side_by_side(tmp_path_factory, step_cost=[], precision=[], operations=["--method", "BP", "DGL + HPFF"],
-                        gpu=["--device", "cpu"])  # fmt: skip
+                        gpu=["--device", "cpu"], heads=[])  # fmt: skip
 
 
 OF_ONE_PROCESS = [pytest.param("precision", marks=pytest.mark.alone), "step_cost"]  # the first one runs all
@@ -155,6 +155,16 @@ def test_what_a_gpu_is_measured_by_runs_without_one(of_one_process: Quick) -> No
         assert row["kernels"] is row["busy"] is row["peak_mib"] is None  # there is no GPU that could tell
     assert [target["met"] for target in result["targets"]] == [True]  # the gradients
     assert "| resnet32 | DGL | 16 |" in page
+
+
+def test_what_a_tuned_layer_gains_is_told_of_each_that_runs(of_one_process: Quick) -> None:
+    result, page = of_one_process["heads"]
+    forms = [row["form"] for row in result["rows"]]
+    assert forms[0] == "tuned" and forms[-1] == "all plain" and "pointwise plain" in forms
+    assert all(row["heads_s"] > 0 and row["step_s"] > row["heads_s"] for row in result["rows"])
+    calls = {row["form"]: row["operations"] for row in result["rows"]}
+    assert len(set(calls.values())) == len(forms)  # each of them is another step
+    assert "Forms of heads" in page
 
 
 def test_files_are_refused_before_anything_is_measured(tmp_path: Path) -> None:

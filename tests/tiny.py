@@ -36,9 +36,9 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {"patches": {"grid": 1}},
-    "hpff": {"patches": {"grid": 2}},
+    "hpff": {"patches": {"grid": 2, "at_once": 4}},  # "auto" takes as many, and half a second to find out
     "released": {
-        "patches": {"grid": 2},
+        "patches": {"grid": 2, "at_once": 4},
         "hierarchy": {"variant": "released", "independent_weight": 0.3, "cascade_weight": 0.7},
     },
 }
