@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline.base.errors import DeadlineExceeded, PeerLost
+from pipeline.base.errors import DeadlineExceeded, LocalpipeError, PeerLost
 from pipeline.edges.credit import Gate, Payload
 from pipeline.edges.wire import MessageSpec, Slot
 from pipeline.ranks.team import Team
@@ -58,7 +58,9 @@ class End:
         self._fingerprint = edge.spec.fingerprint()
         name = f"{self._label}-{self._peer}"
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        beside = edge.device.type == "cuda" or edge.payload is not None
+        cuda = edge.device.type == "cuda"
+        self._copies = torch.cuda.Stream(edge.device) if cuda and edge.payload is None else None
+        beside = cuda or edge.payload is not None
         self._gate = Gate(f"{name}-gate", self._bind_device, self._gate_failed) if beside else None
 
     def _start(self) -> None:
@@ -79,10 +81,17 @@ class End:
 
     def _gate_failed(self, error: Exception) -> None:
         """A message, or a receive, could not be posted (gate's thread)."""
+        if not isinstance(error, PeerLost):  # the peer has nothing to do with it
+            where = f"the {self._label} edge to rank {self._peer}"
+            error = LocalpipeError(f"rank {self._team.rank}: the device failed behind {where} ({_first_line(error)})")
+        self._broken(error)
+
+    def _broken(self, error: Exception) -> None:
+        """Nothing more will be sent, or arrive: whoever waits in the main thread raises this. From any thread."""
         raise NotImplementedError
 
     def _new_slot(self) -> Slot:
-        return Slot(self.spec, self._device, split=self._payload is not None)
+        return Slot(self.spec, self._device, self._payload is not None, self._copies)
 
     def _after(self, ready: Callable[[], None], act: Callable[[], None]) -> None:
         """Call ``act`` when the device has come so far that ``ready`` returns; at once where there is no device."""
@@ -125,7 +134,12 @@ class End:
         self._wait(look, what, left_s)
 
     def _lost(self, doing: str, cause: BaseException) -> PeerLost:
-        # gloo: "[<path of its build>] Connection closed by peer [127.0.0.1]:37112. This is typically ..."
-        text = re.sub(r"^\[[^]]*\] ", "", str(cause)).split(". ")[0].splitlines()[:1]
-        reason = "".join(text) or type(cause).__name__
+        reason = _first_line(cause)
         return PeerLost(self._peer, f"rank {self._team.rank} was {doing} when the connection was lost ({reason})")
+
+
+def _first_line(cause: BaseException) -> str:
+    """What a message quotes of it."""
+    # gloo: "[<path of its build>] Connection closed by peer [127.0.0.1]:37112. This is typically ..."
+    text = re.sub(r"^\[[^]]*\] ", "", str(cause)).split(". ")[0].splitlines()[:1]
+    return "".join(text) or type(cause).__name__

@@ -147,7 +147,9 @@ class ReplayReceiver(Receiver):
         """As of :class:`Receiver`; the ring's slots go back to the wire, so that the end of the stream can arrive."""
         with self._changed:
             while self._ring:
-                self._grant(self._ring.popleft().slot)
+                slot = self._ring.popleft().slot
+                slot.queued()  # one may be at work still
+                self._grant(slot)
         return super().close()
 
     def _history(self) -> str:

@@ -153,7 +153,7 @@ class Sender(End):
             )
         return slot
 
-    def _gate_failed(self, error: Exception) -> None:
+    def _broken(self, error: Exception) -> None:
         self._failure = error
         self._free.put(None)
 
@@ -165,10 +165,8 @@ class Sender(End):
                 if self._payload is not None and slot.has_fields():
                     self._payload.send(slot.payload)
             except RuntimeError as exc:
-                self._failure = self._lost(
-                    f"waiting for rank {self._peer} to take the {self._label} of {self._untaken[0]}", exc
-                )
-                self._free.put(None)
+                what = f"waiting for rank {self._peer} to take the {self._label} of {self._untaken[0]}"
+                self._broken(self._lost(what, exc))
                 return
             header = self._untaken.popleft()
             if self.on_taken is not None:
@@ -188,8 +186,7 @@ class Received:
 
     def release(self) -> None:
         """Give the slot back to the wire. On CUDA: reads on other streams must be ordered before this one."""
-        self._slot.queued()
-        self._receiver._release(self._slot)
+        self._receiver._give_back(self._slot)
 
 
 class Receiver(End):
@@ -248,8 +245,7 @@ class Receiver(End):
         """Drain the stream, release all slots and end the thread; return how many messages nobody took."""
         unread = 0
         for slot in list(self._held):
-            slot.queued()
-            self._release(slot)
+            self._give_back(slot)
         end = time.monotonic() + self._team.deadline_s
         doing = f"for rank {self._peer} to end its {self._label} stream"
         while self._ended is None:
@@ -289,12 +285,14 @@ class Receiver(End):
         assert work is not None  # this rank is in the group
         self._posted.put((work, slot))
 
+    def _give_back(self, slot: Slot) -> None:
+        """Whatever reads ``slot`` is queued on the current stream: it may be filled again after that."""
+        slot.queued()
+        self._release(slot)
+
     def _release(self, slot: Slot) -> None:
         self._held.remove(slot)  # KeyError: released twice
         self._grant(slot)
-
-    def _gate_failed(self, error: Exception) -> None:
-        self._broken(error)
 
     def _loop(self) -> None:
         arrived = goodbyes = 0
@@ -321,7 +319,6 @@ class Receiver(End):
         self._ready.put((header, slot))
 
     def _broken(self, error: Exception) -> None:
-        """Nothing more will arrive (listening thread)."""
         self._ready.put(error)
 
     def _validate(self, words: list[int], sequence: int) -> Header:

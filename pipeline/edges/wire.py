@@ -204,6 +204,7 @@ class Slot:
         spec: of the message.
         device: of the fields.
         split: the header travels alone, the fields as a payload.
+        copies: ranks that share a GPU: on which stream the fields go between device and host, for the thread beside.
 
     Attributes:
         wire: what gloo carries, uint8 on the host.
@@ -211,9 +212,8 @@ class Slot:
         words: the header, int64, a view of ``wire``.
     """
 
-    def __init__(self, spec: MessageSpec, device: torch.device, split: bool) -> None:
-        cuda = device.type == "cuda"
-        staged = cuda and not split
+    def __init__(self, spec: MessageSpec, device: torch.device, split: bool, copies: torch.cuda.Stream | None) -> None:
+        staged = copies is not None
         nbytes = spec.header_bytes if split else spec.nbytes
         self.wire = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=staged)
         self.words = self.wire[: spec.header_bytes].view(torch.int64)
@@ -222,8 +222,8 @@ class Slot:
         self._spec = spec
         self._flat = spec.flat(local)
         self._views = spec.views(local)
-        self._used = torch.cuda.Event(blocking=True) if cuda else None
-        self._stream = torch.cuda.Stream(device) if staged else None
+        self._used = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
+        self._copies = copies
         self.queued()
 
     @torch.no_grad()
@@ -267,11 +267,11 @@ class Slot:
 
     def _stage(self, to_wire: bool) -> None:
         """Ranks that share a GPU: copy the fields between device and host, beside what the main thread computes."""
-        if self._stream is not None and self.has_fields():
+        if self._copies is not None and self.has_fields():
             there, here = self.wire[self._spec.header_bytes :], self.payload
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(self._copies):
                 (there if to_wire else here).copy_(here if to_wire else there, non_blocking=True)
-            self._stream.synchronize()  # gloo's threads know no stream
+            self._copies.synchronize()  # gloo's threads know no stream
 
     def _at(self, rows: int, names: Collection[str], lengths: Sequence[int]) -> dict[str, torch.Tensor]:
         """The first ``rows`` rows of the fields ``names``, where axes that vary have ``lengths``."""
