@@ -89,7 +89,8 @@ class SpinningGroup(dist.ProcessGroup):
 
 def register() -> None:
     """Make the backend known in this process."""
-    dist.Backend.register_backend(SPINNING, SpinningGroup, devices=["cpu"])
+    if SPINNING not in dist.Backend.backend_list:
+        dist.Backend.register_backend(SPINNING, SpinningGroup, devices=["cpu"])
 
 
 def device_wide_wait(limit_s: float) -> None:

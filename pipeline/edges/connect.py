@@ -138,6 +138,6 @@ def _warm_up(
         transfer = dist.send if sends else dist.recv
         transfer(torch.zeros(1), peer, group=group)
         if payload is not None:
-            (payload.send if sends else payload.receive)(torch.zeros(1, dtype=torch.uint8, device=device))
+            (payload.send if sends else payload.receive)(torch.empty(1, dtype=torch.uint8, device=device))
     except RuntimeError as exc:
         raise PeerLost(peer, f"rank {rank} was connecting to rank {peer} when it failed ({exc})") from exc
