@@ -137,7 +137,8 @@ class Device:
         kwargs = {**kwargs, "device": torch.device("cpu")} if target is not None else dict(kwargs)
         pinned = bool(kwargs.pop("pin_memory", False)) or name == "_pin_memory"
         # Where C++ names a device, it is the CPU on which all of this happens.
-        to_device = any(isinstance(t, OnDevice) for t in tensors) or (target is not None and target.type == "cuda")
+        to_device = not pinned and any(isinstance(t, OnDevice) for t in tensors)
+        to_device = to_device or (target is not None and target.type == "cuda")
         if name == "_to_copy" and getattr(_here, "leaves", False):
             to_device = _here.leaves = False
         copies = name in COPIES

@@ -30,6 +30,7 @@ from pipeline.edges.wire import Directive
 from pipeline.local.module_state import BUSY, module_state
 from pipeline.local.optimiser import learning_rate
 from pipeline.local.task import Classification, task_name
+from pipeline.local.to_host import arrival
 from pipeline.plan.assembly import Plan, write_plan
 from pipeline.ranks.runtime import Runtime
 from pipeline.report.loggers import Loggers
@@ -210,7 +211,7 @@ class Loop:
             )
             document = self._document(epoch, position)
             run.orders.saved()
-        run.saver.save(self.step, states, document)
+        run.saver.save(self.step, states, document, arrival(run.runtime.device))
         self._warn()
 
     def _document(self, epoch: int, position: Position) -> Document:

@@ -70,13 +70,13 @@ def all_runs(rank: int, folder: str) -> dict[str, Any]:
     found: dict[str, Any] = {f"{name}, cpu": run(name, "cpu", Path(folder) / name) for name in (EXACT, LATE)}
     with helpers_device.pretended() as device:
         for name, way in (*PRETENDED, (LATE, "no gate")):
-            device.waits_in_step, device.races = Counter(), []
+            device.waits, device.waits_in_step, device.races = Counter(), Counter(), []
             backend = BACKENDS.get(way, spinning.SPINNING)
             pipeline.ranks.runtime.choose_device = lambda *request, to=backend: (helpers_device.CUDA, to)
             with patch.object(Slot, "settle", lambda slot: None) if way == "no gate" else nullcontext():
                 weights = run(name, way, Path(folder) / f"{name}, {way}")
             device.look_at_freed()
-            found[f"{name}, {way}"] = weights, device.races, dict(device.waits_in_step)
+            found[f"{name}, {way}"] = weights, device.races, dict(device.waits_in_step), set(device.waits)
     found["launched"] = spinning.launched
     return found
 
@@ -110,6 +110,15 @@ def test_within_a_step_the_host_waits_for_nothing_on_the_device(
 ) -> None:
     for rank in ranks:
         assert rank[f"{name}, {way}"][2].keys() <= {"shifted_interpolation"}  # a constant, made once
+
+
+def test_a_checkpoint_waits_for_nothing_on_the_device(ranks: list[dict[str, Any]]) -> None:
+    """What does is before the first step, at the end of an epoch, or at the end."""
+    at_the_ends = {"Numerics.place", "Normaliser.__init__", "module_weights"}
+    at_the_ends |= {"Metric.of", "Losses.means", "Telemetry.post"}
+    for rank in ranks:
+        for name, way in PRETENDED:
+            assert rank[f"{name}, {way}"][3] <= at_the_ends | {"shifted_interpolation"}
 
 
 def test_without_the_gate_a_slot_would_be_sent_before_it_is_filled(ranks: list[dict[str, Any]]) -> None:
