@@ -148,8 +148,7 @@ def _take_channels(network: nn.Module, channels: int) -> None:
 def torchvision_name(backbone: str, key: str) -> str:
     """The state-dict key of torchvision's own network for a key of :class:`pipeline.UncutModel`.
 
-    ``stem.conv1.weight`` is ``conv1.weight`` there. Keys of others than ResNets and DeepLabV3 stay as
-    they are.
+    ``stem.conv1.weight`` is ``conv1.weight`` there. Keys of others than ResNets and DeepLabV3 stay.
     """
     if backbone in RESNETS:
         for part in _PARTS_OF_THEIR_OWN:

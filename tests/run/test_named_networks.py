@@ -35,7 +35,9 @@ SETTINGS = (
 
 def vit(classes: int = 10, side: int = 32) -> nn.Module:
     sizes = {"hidden_dim": 16, "mlp_dim": 32, "num_heads": 2, "num_layers": 3, "image_size": side, "patch_size": 8}
-    return models.VisionTransformer(num_classes=classes, **sizes)
+    network = models.VisionTransformer(num_classes=classes, **sizes)
+    nn.init.normal_(network.heads.head.weight)  # it begins with zeros
+    return network
 
 
 def small_vit(in_channels: int, classes: int, sides: Sides | None) -> Blocks:
