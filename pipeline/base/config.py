@@ -81,10 +81,14 @@ class HierarchyConfig:
         at_least=1, at_most=10_000,
     )
     variant: str = key(
-        "paper", "released: the semantics of the released HPFF code, which differs", choices=("paper", "released")
+        "paper",
+        "released: the semantics of the released HPFF code, which differs; deepsup: DeepSup-BP, one head on every module "
+        "but the last, and every loss flows through the whole network",
+        choices=("paper", "released", "deepsup"),
     )
     independent_weight: float | None = key(
-        None, "level weight; default 1, or 0.001 in the released variant; 0 = no heads", at_least=0, at_most=10**6
+        None, "level weight; default 1, 0.001 in the released variant, 0 in deepsup; 0 = no heads",
+        at_least=0, at_most=10**6,
     )
     cascade_weight: float | None = key(
         None, "level weight; default 1, or 0.999 in the released variant; 0 = no heads", at_least=0, at_most=10**6
