@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pipeline.base.keys import Setting, key
 
 CUTS = ("auto", "cost", "even", "equal", "hpff", "balanced", "balanced-stl10")
-METHODS = ["deinforeg", "dgl", "greedy", "infopro", "infopro-contrast", "lopt", "predsim"]  # register_method adds to it
+METHODS = ["auglocal", "deinforeg", "dgl", "greedy", "infopro", "infopro-contrast", "lopt", "predsim"]
+"""Of ``method.name``; register_method adds to it."""
 DGL_HEADS = ("mlp-sr", "mlp", "cnn", "auglocal")
 XCYF = re.compile(r"([012])c([123])f")  # heads of InfoPro: X convolutions, Y linear layers
 TUNED_LAYERS = ("batch-norm", "pointwise", "paired", "pooling", "upsampling")  # of heads, see models.tuned
@@ -70,6 +71,9 @@ class MethodConfig:
     prediction_inputs: int = key(
         512, "PredSim: features left after pooling, before the linear layer", at_least=1, at_most=2**20
     )
+    depth: int = key(
+        3, "AugLocal, d: copies of later blocks in the first head; later heads have fewer", at_least=1, at_most=10_000
+    )
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,8 @@ class HierarchyConfig:
     )
     variant: str = key(
         "paper",
-        "released: the semantics of the released HPFF code, which differs; deepsup: DeepSup-BP, one head on every module "
-        "but the last, and every loss flows through the whole network",
+        "released: the semantics of the released HPFF code, which differs; deepsup: DeepSup-BP, one head on every "
+        "module but the last, and every loss flows through the whole network",
         choices=("paper", "released", "deepsup"),
     )
     independent_weight: float | None = key(

@@ -95,7 +95,7 @@ def _head(config: Config) -> tuple[str, str] | None:
     name, head = config.method.name, config.method.head
     valid = {
         "dgl": head in DGL_HEADS,
-        **dict.fromkeys(("deinforeg", "lopt", "predsim"), False),
+        **dict.fromkeys(("auglocal", "deinforeg", "lopt", "predsim"), False),
         **dict.fromkeys(("greedy", "infopro", "infopro-contrast"), XCYF.fullmatch(head) is not None),
     }
     return ("", f"it is no head of {name}") if head and not valid.get(name, True) else None

@@ -150,12 +150,12 @@ def _refuse_parts_of_the_network(config: Config) -> None:
         if not whole:
             raise ConfigError(
                 f"hierarchy.{name} = {shown(value)} with hierarchy.variant = 'deepsup', where every loss flows through "
-                f"the whole network; remove it"
+                "the whole network; remove it"
             )
     if modules > 1 and config.schedule.kind == "free":
         raise ConfigError(
-            "hierarchy.variant = 'deepsup' with schedule.kind = 'free': its gradients flow through all modules, and free "
-            "stages train on different batches; use schedule.kind=exact"
+            "hierarchy.variant = 'deepsup' with schedule.kind = 'free': its gradients flow through all modules, and "
+            "free stages train on different batches; use schedule.kind=exact"
         )
 
 

@@ -7,6 +7,7 @@ greedy            1 x cross-entropy of pool + linear (0c1f)
 infopro           l1 x reconstruction of the image + l2 x cross-entropy       (Wang et al. 2021)
 infopro-contrast  l1 x reconstruction of the image + l2 x supervised contrast
 predsim           b x similarity matching + (1 - b) x cross-entropy           (Nokland & Eidnes 2019)
+auglocal          1 x cross-entropy of copies of later blocks, pool + linear  (Ma et al. 2024)
 deinforeg         variance + covariance + label-invariance of a projection    (Huang et al. 2025)
 lopt              mean square of a reconstruction of the module's input       (Shi et al. 2026)
 
@@ -16,7 +17,7 @@ For another task than classification its loss stands in place of the cross-entro
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from pipeline.base.config import DGL_HEADS, METHODS, Config, MethodConfig
 from pipeline.base.errors import ConfigError, suggest
 from pipeline.base.flow import LABEL, Tensors
-from pipeline.local import deinforeg, lopt
+from pipeline.local import auglocal, deinforeg, lopt
 from pipeline.local.roles import ModulePlan, lambda_position
 from pipeline.local.task import Classification, Task
 from pipeline.local.term import Term, Terms
@@ -33,6 +34,7 @@ from pipeline.local.upstream import Upstream
 from pipeline.models import heads
 from pipeline.models.backbones import initialise
 from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given
+from pipeline.models.later import LaterBlock
 from pipeline.models.layers import VectorInput
 from pipeline.models.patches import Autocast, PatchedHead, patch_shape
 from pipeline.models.tuned import use_plain
@@ -126,9 +128,17 @@ class Level(nn.Module):
 
 
 def build_level(
-    level: str, module: int, modules: int, shape: FeatureShape, task: Task, config: Config
+    level: str,
+    module: int,
+    modules: int,
+    shape: FeatureShape,
+    task: Task,
+    config: Config,
+    later: Sequence[LaterBlock] = (),
 ) -> Level:
     """The ``independent`` or ``cascade`` level of ``module`` (0-based, of ``modules``) on outputs of ``shape``.
+
+    ``later``: all blocks behind the module, where the method is one that :func:`looks_ahead`.
 
     Heads are initialised from the default RNG; the caller seeds it.
 
@@ -139,7 +149,7 @@ def build_level(
     weight = config.hierarchy.independent_weight if level == "independent" else config.hierarchy.cascade_weight
     assert weight is not None
     position = lambda_position(modules, module, level, config.hierarchy, config.model.modules)
-    terms = method_terms(config.method, task, position)
+    terms = method_terms(config.method, task, position, later)
     if released and level == "independent":  # the released code keeps only the classification term, with weight 1
         terms = [Term(t.name, 1.0, t.make) for t in terms if t.name in ("task", "prediction")]
     built: dict[str, tuple[float, PatchedHead]] = {}
@@ -179,19 +189,34 @@ def _head_of(term: Term, shape: FeatureShape) -> AuxiliaryHead:
 
 
 def levels_of(
-    plan: ModulePlan, modules: int, shape: FeatureShape, task: Task, config: Config
+    plan: ModulePlan,
+    modules: int,
+    shape: FeatureShape,
+    task: Task,
+    config: Config,
+    later: Sequence[LaterBlock] = (),
 ) -> dict[str, Callable[[], Level]]:
     """Builders of the levels that ``plan`` gives a module, by level name; called under a seed of the module's own."""
     names = [name for name, present in (("cascade", plan.cascade), ("independent", plan.independent)) if present]
-    return {name: partial(build_level, name, plan.index, modules, shape, task, config) for name in names}
+    return {name: partial(build_level, name, plan.index, modules, shape, task, config, later) for name in names}
 
 
-def method_terms(config: MethodConfig, task: Task, position: float) -> list[Term]:
-    """The terms of the method's local loss; ``position`` in [0, 1] interpolates InfoPro's weights.
+def looks_ahead(config: MethodConfig) -> bool:
+    """Whether heads are made of copies of blocks behind their module."""
+    return config.name == "auglocal"
+
+
+def method_terms(
+    config: MethodConfig, task: Task, position: float, later: Sequence[LaterBlock] = ()
+) -> list[Term]:
+    """The terms of the method's local loss; ``position`` in [0, 1] interpolates InfoPro's weights, ``later`` are the
+    blocks behind the module.
 
     Raises:
         ConfigError: a head that the method or the task does not have.
     """
+    if config.name == "auglocal":
+        return auglocal.terms(config, task, position, later)
     elsewhere = _OWN_FILES | _REGISTERED
     if config.name in elsewhere:
         return elsewhere[config.name](config, task, position)

@@ -28,11 +28,12 @@ from pipeline.base.config import Config, HierarchyConfig, ModelConfig, PatchesCo
 from pipeline.base.errors import ConfigError
 from pipeline.base.flow import MAIN, Specs
 from pipeline.base.numerics import Numerics
-from pipeline.local.methods import levels_of
+from pipeline.local.methods import levels_of, looks_ahead
 from pipeline.local.roles import ModulePlan, plan_hierarchy
 from pipeline.local.task import Task
 from pipeline.models.backbones import Blocks
 from pipeline.models.boundaries import boundary_specs
+from pipeline.models.later import later_blocks
 from pipeline.models.unbuilt import without_memory
 from pipeline.plan.assembly import Plan, make_plan
 from pipeline.plan.cut import BY_COST, make_cut
@@ -198,6 +199,7 @@ def _beginnings(
     input as it was."""
     names = list(blocks)
     specs = boundary_specs(blocks, inputs)
+    network = later_blocks(blocks, inputs, specs) if looks_ahead(config.method) else ()
     role = plan_hierarchy(3, hierarchy)[1]  # one in the middle has all heads
     config = dataclasses.replace(config, hierarchy=hierarchy)
 
@@ -206,7 +208,8 @@ def _beginnings(
         if not end.dtype.is_floating_point:
             return False
         try:
-            for build in levels_of(role, 3, end.feature, task, config).values():
+            behind = network[names.index(before) + 1 :]
+            for build in levels_of(role, 3, end.feature, task, config, behind).values():
                 without_memory(build)
         except ConfigError:
             return False

@@ -1,4 +1,4 @@
-"""DeInfoReg and LoPT against their formulas, written out by hand: float64, losses and gradients to 1e-12.
+"""AugLocal, DeInfoReg and LoPT against their formulas, written out by hand: float64, losses and gradients to 1e-12.
 
 Networks and parameters of heads are shared with the runtime; layers of heads, losses and paths are not.
 """
@@ -56,6 +56,58 @@ def lopt(module: LocalModule, level: str, x: Tensor, h: Tensor, labels: Tensor) 
     inner = linear(narrow, (h - mean) / (spread + norm.eps) ** 0.5 * norm.weight + norm.bias)
     found = linear(wide, inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2))))
     return ((found - x.detach()) ** 2).sum() / x.numel()
+
+
+def convolution(layer: nn.Module, x: Tensor) -> Tensor:
+    """Of 3x3 with a border of 1, or of 1x1."""
+    side, step = layer.weight.shape[-1], layer.stride[0]
+    x = nn.functional.pad(x, [side // 2] * 4)
+    rows, columns = ((x.shape[axis] - side) // step + 1 for axis in (2, 3))
+    return sum(
+        torch.einsum(
+            "bchw,oc->bohw",
+            x[:, :, i : i + step * rows : step, j : j + step * columns : step],
+            layer.weight[:, :, i, j],
+        )
+        for i in range(side)
+        for j in range(side)
+    )
+
+
+def map_norm(layer: nn.Module, x: Tensor) -> Tensor:
+    flat = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    return batch_norm(layer, flat).view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def residual(block: nn.Module, x: Tensor) -> Tensor:
+    inner = map_norm(block.bn1, convolution(block.conv1, x)).relu()
+    inner = map_norm(block.bn2, convolution(block.conv2, inner))
+    if block.downsample is not None:
+        x = map_norm(block.downsample[1], convolution(block.downsample[0], x))
+    return (inner + x).relu()
+
+
+AUGLOCAL = {  # (module, level) -> (in, out, stride) of every copy, d = 3; blocks: 0 and 1, 2 | 3 | 4 | classifier
+    (0, "independent"): [(4, 6, 2), (6, 6, 1), (6, 6, 1)],
+    (1, "independent"): [(6, 6, 1)],
+    (2, "independent"): [],
+    (1, "cascade"): [(6, 6, 1)],
+    (2, "cascade"): [],
+}
+
+
+def auglocal(module: LocalModule, level: str, x: Tensor, h: Tensor, labels: Tensor) -> Tensor:
+    head = module.levels[level].terms["task"].heads[0]
+    blocks = list(head.blocks)
+    forms = [(b.conv1.in_channels, b.conv1.out_channels, b.conv1.stride[0]) for b in blocks]
+    assert forms == AUGLOCAL[module.plan.index, level]
+    for block in blocks:
+        h = residual(block, h)
+    pooled = h.sum((2, 3)) / (h.shape[2] * h.shape[3])
+    *norm, last = list(head.head.head)[2:]
+    assert len(norm) == (len(blocks) <= 1)
+    scores = linear(last, batch_norm(norm[0], pooled) if norm else pooled)
+    return sum(row.exp().sum().log() - row[label] for row, label in zip(scores, labels, strict=True)) / len(h)
 
 
 def deinforeg(module: LocalModule, level: str, x: Tensor, h: Tensor, labels: Tensor) -> Tensor:
@@ -138,6 +190,14 @@ def check(stage: Stage, modules: list[LocalModule], batch: Batch, loss: Loss, co
         (term,) = modules[int(index)].levels[level].terms
         kept = modules[int(index)].losses.open[0][f"{level}.{term}"]
         assert abs(float(kept) - value) <= TOLERANCE * abs(value), name
+
+
+@pytest.mark.parametrize("span", [1, 2, 4])
+def test_auglocal_is_its_formula(span: int) -> None:
+    weights = {"independent_weight": 0.5, "cascade_weight": 0.25, "final_loss": "local"}
+    config = configured(span, {"name": "auglocal"}, hierarchy=weights)
+    stage, modules, _ = tiny_stage(config, torch.float64)
+    check(stage, modules, tiny_batch(dtype=torch.float64), auglocal, config)
 
 
 @pytest.mark.parametrize("span", [1, 2, 4])
