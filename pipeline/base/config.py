@@ -71,6 +71,12 @@ class MethodConfig:
     prediction_inputs: int = key(
         512, "PredSim: features left after pooling, before the linear layer", at_least=1, at_most=2**20
     )
+    reconciliation: float = key(
+        0.0,
+        "SGR, lambda: weight of the squared distance between the gradient that a module's loss has in its input and "
+        "the one that the loss of the module before has there; 0 = none",
+        at_least=0, at_most=10**9,
+    )
     depth: int = key(
         3, "AugLocal, d: copies of later blocks in the first head; later heads have fewer", at_least=1, at_most=10_000
     )

@@ -122,6 +122,8 @@ def check_combinations(config: Config) -> None:
         )
     if config.hierarchy.variant == "deepsup":
         _refuse_parts_of_the_network(config)
+    if config.method.reconciliation > 0:
+        _refuse_unreconciled(config)
     if config.schedule.kind == "free":
         _refuse_free(config)
     if (config.partition.kind == "given") != bool(config.partition.stages):
@@ -157,6 +159,28 @@ def _refuse_parts_of_the_network(config: Config) -> None:
             "hierarchy.variant = 'deepsup' with schedule.kind = 'free': its gradients flow through all modules, and "
             "free stages train on different batches; use schedule.kind=exact"
         )
+
+
+def _refuse_unreconciled(config: Config) -> None:
+    """SGR is for gradient-isolated modules that have a local loss, which is differentiated twice."""
+    hierarchy, where = config.hierarchy, f"method.reconciliation = {config.method.reconciliation:g}"
+    for key, value, fits in (
+        ("hierarchy.variant", hierarchy.variant, hierarchy.variant == "paper"),
+        ("hierarchy.cascade_span", hierarchy.cascade_span, hierarchy.cascade_span == 1),
+        ("hierarchy.independent_weight", hierarchy.independent_weight, hierarchy.independent_weight != 0),
+    ):
+        if not fits:
+            raise ConfigError(
+                f"{where} with {key} = {shown(value)}: it is for modules that no gradient leaves, each with a local "
+                "loss; remove one of them"
+            )
+    if config.method.name in ("infopro", "infopro-contrast"):
+        raise ConfigError(
+            f"{where} with method.name = '{config.method.name}', whose reconstruction cannot be differentiated twice; "
+            "use dgl, greedy, predsim, auglocal or deinforeg"
+        )
+    if config.precision.compile:
+        raise ConfigError(f"{where} with precision.compile = true: compiled heads cannot be differentiated twice")
 
 
 def _refuse_free(config: Config) -> None:

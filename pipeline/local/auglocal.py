@@ -7,8 +7,8 @@ arXiv 2402.17318).
     chosen     round(l + (L - 1 - l) / d_l * i), i = 1 .. d_l, of L blocks, behind block l; half to even
     pyramid    d_l = max(1, round(d (1 - t) + t)),  t from 0 at the first head to 1/2 at the last
 
-A copy has the form and the width of its block and weights of its own. Where it gets another width than that block does it
-is built anew for it; what it lacks in strides to the size of its block it makes up, a stride of 2 in each block.
+A copy has the form and the width of its block and weights of its own. Where it gets another width than that block does
+it is built anew for it; a stride of 2 stands for each halving that the map is still behind that of its block.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pipeline.base.config import DGL_HEADS, METHODS, Config, MethodConfig
+from pipeline.base.config import DGL_HEADS, METHODS, TUNED_LAYERS, Config, MethodConfig
 from pipeline.base.errors import ConfigError, suggest
 from pipeline.base.flow import LABEL, Tensors
 from pipeline.local import auglocal, deinforeg, lopt
@@ -36,6 +36,7 @@ from pipeline.models.backbones import initialise
 from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given
 from pipeline.models.later import LaterBlock
 from pipeline.models.layers import VectorInput
+from pipeline.models.losses import full
 from pipeline.models.patches import Autocast, PatchedHead, patch_shape
 from pipeline.models.tuned import use_plain
 
@@ -98,6 +99,17 @@ class Level(nn.Module):
             for head in patched.heads:
                 assert isinstance(head, AuxiliaryHead)
                 head.receive_weights(weights, step)
+
+    def loss(
+        self, feature: Tensor, given: Given, autocast: Autocast = contextlib.nullcontext
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the level in one graph, all heads and patches, and the un-weighted loss of every term."""
+        total, losses = feature.new_zeros((), dtype=full(feature).dtype), {}
+        with autocast():
+            for name, head in self.heads():
+                loss = head.loss(feature, given)
+                total, losses[name] = total + self.weights[name] * loss, loss.detach()
+        return total, losses
 
     def backward(
         self,
@@ -166,7 +178,7 @@ def build_level(
         make = partial(_head_of, term, patch_shape(shape, grid))
         head = PatchedHead(make, grid, separate, at_once(config, grid))
         initialise(head)
-        use_plain(head, config.precision.plain_layers)
+        use_plain(head, TUNED_LAYERS if config.method.reconciliation > 0 else config.precision.plain_layers)
         built[term.name] = (term.weight, head)
     return Level(weight, built)
 

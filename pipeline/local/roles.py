@@ -37,6 +37,7 @@ class ModulePlan:
         merged: its whole gradient is (a multiple of) the only message it sends, so one backward pass gives both.
         together: both levels run in one action, that of the cascade level; with ``levels = "auto"`` the plan of a run
             decides (see plan.level_choice), here no module does.
+        reconciles: its heads work before its output is passed on, with the gradient of their loss (see sgr).
         evaluations: times the literal definition would run the module in one step (BatchNorm of the released code).
     """
 
@@ -52,11 +53,12 @@ class ModulePlan:
     merged: bool
     evaluations: int
     together: bool = False
+    reconciles: bool = False
 
     @property
     def needs_input_gradient(self) -> bool:
         """Whether the module's input must be a differentiable leaf."""
-        return bool(self.outgoing)
+        return bool(self.outgoing) or (self.reconciles and self.index > 0)
 
 
 def plan_hierarchy(modules: int, config: HierarchyConfig) -> tuple[ModulePlan, ...]:

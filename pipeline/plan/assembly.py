@@ -33,7 +33,7 @@ from pipeline.plan.placement import place
 from pipeline.plan.upstream import UpstreamPlan, plan_upstream
 from pipeline.stage.capacity import activations_held, gradients_held, gradients_sent
 from pipeline.stage.gradients import GRADIENT
-from pipeline.stage.inlet import ACTIVATION, IMAGE, LABELS, payload
+from pipeline.stage.inlet import ACTIVATION, IMAGE, LABELS, LOCAL_GRADIENT, payload
 from pipeline.stage.schedule import Action, Message, lags, stage_schedules
 
 T = TypeVar("T")
@@ -160,6 +160,8 @@ class Plan:
         """What travels from rank to rank + 1 for each micro-batch."""
         outputs = self.boundaries[self.stages[rank][-1]]
         fields = [_field(name, spec, dtype, channels_last) for name, spec in payload(outputs, ACTIVATION).items()]
+        if self.modules[0].reconciles:
+            fields.append(_field(LOCAL_GRADIENT, outputs[MAIN], dtype, channels_last))
         target = self.task.target
         fields.append(FieldSpec(LABELS, target.dtype, target.shape, varies=target.varies))
         if self.image_crosses(rank):
@@ -193,7 +195,8 @@ def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int, inputs: Sp
     inputs = task.inputs if inputs is None else inputs
     cut = make_cut(list(blocks), config.model)
     count = len(cut)
-    modules = plan_hierarchy(count, config.hierarchy)
+    reconciles = config.method.reconciliation > 0
+    modules = tuple(dataclasses.replace(m, reconciles=reconciles) for m in plan_hierarchy(count, config.hierarchy))
     stages = place(count, ranks)
     by_block = boundary_specs(blocks, inputs, [names[0] for names in cut.modules[1:]])
     boundaries = tuple(by_block[names[-1]] for names in cut.modules)
@@ -291,6 +294,10 @@ def describe(plan: Plan, numerics: Numerics, devices: list[str]) -> list[str]:
     else:
         if hierarchy.cascade_span > 1:
             parts.append(f"cascade span {hierarchy.cascade_span} ({hierarchy.variant})")
+        if hierarchy.variant == "deepsup":
+            parts[1:] = ["every loss through the whole network (deepsup)"]
+        if config.method.reconciliation > 0:
+            parts.append(f"gradient reconciliation {config.method.reconciliation:g}")
         if grid > 1:
             parts.append(f"{grid}x{grid} patches")
     cut_note = f" of {plan.cut.requested} asked for" if len(plan.modules) != plan.cut.requested else ""

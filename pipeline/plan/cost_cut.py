@@ -143,14 +143,15 @@ def _counted(config: Config, blocks: Blocks, task: Task, inputs: Specs) -> tuple
 
     def plan(hierarchy: HierarchyConfig) -> Plan:
         cut = ModelConfig(config.model.name, count, tuple(beginnings[1:]))
-        method = dataclasses.replace(
+        everywhere = dataclasses.replace(
             config,
             model=cut,
             hierarchy=hierarchy,
+            method=dataclasses.replace(config.method, reconciliation=0.0),  # its passes are about in proportion
             patches=PatchesConfig(config.patches.grid),
             precision=PrecisionConfig(compute="fp32"),
         )
-        return make_plan(method, blocks, task, 1, inputs)
+        return make_plan(everywhere, blocks, task, 1, inputs)
 
     local, whole = plan(with_heads), plan(backpropagation)
     own = flops_by_kind(local, blocks, NUMERICS)

@@ -122,6 +122,7 @@ def _kind(plan: Plan, blocks: Blocks, index: int) -> Hashable:
     levels = plan.level_builders(index)
     return (
         _relative(role),
+        role.needs_input_gradient,
         *map(_shapes, (plan.given(index), plan.boundaries[index])),
         tuple(_looks(blocks[name]) for name in plan.cut.modules[index]),
         tuple((name, _looks(without_memory(build))) for name, build in levels.items()),

@@ -1,6 +1,6 @@
 """One rank: runs its schedule over its local modules and its edges. ``train_step`` is the training step.
 
-                 activation, labels (, image)
+                 activation, labels (, image; with SGR the gradient of the local loss)
     stage r-1  ------------------------------>  stage r  ------------------------------>  stage r+1
                <------------------------------           <------------------------------
                  gradient, one per key of the hierarchy; only where a cascade crosses the edge
@@ -17,6 +17,7 @@ from contextlib import closing
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from pipeline.base.errors import NonFiniteError
 from pipeline.base.flow import MAIN, Tensors
@@ -26,7 +27,7 @@ from pipeline.local.micro_batch import BatchKey, MicroBatch
 from pipeline.local.updates import Due, losses_together, update_together
 from pipeline.stage.counters import Counters
 from pipeline.stage.gradients import GRADIENT, GradientInlet
-from pipeline.stage.inlet import ACTIVATION, IMAGE, LABELS, Inlet, Input, payload
+from pipeline.stage.inlet import ACTIVATION, IMAGE, LABELS, LOCAL_GRADIENT, Inlet, Input, payload
 from pipeline.stage.neighbours import Neighbours
 from pipeline.stage.schedule import Action, Kind, Message, last_backwards, messages_sent, together
 from pipeline.stage.watch import Watch
@@ -72,7 +73,7 @@ class Stage:
         self._marks_epochs = marks_epochs
         self._inputs: dict[BatchKey, Input] = {}
         self._unfinished: dict[BatchKey, int] = {}  # modules that still need the input
-        self._hidden: dict[BatchKey, Tensors] = {}  # output of a module on its way to the next one here
+        self._hidden: dict[BatchKey, tuple[Tensors, Tensor | None]] = {}  # to the next module: outputs, local gradient
         self._first_step = 0
         self._end_step: int | None = None  # once the epoch has no more batches
         self._waited_before_epoch = 0.0
@@ -97,8 +98,9 @@ class Stage:
             with self.watch.working(actions, step, self.wait_s):
                 match action.kind:
                     case Kind.FORWARD:
-                        h = module.forward(batch, self._given(module, batch))
-                        self._pass_on(module, batch, h, epoch)
+                        self._hidden[batch] = module.forward(batch, self._given(module, batch)), None
+                        if not module.plan.reconciles:
+                            self._pass_on(module, batch, epoch)
                     case Kind.CASCADE:
                         module.cascade(batch)
                     case Kind.RELAY:
@@ -106,8 +108,12 @@ class Stage:
                         self._send_upstream(action, batch, module.relay(batch, action.key), epoch)
                     case Kind.INDEPENDENT:
                         module.independent(batch)
+                        if module.plan.reconciles:
+                            self._hidden[batch] = self._hidden[batch][0], module.in_flight[batch].local_gradient
+                            self._pass_on(module, batch, epoch)
                     case Kind.FINAL:
                         module.final(batch)
+                        self._hidden.pop(batch, None)
                     case Kind.BACKWARD:
                         if action in self._last_backwards:
                             losses_together(self._due(self._last_backwards[action], step))
@@ -184,13 +190,17 @@ class Stage:
     def _given(self, module: LocalModule, batch: BatchKey) -> MicroBatch:
         """What a module works on: the input of the stage, or the output of the module before."""
         given = self._inputs[batch].batch
-        return given if module.plan.index == self._first else replace(given, inputs=self._hidden.pop(batch))
+        if module.plan.index == self._first:
+            return given
+        inputs, local_gradient = self._hidden.pop(batch)
+        return replace(given, inputs=inputs, local_gradient=local_gradient)
 
-    def _pass_on(self, module: LocalModule, batch: BatchKey, h: Tensors, epoch: int) -> None:
+    def _pass_on(self, module: LocalModule, batch: BatchKey, epoch: int) -> None:
         """To the next module, here or on the next stage."""
         if module.plan.index != self._last:
-            self._hidden[batch] = h
-        elif self.edges.activation_out is not None:
+            return
+        h, local_gradient = self._hidden.pop(batch)
+        if self.edges.activation_out is not None:
             item = self._inputs[batch]
             header = Header(
                 MessageKind.TRAIN,
@@ -204,6 +214,8 @@ class Stage:
             if self._forward_image:
                 assert item.batch.image is not None
                 fields[IMAGE] = item.batch.image
+            if local_gradient is not None:
+                fields[LOCAL_GRADIENT] = local_gradient
             self.edges.activation_out.send(header, **fields)
 
     def _send_upstream(self, action: Action, batch: BatchKey, gradients: Tensors | None, epoch: int) -> None:

@@ -16,6 +16,11 @@ from pipeline import LoaderData, train
 
 CASES: dict[str, tuple[Callable[[], nn.Sequential], Callable[[], Any], dict[str, dict[str, Any]]]] = {
     "dgl, deepsup": (network, Batches, {"hierarchy": {"variant": "deepsup", "cascade_span": 4}}),
+    "dgl, sgr": (
+        network,
+        Batches,
+        {"method": {"reconciliation": 5.0}, "hierarchy": {"cascade_span": 1}, "schedule": {"micro_batches": 2}},
+    ),
     "auglocal": (network, Batches, {"patches": {"grid": 2}}),
     "deinforeg": (network, Batches, {"method": {"feature_dim": 8}}),
     "deinforeg, patches": (network, Batches, {"method": {"feature_dim": 8}, "patches": {"grid": 2}}),
