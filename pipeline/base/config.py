@@ -77,6 +77,22 @@ class MethodConfig:
         "the one that the loss of the module before has there; 0 = none",
         at_least=0, at_most=10**9,
     )
+    front: str = key(
+        "none",
+        "what stands before the heads: none; man = copies of the next module's first block, one learned and one its "
+        "moving average; man++ = with a learned balance of the two",
+        choices=("none", "man", "man++"),
+    )
+    average: float = key(
+        0.995, "MAN: share of the moving average that a step keeps", at_least=0, at_most=1
+    )
+    average_every: int = key(
+        1, "MAN, n: steps from one copy of the next block's weights upstream to the next", at_least=1, at_most=10**6
+    )
+    average_lag: int = key(
+        2, "MAN: steps from an update to its use; with 2 or more nobody waits for who keeps up",
+        at_least=1, at_most=1024,
+    )
     depth: int = key(
         3, "AugLocal, d: copies of later blocks in the first head; later heads have fewer", at_least=1, at_most=10_000
     )

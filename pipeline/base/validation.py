@@ -122,6 +122,11 @@ def check_combinations(config: Config) -> None:
         )
     if config.hierarchy.variant == "deepsup":
         _refuse_parts_of_the_network(config)
+    if config.method.front != "none" and config.hierarchy.levels != "separate":
+        raise ConfigError(
+            f"method.front = '{config.method.front}' with hierarchy.levels = '{config.hierarchy.levels}': the heads of "
+            "either level stand behind copies of their own; use hierarchy.levels=separate"
+        )
     if config.method.reconciliation > 0:
         _refuse_unreconciled(config)
     if config.schedule.kind == "free":

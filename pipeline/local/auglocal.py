@@ -14,6 +14,7 @@ it is built anew for it; a stride of 2 stands for each halving that the map is s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -108,7 +109,8 @@ def _continued(
 
 def _rebuilt(later: LaterBlock, channels: int, out: int, stride: int) -> nn.Module:
     """A residual block of the same kind for another number of channels or another stride."""
-    block, kind = later.pattern, type(later.pattern)
+    block: Any = later.pattern
+    kind: Any = type(block)
     if isinstance(block, BasicBlock):
         return BasicBlock(channels, out, stride)
     if kind.__module__ == "torchvision.models.resnet":

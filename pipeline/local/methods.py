@@ -11,6 +11,8 @@ auglocal          1 x cross-entropy of copies of later blocks, pool + linear  (M
 deinforeg         variance + covariance + label-invariance of a projection    (Huang et al. 2025)
 lopt              mean square of a reconstruction of the module's input       (Shi et al. 2026)
 
+With any of them: copies of the next block before the heads (MAN, see man), reconciled gradients (SGR, see sgr).
+
 For another task than classification its loss stands in place of the cross-entropy, on a head that the task brings.
 """
 
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 from pipeline.base.config import DGL_HEADS, METHODS, TUNED_LAYERS, Config, MethodConfig
 from pipeline.base.errors import ConfigError, suggest
 from pipeline.base.flow import LABEL, Tensors
-from pipeline.local import auglocal, deinforeg, lopt
+from pipeline.local import auglocal, deinforeg, lopt, man
 from pipeline.local.roles import ModulePlan, lambda_position
 from pipeline.local.task import Classification, Task
 from pipeline.local.term import Term, Terms
@@ -68,7 +70,7 @@ def register_method(name: str, terms: Terms, upstream: Upstream | None = None) -
 
 def upstream_of(config: MethodConfig) -> Upstream | None:
     """The weights upstream that the method asks for, if any."""
-    return _UPSTREAM.get(config.name)
+    return man.declared(config) or _UPSTREAM.get(config.name)
 
 
 class Level(nn.Module):
@@ -77,10 +79,14 @@ class Level(nn.Module):
     Args:
         weight: of the whole level.
         terms: name -> (weight within the level, head).
+        front: what stands before all heads, if anything.
     """
 
-    def __init__(self, weight: float, terms: dict[str, tuple[float, PatchedHead]]) -> None:
+    def __init__(
+        self, weight: float, terms: dict[str, tuple[float, PatchedHead]], front: man.MomentumFront | None = None
+    ) -> None:
         super().__init__()
+        self.front = front
         self.terms = nn.ModuleDict({name: head for name, (_, head) in terms.items()})
         self.weights = {name: weight * term_weight for name, (term_weight, _) in terms.items()}
 
@@ -95,6 +101,8 @@ class Level(nn.Module):
 
     def receive_weights(self, weights: Tensors, step: int) -> None:
         """Tell every head the weights of the next module's first block after its update of batch ``step``."""
+        if self.front is not None:
+            self.front.receive_weights(weights)
         for _, patched in self.heads():
             for head in patched.heads:
                 assert isinstance(head, AuxiliaryHead)
@@ -106,6 +114,7 @@ class Level(nn.Module):
         """The loss of the level in one graph, all heads and patches, and the un-weighted loss of every term."""
         total, losses = feature.new_zeros((), dtype=full(feature).dtype), {}
         with autocast():
+            feature = self._fronted(feature)
             for name, head in self.heads():
                 loss = head.loss(feature, given)
                 total, losses[name] = total + self.weights[name] * loss, loss.detach()
@@ -123,6 +132,19 @@ class Level(nn.Module):
         Returns:
             ``scale * d(level loss)/d(feature)``, like the feature, and the un-weighted loss of every term.
         """
+        if self.front is None:
+            return self._backward_of_heads(feature, given, scale, autocast)
+        leaf = feature.detach().requires_grad_()
+        with torch.enable_grad(), autocast():
+            y = self.front(leaf)
+        gradient, losses = self._backward_of_heads(y.detach(), given, scale, autocast)
+        y.backward(gradient)
+        assert leaf.grad is not None
+        return leaf.grad, losses
+
+    def _backward_of_heads(
+        self, feature: Tensor, given: Given, scale: float, autocast: Autocast
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         gradient: Tensor | None = None
         losses = {}
         for name, head in self.heads():
@@ -130,8 +152,12 @@ class Level(nn.Module):
             gradient, losses[name] = head.backward(feature, given, weight, gradient, autocast)
         return torch.zeros_like(feature) if gradient is None else gradient, losses
 
+    def _fronted(self, feature: Tensor) -> Tensor:
+        return feature if self.front is None else self.front(feature)
+
     def logits(self, feature: Tensor) -> Tensor | None:
         """Output of the first head that does the task, or None."""
+        feature = self._fronted(feature)
         for _, head in self.heads():
             scores = head.logits(feature)
             if scores is not None:
@@ -161,6 +187,9 @@ def build_level(
     weight = config.hierarchy.independent_weight if level == "independent" else config.hierarchy.cascade_weight
     assert weight is not None
     position = lambda_position(modules, module, level, config.hierarchy, config.model.modules)
+    front = man.front(config.method, later)
+    if front is not None:
+        shape, later = front.shape, later[1:]
     terms = method_terms(config.method, task, position, later)
     if released and level == "independent":  # the released code keeps only the classification term, with weight 1
         terms = [Term(t.name, 1.0, t.make) for t in terms if t.name in ("task", "prediction")]
@@ -180,7 +209,7 @@ def build_level(
         initialise(head)
         use_plain(head, TUNED_LAYERS if config.method.reconciliation > 0 else config.precision.plain_layers)
         built[term.name] = (term.weight, head)
-    return Level(weight, built)
+    return Level(weight, built, front)
 
 
 def at_once(config: Config, grid: int) -> int:
@@ -215,7 +244,7 @@ def levels_of(
 
 def looks_ahead(config: MethodConfig) -> bool:
     """Whether heads are made of copies of blocks behind their module."""
-    return config.name == "auglocal"
+    return config.name == "auglocal" or config.front != "none"
 
 
 def method_terms(

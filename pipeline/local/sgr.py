@@ -6,8 +6,8 @@ input is drawn towards what the loss of the module before has asked of its outpu
                   trains f_m and its head by L_m + lambda R,  R = mean over rows of the squared length of v - u
 
 u is a constant here, v a function of the weights: R is differentiated through the backward pass of f_m and of the head.
-A row's u and v are those of its own loss, so R does not depend on the size of the batch or its parts. u has no part of R.
-The last module has no head but the loss of the task, and an R as well.
+A row's u and v are those of its own loss, so R does not depend on the size of the batch or its parts. u has no part of
+R. The last module has no head but the loss of the task, and an R as well.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def reconcile(
     trained: Sequence[Tensor],
 ) -> Reconciled:
     """Gradients of ``share * (loss + weight * R)``: those of R in the weights of the module, and all in those of the
-    head, are added to ``.grad``. What the loss gives to the weights of the module is left to the backward of ``output``.
+    head, are added to ``.grad``. What else there is in the module's weights is left to the backward of ``output``.
 
     Args:
         loss: scalar, the mean over the rows, a function of ``leaf`` and of the weights of the head.

@@ -74,6 +74,7 @@ class Stage:
         self._inputs: dict[BatchKey, Input] = {}
         self._unfinished: dict[BatchKey, int] = {}  # modules that still need the input
         self._hidden: dict[BatchKey, tuple[Tensors, Tensor | None]] = {}  # to the next module: outputs, local gradient
+        self._held: dict[BatchKey, Tensors] = {}  # output of a module whose heads work first
         self._first_step = 0
         self._end_step: int | None = None  # once the epoch has no more batches
         self._waited_before_epoch = 0.0
@@ -98,9 +99,8 @@ class Stage:
             with self.watch.working(actions, step, self.wait_s):
                 match action.kind:
                     case Kind.FORWARD:
-                        self._hidden[batch] = module.forward(batch, self._given(module, batch)), None
-                        if not module.plan.reconciles:
-                            self._pass_on(module, batch, epoch)
+                        h = module.forward(batch, self._given(module, batch))
+                        self._pass_on(module, batch, h, epoch)
                     case Kind.CASCADE:
                         module.cascade(batch)
                     case Kind.RELAY:
@@ -108,12 +108,9 @@ class Stage:
                         self._send_upstream(action, batch, module.relay(batch, action.key), epoch)
                     case Kind.INDEPENDENT:
                         module.independent(batch)
-                        if module.plan.reconciles:
-                            self._hidden[batch] = self._hidden[batch][0], module.in_flight[batch].local_gradient
-                            self._pass_on(module, batch, epoch)
+                        self._pass_on_late(module, batch, epoch)
                     case Kind.FINAL:
                         module.final(batch)
-                        self._hidden.pop(batch, None)
                     case Kind.BACKWARD:
                         if action in self._last_backwards:
                             losses_together(self._due(self._last_backwards[action], step))
@@ -141,7 +138,7 @@ class Stage:
         self._gradients.end_epoch(end_step)
         for step in range(end_step, end_step + self._longest_lag):
             self.train_step(epoch, step)
-        assert not self._inputs and not self._hidden and not self._gradients
+        assert not self._inputs and not self._hidden and not self._held and not self._gradients
         ended_at = self.inlet.end_epoch(epoch, end_step)
         if self._marks_epochs and self.edges.activation_out is not None:
             self.edges.activation_out.send(Header(MessageKind.EPOCH, epoch, ended_at, 0, directive=self.directive))
@@ -195,12 +192,19 @@ class Stage:
         inputs, local_gradient = self._hidden.pop(batch)
         return replace(given, inputs=inputs, local_gradient=local_gradient)
 
-    def _pass_on(self, module: LocalModule, batch: BatchKey, epoch: int) -> None:
-        """To the next module, here or on the next stage."""
-        if module.plan.index != self._last:
-            return
-        h, local_gradient = self._hidden.pop(batch)
-        if self.edges.activation_out is not None:
+    def _pass_on_late(self, module: LocalModule, batch: BatchKey, epoch: int) -> None:
+        """What waited for the heads of its module."""
+        if module.plan.reconciles:
+            self._pass_on(module, batch, self._held.pop(batch), epoch)
+
+    def _pass_on(self, module: LocalModule, batch: BatchKey, h: Tensors, epoch: int) -> None:
+        """To the next module, here or on the next stage; with SGR once the gradient of the local loss is there."""
+        local_gradient = module.in_flight[batch].local_gradient
+        if module.plan.reconciles and local_gradient is None and not module.plan.final:
+            self._held[batch] = h
+        elif module.plan.index != self._last:
+            self._hidden[batch] = h, local_gradient
+        elif self.edges.activation_out is not None:
             item = self._inputs[batch]
             header = Header(
                 MessageKind.TRAIN,

@@ -7,20 +7,23 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import gradients, tiny_batch, tiny_config, tiny_stage, train_on, without_updates
+from tiny import gradients, tiny_batch, tiny_config, tiny_plan, tiny_stage, train_on, without_updates
 from torch import Tensor, nn
 
 from pipeline import ConfigError
 from pipeline.base.config import Config
+from pipeline.base.validation import validate, with_values
 from pipeline.local.local_module import LocalModule
 from pipeline.models.heads import Given
 
 MODULES, WEIGHT = 5, 20.0
 
 
-def reconciling(method: str = "dgl", variant: str = "plain", **sections: dict[str, Any]) -> Config:
-    sections["method"] = sections.get("method", {}) | {"reconciliation": WEIGHT}
-    return tiny_config(method, variant, 1, MODULES, **sections)
+def reconciling(
+    method: str = "dgl", variant: str = "plain", weight: float = WEIGHT, **sections: dict[str, Any]
+) -> Config:
+    config = tiny_config(method, variant, 1, MODULES, **sections)
+    return validate(with_values(config, {"method.reconciliation": weight}))
 
 
 def literal(modules: list[LocalModule], config: Config, x: Tensor, labels: Tensor, share: float) -> dict[str, float]:
@@ -75,12 +78,17 @@ def test_gradients_are_those_of_the_formula(method: str, variant: str, parts: in
         assert float(modules[int(index)].losses.open[0][f"{level}.reconciliation"]) == pytest.approx(value, rel=1e-10)
 
 
+def test_the_gradient_travels_downstream_with_the_activation_and_nothing_upstream() -> None:
+    plan = tiny_plan(reconciling(), ranks=2)
+    fields = {field.name: field for field in plan.activation_spec(0, torch.float32, False).fields}
+    assert fields["local_gradient"].shape_per_row == fields["activation"].shape_per_row
+    assert not plan.gradient_order(1)
+
+
 def test_it_changes_every_module_but_the_first() -> None:
     found = []
     for weight in (0.0, WEIGHT):
-        sections = {"method": {"reconciliation": weight}, "precision": {"layers": "plain"}}
-        config = tiny_config("dgl", "plain", 1, MODULES, **sections)
-        stage, modules, _ = tiny_stage(config, torch.float64)
+        stage, modules, _ = tiny_stage(reconciling(weight=weight, precision={"layers": "plain"}), torch.float64)
         train_on(without_updates(stage), 0, 0, tiny_batch(dtype=torch.float64))
         found.append([torch.cat([p.grad.flatten() for p in module.parameters]) for module in modules])
     changes = [float((a - b).norm() / a.norm()) for a, b in zip(*found, strict=True)]
@@ -93,10 +101,10 @@ def test_it_changes_every_module_but_the_first() -> None:
         ({"hierarchy": {"cascade_span": 2}}, "with hierarchy.cascade_span = 2: it is for modules that no gradient"),
         ({"hierarchy": {"independent_weight": 0.0}}, "with hierarchy.independent_weight = 0.0: "),
         ({"hierarchy": {"variant": "deepsup"}}, "with hierarchy.variant = 'deepsup': "),
-        ({"method": {"name": "infopro", "head": ""}}, "with method.name = 'infopro', whose reconstruction cannot be"),
+        ({"method": "infopro"}, "with method.name = 'infopro', whose reconstruction cannot be"),
         ({"precision": {"compile": True}}, "with precision.compile = true: "),
     ],
 )
-def test_what_it_cannot_go_with_is_refused(sections: dict[str, dict[str, Any]], words: str) -> None:
+def test_what_it_cannot_go_with_is_refused(sections: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=f"method.reconciliation = 20 {words}"):
         reconciling(**sections)

@@ -19,13 +19,19 @@ CASES: dict[str, tuple[Callable[[], nn.Sequential], Callable[[], Any], dict[str,
     "dgl, sgr": (
         network,
         Batches,
-        {"method": {"reconciliation": 5.0}, "hierarchy": {"cascade_span": 1}, "schedule": {"micro_batches": 2}},
+        {"method": {"reconciliation": 0.01}, "hierarchy": {"cascade_span": 1}, "schedule": {"micro_batches": 2}},
     ),
-    "auglocal": (network, Batches, {"patches": {"grid": 2}}),
+    "infopro, man++": (network, Batches, {"method": {"feature_dim": 8, "front": "man++", "average_every": 2}}),
+    "greedy, man, async": (
+        network, Batches, {"method": {"front": "man", "average": 0.5}, "schedule": {"kind": "async"}}
+    ),
+    "auglocal": (network, Batches, {"patches": {"grid": 2, "at_once": 1}}),
     "deinforeg": (network, Batches, {"method": {"feature_dim": 8}}),
-    "deinforeg, patches": (network, Batches, {"method": {"feature_dim": 8}, "patches": {"grid": 2}}),
+    "deinforeg, patches": (network, Batches, {"method": {"feature_dim": 8}, "patches": {"grid": 2, "at_once": 1}}),
     "lopt": (transformer, feature_batches, {}),
-    "lopt, parts, async": (transformer, feature_batches, {"patches": {"grid": 3}, "schedule": {"kind": "async"}}),
+    "lopt, parts, async": (
+        transformer, feature_batches, {"patches": {"grid": 3, "at_once": 1}, "schedule": {"kind": "async"}}
+    ),
 }
 
 
