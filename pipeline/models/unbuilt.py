@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from pipeline.base.errors import LocalpipeError
-from pipeline.models.backbones import Blocks, build_blocks, initialise
+from pipeline.models.backbones import Blocks, Sides, build_blocks, initialise
+from pipeline.models.part import Part
 
 T = TypeVar("T")
 
@@ -42,17 +43,19 @@ def without_memory(build: Callable[[], T], seed: int = 0) -> T:
             return build()
 
 
-def real_blocks(name: str, in_channels: int, classes: int, seed: int) -> Blocks:
+def real_blocks(name: str, in_channels: int, classes: int, seed: int, sides: Sides | None = None) -> Blocks:
     """The whole named backbone with weights drawn from ``seed``. Raises ConfigError: unknown name."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_blocks(name, in_channels, classes)
+        return build_blocks(name, in_channels, classes, sides)
 
 
-def planned_blocks(name: str, in_channels: int, classes: int, seed: int = 0) -> Blocks:
+def planned_blocks(
+    name: str, in_channels: int, classes: int, seed: int = 0, sides: Sides | None = None
+) -> Blocks:
     """The named backbone on the meta device; with real weights from ``seed`` where that is not possible: it looks at
     values, or shares weights, which moving from the meta device would separate. Raises ConfigError: unknown name."""
-    blocks = without_memory(lambda: build_blocks(name, in_channels, classes), seed)
+    blocks = without_memory(lambda: build_blocks(name, in_channels, classes, sides), seed)
     uses = Counter(
         id(tensor)
         for block in blocks.values()
@@ -60,7 +63,7 @@ def planned_blocks(name: str, in_channels: int, classes: int, seed: int = 0) -> 
         for _, tensor in tensors
     )
     shares = any(count > 1 for count in uses.values())
-    return real_blocks(name, in_channels, classes, seed) if shares else blocks
+    return real_blocks(name, in_channels, classes, seed, sides) if shares else blocks
 
 
 def without_weights(
@@ -95,19 +98,25 @@ def is_planned(block: nn.Module) -> bool:
 def drawn_blocks(
     blocks: Blocks, names: Iterable[str], seed_of: Callable[[str], int], whole: Callable[[], Blocks]
 ) -> Blocks:
-    """The blocks ``names`` with fresh weights, those of each drawn from a seed of its own. No random state changes.
+    """The blocks ``names`` with fresh weights, those of each drawn from a seed of its own. Parts of a traced network
+    are taken out of a whole one instead, with the weights that its own library draws. No random state changes.
 
     Args:
         blocks: the network; planned blocks get memory on the CPU, real ones are drawn again where they are.
         names: of the blocks that are wanted.
         seed_of: name of a block -> its seed.
-        whole: builds the whole network; called only for a planned block that holds what :func:`initialise` leaves.
+        whole: builds the whole network; called only for parts of a traced one, and for a planned block that holds what
+            :func:`initialise` leaves.
     """
     built: Blocks | None = None
     drawn: Blocks = OrderedDict()
     with torch.random.fork_rng(devices=[]):
         for name in names:
             block, planned = blocks[name], is_planned(blocks[name])
+            if isinstance(block, Part):
+                built = built if built is not None else whole()
+                drawn[name] = built[name]
+                continue
             if planned:
                 _give_memory(block)
             torch.manual_seed(seed_of(name))
@@ -121,6 +130,23 @@ def drawn_blocks(
     return drawn
 
 
+def drawn_copy(pattern: nn.Module) -> tuple[nn.Module, list[str]]:
+    """A block of the form of ``pattern``, on the default device, with weights that :func:`initialise` draws from the
+    default RNG; and the names of what that leaves, which only a constructor fills. Without values where there are
+    none: on the meta device, or within :func:`no_values`."""
+    device = torch.get_default_device()
+    block = without_weights(pattern, device)
+    if device.type == "meta" or any(isinstance(tensor, FakeTensor) for tensor in _tensors(block)):
+        return block, []
+    _fill_with_marks(block)
+    for child in block.modules():
+        if isinstance(child, nn.MultiheadAttention):  # has no public one
+            child._reset_parameters()
+    initialise(block)
+    named = [*block.named_parameters(), *block.named_buffers()]
+    return block, [name for name, tensor in named if _is_marked(tensor)]
+
+
 def _tensors(block: nn.Module) -> list[Tensor]:
     return [*block.parameters(), *block.buffers()]
 
@@ -128,9 +154,13 @@ def _tensors(block: nn.Module) -> list[Tensor]:
 def _give_memory(block: nn.Module) -> None:
     """Memory on the CPU for a planned block, with a mark in every tensor."""
     block.to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in _tensors(block):
-            tensor.fill_(_mark(tensor))
+    _fill_with_marks(block)
+
+
+@torch.no_grad()
+def _fill_with_marks(block: nn.Module) -> None:
+    for tensor in _tensors(block):
+        tensor.fill_(_mark(tensor))
 
 
 def _mark(tensor: Tensor) -> float | int:

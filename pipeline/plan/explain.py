@@ -21,7 +21,6 @@ from pipeline.base.paths import path_of
 from pipeline.base.validation import validate
 from pipeline.data import CATALOGUE, open_data
 from pipeline.local.compilation import refuse_without_compiler
-from pipeline.local.methods import levels_of
 from pipeline.local.task import Classification, Task
 from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import planned_blocks, without_memory
@@ -191,7 +190,8 @@ class _Network:
 
     def __init__(self, config: Config) -> None:
         self.task = _task(config)
-        self.blocks: Blocks = planned_blocks(config.model.name, self.task.image_shape[0], self.task.classes)
+        channels, *sides = self.task.image_shape
+        self.blocks: Blocks = planned_blocks(config.model.name, channels, self.task.classes, sides=tuple(sides))
         device, _ = choose_device(config.runtime.device, 0, 1)
         self.numerics: Numerics = resolve_numerics(config.precision, device, self.blocks.values())
 
@@ -246,7 +246,7 @@ def _modules(
     rank_of = {m: rank for rank, stage in enumerate(plan.stages) for m in stage}
     rows = []
     for role, cost in zip(plan.modules, costs, strict=True):
-        builders = levels_of(role, len(plan.modules), plan.feature(role.index), plan.task, plan.config)
+        builders = plan.level_builders(role.index)
         heads = sum(p.numel() for build in builders.values() for p in without_memory(build).parameters())
         kinds = {action.kind for action in plan.schedules[rank_of[role.index]] if action.module == role.index}
         names = plan.cut.modules[role.index]
