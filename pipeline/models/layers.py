@@ -72,8 +72,8 @@ class _RowBatchNorm(torch.autograd.Function):
 class RowBatchNorm2d(nn.BatchNorm2d, Tuned):
     """``nn.BatchNorm2d`` that trains by rows where that is faster; the same function up to rounding.
 
-    Gains 1.03 to 1.04 on InfoPro's heads on whole features and on patches one by one; on patches at once it does not run
-    (``benchmarks/heads.py``, AVX-512).
+    Gains 1.03 to 1.04 on InfoPro's heads on whole features and on patches one by one; on patches at once it does not
+    run (``benchmarks/heads.py``, AVX-512).
     """
 
     tuned = "batch-norm"
