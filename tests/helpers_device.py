@@ -7,8 +7,8 @@
     a transfer of a group of "spinning" (NCCL's stand-in)    noted on a stream of the group, in both ranks' own time
 
 So the package takes its way for CUDA from the choice of the device to the last checkpoint, with real numbers, and can
-be compared to the bit. What it does not see: kernels that only a GPU has, autocast (there is none on this device), the
-streams that autograd chooses for a backward, graphs, and what C++ does by itself.
+be compared to the bit. Autocast is that of the CPU. What it does not see: kernels that only a GPU has, operations that
+autocast treats otherwise there, the streams that autograd chooses for a backward, graphs, and what C++ does by itself.
 """
 
 from __future__ import annotations
@@ -380,6 +380,15 @@ def _transfers(real: Any, arrives: bool) -> Any:
     return transfer
 
 
+class _Autocast(torch.autocast):
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__(device_type.replace("cuda", "cpu"), *args, **kwargs)
+
+
+def _as_on_the_cpu(function: Any) -> Any:
+    return lambda device_type: function(device_type.replace("cuda", "cpu"))
+
+
 def _one_hot(labels: torch.Tensor, classes: int) -> torch.Tensor:
     """PyTorch's own names the CPU to the constant that it makes, and on a GPU it would be there."""
     return (labels.unsqueeze(-1) == torch.arange(classes, device=labels.device)).long()
@@ -407,6 +416,9 @@ def pretended() -> Iterator[Device]:
         for name, value in cuda.items():
             patches.enter_context(patch.object(torch.cuda, name, value))
         patches.enter_context(patch.object(torch.nn.functional, "one_hot", _one_hot))
+        patches.enter_context(patch.object(torch, "autocast", _Autocast))
+        for name in ("is_autocast_enabled", "get_autocast_dtype"):
+            patches.enter_context(patch.object(torch, name, _as_on_the_cpu(getattr(torch, name))))
         for name, arrives in (("isend", False), ("irecv", True)):
             patches.enter_context(patch.object(dist, name, _transfers(getattr(dist, name), arrives)))
         # A parameter that moves to the device becomes another object there, of another type.

@@ -181,11 +181,12 @@ def failures(rank: int) -> dict[str, str]:
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
 
     edges = edges_of(rank, store, "receiver hangs", spinning.SPINNING, 0.5)
+    if rank == 1:
+        edges.activation_in._payload.receive = hung.__get__(edges.activation_in._payload)
+    dist.barrier()
     if rank == 0:
         edges.activation_out.send(train(0), activation=torch.zeros(4, 3))
         note("receiver hangs", edges.activation_out.flush)
-    else:
-        edges.activation_in._payload.receive = hung.__get__(edges.activation_in._payload)
     dist.barrier()
     edges = edges_of(rank, store, "sender hangs", spinning.SPINNING, 0.5)
     if rank == 0:
@@ -205,12 +206,13 @@ def failures(rank: int) -> dict[str, str]:
     everyone: list[Any] = [None, None]
     dist.all_gather_object(everyone, said)
     edges = edges_of(rank, store, "receiver is killed", spinning.SPINNING, 10.0)
-    if rank == 0:
-        edges.activation_out.send(train(0), activation=torch.zeros(4, 3))
-        note("receiver is killed", edges.activation_out.flush)
-    else:
+    if rank == 1:
         edges.activation_in._payload.receive = killed.__get__(edges.activation_in._payload)
+    dist.barrier()
+    if rank == 1:
         time.sleep(60)
+    edges.activation_out.send(train(0), activation=torch.zeros(4, 3))
+    note("receiver is killed", edges.activation_out.flush)
     return said | everyone[1]
 
 

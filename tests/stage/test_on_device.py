@@ -24,18 +24,18 @@ def device() -> Iterator[Device]:
         yield device
 
 
-def stage_on(method: str, variant: str, **sections: Any) -> Stage:
+def stage_on(method: str, variant: str, dtype: torch.dtype = torch.float32, **sections: Any) -> Stage:
     """All modules of the tiny network on the device."""
     plan = tiny_plan(tiny_config(method, variant, 2, 3, **sections))
-    modules = build_modules(plan, 0, tiny_blocks(), Numerics(CUDA, torch.float32, True), fresh=True)
+    modules = build_modules(plan, 0, tiny_blocks(), Numerics(CUDA, dtype, True), fresh=True)
     return Stage(modules, plan.schedules[0], BatchInlet(micro_batches=plan.config.schedule.micro_batches), Edges())
 
 
-def train(stage: Stage, device: Device, steps: int = 2) -> None:
+def train(stage: Stage, device: Device, steps: int = 2, dtype: torch.dtype = torch.float32) -> None:
     """Train; what is noted is that of the last step."""
     for step in range(steps):
         batch = tiny_batch(step)
-        there = Batch(batch.x.to(CUDA), batch.labels.to(CUDA), batch.image.to(CUDA))
+        there = Batch(batch.x.to(CUDA, dtype), batch.labels.to(CUDA), batch.image.to(CUDA))
         for counts in (device.waits_in_step, device.copies, device.events_awaited):
             counts.clear()
         train_on(stage, 1, step, there)
@@ -61,6 +61,13 @@ def test_a_step_waits_for_two_numbers_that_are_on_their_way_and_for_nothing_else
     assert device.copies == {"to the host, beside": 2}
     assert device.events_awaited == {"Reading.finite": 2}
     assert device.races == []
+
+
+@pytest.mark.parametrize(("method", "variant"), [("dgl", "hpff"), ("predsim", "plain"), ("infopro", "hpff")])
+def test_so_does_a_step_in_bf16(device: Device, method: str, variant: str) -> None:
+    """What a GPU computes in unless it is told otherwise."""
+    train(stage_on(method, variant, torch.bfloat16), device, dtype=torch.bfloat16)
+    assert (device.waits_in_step, device.copies, device.races) == ({}, {"to the host, beside": 2}, [])
 
 
 def test_a_step_that_may_be_left_out_waits_for_its_own_gradients_too(device: Device) -> None:
