@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pipeline.plan.explain import explain, measure
     from pipeline.report.compare import Comparison, compare
     from pipeline.report.compare_view import plot_comparison, show_comparison
+    from pipeline.plan.step_memory import StepMemory, step_memory
     from pipeline.report.curve import plot_curve
     from pipeline.report.exits import Evaluation, ExitRow, show_evaluation
     from pipeline.report.findings_view import show_finding, show_verdict
@@ -68,6 +69,7 @@ __all__ = [
     "Profile",
     "SteadyState",
     "StepCost",
+    "StepMemory",
     "Task",
     "TaskHead",
     "TensorSpec",
@@ -107,6 +109,7 @@ __all__ = [
     "show_verdict",
     "steady_state",
     "step_cost",
+    "step_memory",
     "to_toml",
     "train",
     "weights_sha256",
@@ -126,6 +129,7 @@ _NEED_TORCH = {
     "pipeline.models.heads": ("AuxiliaryHead", "Given", "TaskHead"),
     "pipeline.plan.cost": ("StepCost", "step_cost"),
     "pipeline.plan.cost_profile": ("Profile",),
+    "pipeline.plan.step_memory": ("StepMemory", "step_memory"),
     "pipeline.plan.explain": ("explain", "measure"),
     "pipeline.report.compare": ("Comparison", "compare"),
     "pipeline.report.compare_view": ("plot_comparison", "show_comparison"),
