@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +33,7 @@ from pipeline.local.losses import Losses
 from pipeline.local.methods import Level
 from pipeline.local.micro_batch import BatchKey, InFlight, MicroBatch
 from pipeline.local.optimiser import Optimiser
+from pipeline.local.output_gradients import OutputGradients, summed
 from pipeline.local.roles import ModulePlan
 from pipeline.local.stashes import Stashes
 from pipeline.local.task import Task
@@ -174,6 +175,8 @@ class LocalModule:
         """Run the independent level: a_m."""
         item = self.in_flight[key]
         item.independent = self._run_level("independent", item, key[0])
+        if item.relayed and item.own is not None:  # no message needs it alone any more
+            item.independent, item.own = summed([item.independent, item.own], used_up=True), None
 
     def final(self, key: BatchKey) -> None:
         """The last module's loss: that of the task on its output, which is the network's."""
@@ -195,11 +198,12 @@ class LocalModule:
         """Activation-only backward: the gradients of x_m that travel on under ``message_key``. Keeps the graph."""
         item = self.in_flight[key]
         own = item.own if message_key == self.plan.own_key else None
-        outputs, gradients = _gradients_of(item.outputs, [own], [item.received.get(message_key)])
+        start = OutputGradients(item.outputs, [own], [item.received.get(message_key)], keep=True)
         inputs = _differentiable(item.batch.inputs)
         upstream = torch.autograd.grad(
-            outputs, list(inputs.values()), gradients, retain_graph=True, allow_unused=len(inputs) > 1
+            start.outputs, list(inputs.values()), start.gradients, retain_graph=True, allow_unused=len(inputs) > 1
         )
+        item.relayed = item.relayed or own is not None
         return self._boundary(
             {
                 name: torch.zeros_like(x) if gradient is None else gradient
@@ -211,12 +215,12 @@ class LocalModule:
         """Full backward into the parameters; frees the graph. Returns the message upstream where it is `merged`."""
         item = self.in_flight.pop(key)
         received = [item.received[message_key] for message_key in self.plan.incoming]
-        outputs, gradients = _gradients_of(item.outputs, [item.independent, item.own], received)
+        start = OutputGradients(item.outputs, [item.independent, item.own], received)
         merged = self.plan.merged
         inputs = _differentiable(item.batch.inputs) if merged else {}
         leaves = [weight for weight in item.weights if weight.requires_grad] + list(inputs.values())
-        if leaves and outputs:
-            torch.autograd.backward(outputs, gradients, inputs=leaves)
+        del item, received  # so that nobody but the graph holds what is in it
+        start.backward(leaves)
         if not merged:
             return None
         upstream = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in inputs.items()}
@@ -331,29 +335,3 @@ class LocalModule:
 def _differentiable(tensors: Tensors) -> Tensors:
     """Those through which gradients flow."""
     return {name: x for name, x in tensors.items() if x.requires_grad}
-
-
-def _gradients_of(
-    outputs: Tensors, on_main: Sequence[Tensor | None], received: Sequence[Tensors | None]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs that have a graph and a gradient, and that gradient: the sum, in order, of what the module's own
-    heads say of "x" and of what has been received."""
-    roots, gradients = [], []
-    for name, h in _differentiable(outputs).items():
-        terms = [term for term in (on_main if name == MAIN else ()) if term is not None]
-        terms += [tensors[name] for tensors in received if tensors is not None and name in tensors]
-        if name != MAIN and not terms:
-            continue
-        roots.append(h)
-        gradients.append(_sum(terms, like=h))
-    return roots, gradients
-
-
-def _sum(terms: list[Tensor], like: Tensor) -> Tensor:
-    """Sum in the given order, in the dtype of ``like``; zeros where there is nothing."""
-    if not terms:
-        return torch.zeros_like(like)
-    total, *others = terms
-    for term in others:
-        total = total + term
-    return total.to(like.dtype)

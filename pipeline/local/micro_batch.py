@@ -37,8 +37,9 @@ class InFlight:
         outputs: (b, ...), with their graph.
         weights: the leaves of the graph that get weight gradients.
         rng_seed: of its random numbers.
-        own: c_m, the gradient of "x" of the outputs from the cascade level.
+        own: c_m, the gradient of "x" of the outputs from the cascade level; None once ``independent`` holds it too.
         independent: a_m, likewise from the independent level or the last loss.
+        relayed: c_m has gone upstream.
         received: key -> gradients of the outputs from module m+1.
     """
 
@@ -48,4 +49,5 @@ class InFlight:
     rng_seed: int
     own: Tensor | None = None
     independent: Tensor | None = None
+    relayed: bool = False
     received: dict[int, Tensors] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""One local module, or some in a row, alone on random data: a stage of a run, between neighbours that only pretend.
+"""One local module by itself, on random data: the stage of a run, between neighbours that only pretend.
 
     random micro-batch --> Stage(module m) --> nobody           the same step as in training, so that what is measured
               nobody <--                   <-- random gradient  here is what a run does
@@ -103,22 +103,23 @@ def _random(specs: Specs, rows: int, generator: torch.Generator, numerics: Numer
     return tensors
 
 
-def stage_alone(
-    plan: Plan, modules: Sequence[LocalModule], batch: Batch, gradients: Tensors, watch: Watch
-) -> Stage:
-    """A stage that owns these consecutive ``modules`` and nothing else, and trains them on ``batch`` in every step of
-    one micro-batch, nothing late."""
-    first, last = modules[0].plan, modules[-1].plan
-    edges = Stands(
-        activation_out=Nobody() if last.index + 1 < len(plan.modules) else None,
+def stands(plan: Plan, stage: range, gradients: Tensors) -> Stands:
+    """In place of the edges of a rank that owns the local modules ``stage``; ``gradients`` come from the next one."""
+    return Stands(
+        activation_out=Nobody() if stage[-1] + 1 < len(plan.modules) else None,
         gradient_in=Pretender(payload(gradients, GRADIENT)),
-        gradient_out=Nobody() if first.index > 0 else None,
+        gradient_out=Nobody() if stage[0] > 0 else None,
     )
+
+
+def stage_alone(plan: Plan, module: LocalModule, batch: Batch, gradients: Tensors, watch: Watch) -> Stage:
+    """A stage that owns ``module`` alone and trains it on ``batch`` in every step of one micro-batch, nothing late."""
+    index = module.plan.index
     return Stage(
-        modules,
-        stage_schedule(plan.modules, range(first.index, last.index + 1), 1),
+        [module],
+        stage_schedule(plan.modules, range(index, index + 1), 1),
         BatchInlet(batch),
-        edges,
-        gradient_order=[(0, (last.index, 0, key)) for key in last.incoming],
+        stands(plan, range(index, index + 1), gradients),
+        gradient_order=[(0, (index, 0, key)) for key in module.plan.incoming],
         watch=watch,
     )

@@ -93,7 +93,7 @@ def _alone(step: Plan, blocks: Blocks, numerics: Numerics, index: int) -> Counts
     with no_values():
         (module,) = blank_modules(alone, own, numerics)
         batch, gradients = random_batch(alone, [module], numerics), random_gradients(alone, module, numerics)
-        stage = stage_alone(alone, [module], batch, gradients, Tally())
+        stage = stage_alone(alone, module, batch, gradients, Tally())
         stage.train_step(1, 0)
         stage.watch = tally = Tally()
         stage.train_step(1, 1)

@@ -111,7 +111,7 @@ def _alone(plan: Plan, blocks: Blocks, numerics: Numerics, index: int) -> Flops:
         for level in module.levels.values():
             use_plain(level, (PairedConv2d.tuned,))  # products with its zeros are no FLOPs of the method
         batch, gradients = random_batch(plan, [module], numerics), random_gradients(plan, module, numerics)
-        stage_alone(plan, [module], batch, gradients, tally).train_step(1, 0)
+        stage_alone(plan, module, batch, gradients, tally).train_step(1, 0)
     return defaultdict(float, {kind: flops for (_, kind), flops in tally.flops.items()})
 
 

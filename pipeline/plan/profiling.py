@@ -119,7 +119,7 @@ def _profile_one(
     module.set_learning_rate(0.0)  # random labels must not drive the weights to where arithmetic is slow
     batch, gradients = random_batch(alone, [module], numerics), random_gradients(alone, module, numerics)
     memory = MemoryWatch(numerics.device, module)
-    stage = stage_alone(alone, [module], batch, gradients, memory)
+    stage = stage_alone(alone, module, batch, gradients, memory)
     with torch.compiler.set_stance("force_eager"):  # what watches the tensors must not be compiled into the code
         stage.train_step(0, 0)
     if alone.config.precision.compile:

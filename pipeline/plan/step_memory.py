@@ -14,19 +14,21 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pipeline.base.config import Config, ScheduleConfig
+from pipeline.base.alive import Alive
+from pipeline.base.config import Config
 from pipeline.base.numerics import Numerics, resolve_numerics
 from pipeline.local.task import Classification
 from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import no_values, planned_blocks
-from pipeline.plan.alone import random_batch, random_gradients, stage_alone
+from pipeline.plan.alone import random_batch, random_gradients, stands
 from pipeline.plan.assembly import Plan, make_plan
 from pipeline.plan.blank import blank_modules
 from pipeline.plan.cost_cut import cut_by_cost
 from pipeline.plan.counting import Tally
-from pipeline.plan.live_bytes import LiveBytes
 from pipeline.plan.rank_memory import rank_memory
 from pipeline.plan.simulate import ModuleCost
+from pipeline.stage.inlet import BatchInlet
+from pipeline.stage.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -38,8 +40,8 @@ class StepMemory:
         weights: parameters and buffers of its blocks.
         heads: those of its auxiliary heads.
         optimiser: momentum, moments.
-        messages: slots of its queues.
-        work: the most that gradients, activations and operations take besides, at one time.
+        messages: slots of its queues; a received activation or gradient is used where it is.
+        work: the most that gradients, activations, a batch of the data and operations take besides, at one time.
     """
 
     modules: int
@@ -55,45 +57,57 @@ class StepMemory:
         return self.weights + self.heads + self.optimiser + self.messages + self.work
 
 
-def step_memory(config: Config, image_shape: tuple[int, ...], classes: int, ranks: int = 1) -> tuple[StepMemory, ...]:
-    """The peak of a synchronous step of ``config`` on images (C, S, S), for every one of ``ranks`` ranks.
+def step_memory(
+    config: Config, image_shape: tuple[int, ...], classes: int, ranks: int = 1, device: str = "cpu"
+) -> tuple[StepMemory, ...]:
+    """The peak of a step of ``config`` on images (C, S, S), for every one of ``ranks`` ranks.
 
     Args:
-        config: with the batch size, precision and placement of the run; ``partition.kind = "auto"`` and "measured"
-            are placed by count.
+        config: with the batch size, precision, schedule and placement of the run; ``partition.kind = "auto"`` and
+            "measured" are placed by count.
         image_shape: (C, S, S).
         classes: of the data set.
         ranks: processes, each with a device of its own.
+        device: "cpu" or "cuda", which need not be there: layers choose their form by it.
 
     Raises:
         ConfigError: the plan does not exist (see :func:`pipeline.plan.assembly.make_plan`).
     """
     task = Classification(classes, image_shape)
     blocks = planned_blocks(config.model.name, image_shape[0], classes)
-    numerics = resolve_numerics(config.precision, torch.device("cpu"), blocks.values())
+    numerics = resolve_numerics(config.precision, torch.device(device), blocks.values())
     config, _ = cut_by_cost(config, blocks, task)
-    precision = dataclasses.replace(config.precision, compile=False)
-    plan = make_plan(dataclasses.replace(config, schedule=ScheduleConfig(), precision=precision), blocks, task, ranks)
+    config = dataclasses.replace(config, precision=dataclasses.replace(config.precision, compile=False))
+    plan = make_plan(config, blocks, task, ranks)
     messages = rank_memory(plan, [ModuleCost()] * len(plan.modules), numerics)
-    return tuple(
-        _of_rank(plan, stage, blocks, numerics, held) for stage, held in zip(plan.stages, messages, strict=True)
-    )
+    return tuple(_of_rank(plan, rank, blocks, numerics, held) for rank, held in enumerate(messages))
 
 
-def _of_rank(plan: Plan, stage: range, blocks: Blocks, numerics: Numerics, messages: int) -> StepMemory:
+def _of_rank(plan: Plan, rank: int, blocks: Blocks, numerics: Numerics, messages: int) -> StepMemory:
+    stage, parts = plan.stages[rank], plan.config.schedule.micro_batches
     own = OrderedDict((name, blocks[name]) for index in stage for name in plan.cut.modules[index])
-    with torch.random.fork_rng(devices=[]), no_values(), LiveBytes() as live:
-        modules = blank_modules(plan.placed((stage,)), own, numerics)
+    with torch.random.fork_rng(devices=[]), no_values():
+        alive = Alive()
+        with alive:
+            modules = blank_modules(plan.placed((stage,)), own, numerics)
         batch, gradients = random_batch(plan, modules, numerics), random_gradients(plan, modules[-1], numerics)
-        alone = stage_alone(plan, modules, batch, gradients, Tally())
-        alone.train_step(1, 0)  # it makes what stays: states of the optimiser, constants of heads
-        live.peak = live.now
-        alone.train_step(1, 1)
+        following = plan.gradient_order(rank + 1) if rank + 1 < len(plan.stages) else ()
+        edges = stands(plan, stage, gradients)
+        alone = Stage(modules, plan.schedules[rank], BatchInlet(batch), edges, following, watch=Tally())
+        steps = 2 + max(action.lag for action in plan.schedules[rank])
+        with alive:
+            for step in range(steps):  # the first ones make what stays: states of the optimiser, constants of heads
+                alive.most = alive.now
+                alone.train_step(1, step)
         optimiser = sum(value.nbytes for module in modules for _, value in module.optimiser.state())
-        received = sum(x.nbytes for x in gradients.values()) + (sum(x.nbytes for x in batch.x.values()) if stage[0] else 0)
         weights = _bytes_of(block for module in modules for block in module.blocks.values())
         heads = _bytes_of(level for module in modules for level in module.levels.values())
-        work = live.peak - weights - heads - optimiser - received
+        data = 0
+        if rank == 0:
+            inputs = batch.x.values() if isinstance(batch.x, dict) else [batch.x]
+            images = [] if batch.image is None else [batch.image]
+            data = parts * sum(tensor.nbytes for tensor in (*inputs, batch.labels, *images))
+        work = alive.most - weights - heads - optimiser + data
     return StepMemory(len(modules), weights, heads, optimiser, messages, work)
 
 

@@ -1,0 +1,84 @@
+"""Gradients of the outputs of a local module: summed in a fixed order, and gone as soon as they are used.
+
+    a_m + c_m + received        into the memory of a_m; the last one is not a tensor of this module
+         |
+      [graph of f_m]            backward: every node frees what it had saved, and the gradient that it was given
+
+``torch.autograd.backward`` holds the gradients that it starts from until it returns, and its caller the outputs: one
+map each, at the very moment when most is alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.base.flow import MAIN, Tensors
+
+
+class OutputGradients:
+    """The outputs of a module that have a graph and a gradient, and that gradient.
+
+    Args:
+        outputs: of the module, with their graph.
+        own: what its heads say of "x", in order; used up: their memory may hold the sum afterwards.
+        received: gradients of the outputs, in order; they stay as they are.
+        keep: ``own`` is needed again, so it stays as it is too.
+    """
+
+    def __init__(
+        self, outputs: Tensors, own: Sequence[Tensor | None], received: Sequence[Tensors | None], keep: bool = False
+    ) -> None:
+        self.outputs: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+        for name, h in outputs.items():
+            if not h.requires_grad:
+                continue
+            mine = [term for term in (own if name == MAIN else ()) if term is not None]
+            others = [tensors[name] for tensors in received if tensors is not None and name in tensors]
+            if mine or others:
+                total = summed(mine + others, used_up=bool(mine) and not keep).to(h.dtype)
+            elif name == MAIN:
+                total = torch.zeros_like(h)
+            else:
+                continue
+            self.outputs.append(h)
+            self.gradients.append(total)
+
+    def backward(self, leaves: Sequence[Tensor]) -> None:
+        """Into ``.grad`` of ``leaves``; frees the graph. Nothing is left here."""
+        outputs, gradients, self.outputs, self.gradients = self.outputs, self.gradients, [], []
+        if not leaves or not outputs:
+            return
+        with torch.enable_grad():
+            root: Tensor = _Handed.apply(gradients, *outputs)
+        outputs.clear()
+        torch.autograd.backward(root, root.detach(), inputs=list(leaves))
+
+
+class _Handed(torch.autograd.Function):
+    """A root without a value, whose backward gives the gradients of its inputs away."""
+
+    @staticmethod
+    def forward(ctx: Any, gradients: list[Tensor], *outputs: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return outputs[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, nothing: Tensor) -> tuple[Tensor | None, ...]:
+        handed = tuple(ctx.gradients)
+        ctx.gradients.clear()
+        return None, *handed
+
+
+def summed(terms: Sequence[Tensor], used_up: bool) -> Tensor:
+    """Sum in the given order; where the first term is ``used_up``, in its memory if it can be."""
+    total, *others = terms
+    for term in others:
+        in_place = used_up and total.stride() == term.stride() and torch.result_type(total, term) == total.dtype
+        total = total.add_(term) if in_place else total + term
+        used_up = True
+    return total
