@@ -62,9 +62,9 @@ class Stands:
     weights_out: None = None
 
 
-def random_batch(plan: Plan, modules: Sequence[LocalModule], numerics: Numerics) -> Batch:
-    """One micro-batch at the entrance of the first of ``modules``."""
-    index, rows, task = modules[0].plan.index, plan.micro_batch_rows, plan.task
+def random_batch(plan: Plan, modules: Sequence[LocalModule], numerics: Numerics, parts: int = 1) -> Batch:
+    """So many micro-batches at the entrance of the first of ``modules``."""
+    index, rows, task = modules[0].plan.index, parts * plan.micro_batch_rows, plan.task
     generator = torch.Generator().manual_seed(index)
     x = _random(plan.given(index), rows, generator, numerics)
     labels = _random_target(task, rows, generator).to(numerics.device)

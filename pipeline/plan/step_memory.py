@@ -90,10 +90,10 @@ def _of_rank(plan: Plan, rank: int, blocks: Blocks, numerics: Numerics, messages
         alive = Alive()
         with alive:
             modules = blank_modules(plan.placed((stage,)), own, numerics)
-        batch, gradients = random_batch(plan, modules, numerics), random_gradients(plan, modules[-1], numerics)
+        batch, gradients = random_batch(plan, modules, numerics, parts), random_gradients(plan, modules[-1], numerics)
         following = plan.gradient_order(rank + 1) if rank + 1 < len(plan.stages) else ()
         edges = stands(plan, stage, gradients)
-        alone = Stage(modules, plan.schedules[rank], BatchInlet(batch), edges, following, watch=Tally())
+        alone = Stage(modules, plan.schedules[rank], BatchInlet(batch, parts), edges, following, watch=Tally())
         steps = 2 + max(action.lag for action in plan.schedules[rank])
         with alive:
             for step in range(steps):  # the first ones make what stays: states of the optimiser, constants of heads
@@ -106,7 +106,7 @@ def _of_rank(plan: Plan, rank: int, blocks: Blocks, numerics: Numerics, messages
         if rank == 0:
             inputs = batch.x.values() if isinstance(batch.x, dict) else [batch.x]
             images = [] if batch.image is None else [batch.image]
-            data = parts * sum(tensor.nbytes for tensor in (*inputs, batch.labels, *images))
+            data = sum(tensor.nbytes for tensor in (*inputs, batch.labels, *images))
         work = alive.most - weights - heads - optimiser + data
     return StepMemory(len(modules), weights, heads, optimiser, messages, work)
 
