@@ -1,135 +1,217 @@
 """What a training step holds at its peak, in MiB: backpropagation, and local learning in one process and on many ranks.
 
-    python benchmarks/memory.py [--network NAME ...] [--batch N] [--quick] [--json FILE] [--output FILE.md]
+    python benchmarks/memory.py [--network NAME ...] [--method NAME ...] [--at MIB] [--quick] [--json FILE]
+                                [--output FILE.md] ...                                               see --help
 
 No device is needed: the step runs on tensors without values and without memory, and what would be alive is added up
-(pipeline.step_memory). Baselines are plain PyTorch under torch's own MemTracker, on the same kind of tensors; for
-backpropagation both must agree.
+(pipeline.step_memory, pipeline.Alive); pipelines of backpropagation are PyTorch's own schedules on such tensors.
+Backpropagation is counted by torch's MemTracker too, and both must agree. Where there is a GPU, each case of one
+process also trains on it for real, and torch.cuda's counter stands beside. With ``--at`` a second table: the largest
+batch, and the largest images, that a step has room for in that much memory.
 """
 
 from __future__ import annotations
 
-import itertools
+import tempfile
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
-from networks import CLASSES, IMAGE, network, sgd
+from memory_baselines import checkpointed, counted, pipelined, plain, tracked
+from networks import random_images
 from runner import Report, Target, main, option
-from tables import Column, K, Row, Table
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
-from torch.nn.functional import cross_entropy
-from torch.utils.checkpoint import checkpoint_sequential
+from tables import Column, K, P, Row, Table
 
-from pipeline import load_config, step_memory
+from pipeline import Config, LoaderData, StepMemory, load_config, step_memory, train
 
 MIB = 2**20
-CUTS = {"resnet32": 16, "resnet110": 55, "resnet20": 4}  # K of the papers' tables; the last one is small
-LARGEST = {"resnet32": 0.25, "resnet110": 0.075}
-ONE = {"resnet32": 0.40, "resnet110": 0.15}
-"""Targets for DGL + HPFF, peak to that of backpropagation: the largest of one rank per module; one process."""
-METHODS = {
-    "DGL": ["method.name=dgl"], "InfoPro": ["method.name=infopro", "method.head=1c2f"],
-    "PredSim": ["method.name=predsim"],
+PAPERS = Path(__file__).with_name("papers_memory.toml")
+
+
+@dataclass(frozen=True)
+class Network:
+    """How the papers train a network: K (as asked for), images of a step and their shape, classes, methods; whether
+    each rank of theirs would be one module, or a device of a few."""
+
+    modules: int
+    batch: int
+    image: tuple[int, ...] = (3, 32, 32)
+    classes: int = 10
+    methods: tuple[str, ...] = ("DGL", "InfoPro", "PredSim")
+    cuts: str = "hpff"
+    fewer: tuple[int, ...] = ()  # K of more rows of InfoPro
+
+
+_LARGE = {"modules": 4, "image": (3, 224, 224), "classes": 1000, "methods": ("InfoPro",), "cuts": "even", "fewer": (2,)}
+NETWORKS = {
+    "resnet32": Network(16, 1024), "resnet110": Network(55, 1024, fewer=(2, 3, 4)),
+    "resnet101": Network(batch=128, **_LARGE), "resnet152": Network(batch=128, **_LARGE),
+    "resnext101_32x8d": Network(batch=64, **_LARGE), "resnet20": Network(4, 64, methods=("DGL",), cuts="even"),
 }  # fmt: skip
 FORMS = {
-    "": [], " + HiLo": ["hierarchy.cascade_span=2"],
-    " + HPFF": ["hierarchy.cascade_span=2", "patches.grid=2", "patches.at_once=1"],
+    "": ("", []), " + HiLo": ("-hpff", ["patches.grid=1"]), " + HPFF": ("-hpff", ["patches.at_once=1"]),
 }  # fmt: skip
-PAPER = {  # GB of a GPU, nvidia-smi's figures (HPFF, tables 3 and 5)
-    ("resnet32", "BP"): 3.37, ("resnet110", "BP"): 9.26,
-    ("resnet32", "DGL + HPFF"): 2.25, ("resnet110", "DGL + HPFF"): 2.44,
-    ("resnet32", "InfoPro"): 2.67, ("resnet110", "InfoPro"): 2.62,
-    ("resnet32", "InfoPro + HiLo"): 3.13, ("resnet110", "InfoPro + HiLo"): 3.28,
-    ("resnet32", "InfoPro + HPFF"): 2.31, ("resnet110", "InfoPro + HPFF"): 2.38,
-    ("resnet32", "PredSim + HPFF"): 1.91, ("resnet110", "PredSim + HPFF"): 1.90,
-}  # fmt: skip
+"""Of a method: which of its recipes, and what else."""
+SCHEDULES = ("GPipe", "1F1B", "ZBVZeroBubble")
+ONE = {"DGL + HPFF": {"resnet32": 0.40, "resnet110": 0.15}}
+LARGEST = {
+    "DGL + HPFF": {"resnet32": 0.25, "resnet110": 0.075},
+    "InfoPro + HPFF": {"resnet101": 0.40, "resnet152": 0.40, "resnext101_32x8d": 0.40},
+}
+"""Targets, peak to that of backpropagation in one process, written before it was measured: in one process; on the
+largest of as many ranks as there are modules."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    network: tuple[str, ...] = option(("resnet32", "resnet110"), "which", "NAME", choices=tuple(CUTS))
-    batch: int = option(1024, "images of a step", "N", above=1)
-    stages: int = option(4, "ranks of the pipelines of backpropagation", "N")
-    micro_batches: int = option(4, "of those", "N")
+    network: tuple[str, ...] = option(("resnet32", "resnet110"), "which", "NAME", choices=tuple(NETWORKS))
+    method: tuple[str, ...] = option(("DGL", "InfoPro", "PredSim"), "of those of the papers", "NAME")
+    batch: int = option(0, "images of a step; default: the papers'", "N", above=-1)
+    stages: int = option(4, "ranks of the pipelines of backpropagation", "P")
+    micro_batches: int = option(4, "of those", "M")
     queue: int = option(1, "runtime.queue_depth: messages posted ahead", "N")
+    at: int = option(0, "find what has room in so much memory", "MIB", above=-1)
+    schedules: tuple[str, ...] = option(SCHEDULES, "of the pipelines of backpropagation", "NAME", choices=SCHEDULES)
 
 
-def tracked(run: Callable[[nn.Sequential, Tensor, Tensor], None], name: str, rows: int, keep: slice) -> int:
-    """Peak bytes of ``run(blocks, inputs, labels)`` on those blocks of a network, gradients of one step before it
-    included, and of SGD with momentum."""
-    with FakeTensorMode(), MemTracker() as tracker:
-        every = network(name).to(memory_format=torch.channels_last)
-        labels = torch.zeros(rows, dtype=torch.int64)
-        x = torch.empty(rows, *IMAGE).contiguous(memory_format=torch.channels_last)
-        with torch.no_grad():
-            x = every[: keep.start or 0](x).detach()
-        blocks = every[keep]
-        optimiser = sgd(blocks.parameters())
-        for _ in range(2):
-            optimiser.zero_grad(set_to_none=True)
-            run(blocks, x.requires_grad_(bool(keep.start)), labels)
-            optimiser.step()
-        peak = tracker.get_tracker_snapshot("peak")
-    return int(peak[torch.device("cpu")]["Total"])
+# --- cases ------------------------------------------------------------------------------------------------------------
 
 
-def _plain(blocks: nn.Sequential, x: Tensor, labels: Tensor) -> None:
-    cross_entropy(blocks(x), labels).backward()
+@dataclass(frozen=True)
+class Case:
+    """One configuration of ours."""
+
+    system: str
+    network: Network
+    config: Config
+
+    def on(self, ranks: int) -> tuple[StepMemory, ...]:
+        """The memory of every rank."""
+        return step_memory(self.config, self.network.image, self.network.classes, ranks)
+
+    def fits(self, ranks: int, mib: int, batch: int = 0, side: int = 0) -> bool:
+        """Whether every rank of ``ranks`` has room in so many MiB, with another batch or other images."""
+        data = replace(self.config.data, batch_size=batch or self.config.data.batch_size)
+        image = (self.network.image[0], *([side] * 2 if side else self.network.image[1:]))
+        case = Case(self.system, replace(self.network, image=image), replace(self.config, data=data))
+        return max(rank.peak for rank in case.on(ranks)) <= mib * MIB
 
 
-def _checkpointed(blocks: nn.Sequential, x: Tensor, labels: Tensor) -> None:
-    parts = max(2, round(len(blocks) ** 0.5))  # the usual choice
-    scores = checkpoint_sequential(blocks, parts, x.requires_grad_(), use_reentrant=False)
-    cross_entropy(scores, labels).backward()
+def cases_of(name: str, settings: Settings) -> Iterator[Case]:
+    """BP and every method plain, with both levels, and with patches."""
+    network = _network(name, settings)
+    run = [f"model.name={name}", f"data.batch_size={network.batch}", f"runtime.queue_depth={settings.queue}",
+           "precision.compute=fp32", "partition.kind=count"]  # fmt: skip
+    yield Case("BP, counted here", network, load_config("cifar10-resnet32-bp", assignments=run))
+    for method in network.methods:
+        if method not in settings.method:
+            continue
+        for form, (recipe, more) in FORMS.items():
+            of = "resnet110" if name == "resnet110" else "resnet32"
+            k = {"resnet32": 16, "resnet110": 55}[of]
+            cut = [f"model.modules={network.modules}", f"model.cuts={network.cuts}"]
+            recipe = f"cifar10-{of}-k{k}-{method.lower()}{recipe}"
+            yield Case(method + form, network, load_config(recipe, assignments=[*run, *cut, *more]))
+        if method == "InfoPro":
+            recipe = "cifar10-resnet32-k16-infopro"
+            for modules in network.fewer:
+                cut = [f"model.modules={modules}", "model.cuts=even"]
+                yield Case(f"InfoPro, K = {modules}", network, load_config(recipe, assignments=[*run, *cut]))
 
 
-def _holding(open_graphs: int, blocks: nn.Sequential, x: Tensor, labels: Tensor) -> None:
-    """A stage of a pipeline at its fullest: so many micro-batches wait for their backward."""
-    for y in [blocks(x.detach().requires_grad_()) for _ in range(open_graphs)]:
-        (cross_entropy(y, labels) if y.dim() == 2 else y.sum()).backward()
+def _network(name: str, settings: Settings) -> Network:
+    found = NETWORKS[name]
+    return replace(found, batch=settings.batch) if settings.batch else found
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 def baselines(name: str, settings: Settings) -> Iterator[Row]:
-    """Backpropagation, with checkpointing, and the fullest rank of two pipelines whose stages have as many blocks."""
-    blocks, ranks, parts = len(network(name)), settings.stages, settings.micro_batches
-    everything = slice(0, blocks)
-    yield _row(name, "BP", 1, 1, tracked(_plain, name, settings.batch, everything))
-    yield _row(name, "BP, checkpointing", 1, 1, tracked(_checkpointed, name, settings.batch, everything))
-    edges = [round(rank * blocks / ranks) for rank in range(ranks + 1)]
-    for schedule in ("GPipe", "1F1B"):
-        peaks = []
-        for rank, (first, end) in enumerate(itertools.pairwise(edges)):
-            held = parts if schedule == "GPipe" else min(ranks - rank, parts)
-            rows = settings.batch // parts
-            peaks.append(tracked(partial(_holding, held), name, rows, slice(first, end)))
-        yield _row(name, f"torch {schedule}, M = {parts}", ranks, ranks, max(peaks))
-
-
-def _row(name: str, system: str, modules: int, ranks: int, peak: int, **known: int) -> Row:
-    shares = dict.fromkeys(("weights", "heads", "optimiser", "messages", "work")) | known
-    return {"network": name, "system": system, "modules": modules, "ranks": ranks, "peak": peak,
-            "paper_gb": PAPER.get((name, system)) if ranks == 1 else None, **shares}  # fmt: skip
+    """Backpropagation, with checkpointing, and the fullest rank of pipelines."""
+    network, ranks, parts = _network(name, settings), settings.stages, settings.micro_batches
+    about = (name, (network.batch, *network.image), network.classes)
+    yield _row(name, "BP", 1, 1, tracked(plain, *about))
+    yield _row(name, "BP, checkpointing", 1, 1, counted(checkpointed, *about))
+    for schedule in settings.schedules:
+        yield _row(name, f"torch {schedule}, M = {parts}", ranks, ranks, pipelined(schedule, parts, ranks, *about))
 
 
 def ours(name: str, settings: Settings) -> Iterator[Row]:
-    """Every method, in one process and with a rank for each module."""
-    cases = {"BP, here": ["model.modules=1"]}
-    for method, chosen in METHODS.items():
-        for form, more in FORMS.items():
-            cases[method + form] = [f"model.modules={CUTS[name]}", "model.cuts=auto", *chosen, *more]
-    for system, chosen in cases.items():
-        run = [f"model.name={name}", f"data.batch_size={settings.batch}", f"runtime.queue_depth={settings.queue}"]
-        run += ["precision.compute=fp32", "partition.kind=count", *chosen]
-        config = load_config("cifar10-resnet32-bp", assignments=run)
-        for ranks in (1, config.model.modules) if config.model.modules > 1 else (1,):
-            found = step_memory(config, IMAGE, CLASSES, ranks)
-            most = max(found, key=lambda rank: rank.peak)
-            yield _row(name, system, config.model.modules, ranks, most.peak, weights=most.weights, heads=most.heads,
-                       optimiser=most.optimiser, messages=most.messages, work=most.work)  # fmt: skip
+    """In one process; on a rank for each module; the same in micro-batches."""
+    for case in cases_of(name, settings):
+        modules, parts = sum(rank.modules for rank in case.on(1)), settings.micro_batches
+        schedule = replace(case.config.schedule, micro_batches=parts)
+        split = replace(case, system=f"{case.system}, M = {parts}", config=replace(case.config, schedule=schedule))
+        on_many = [(case, modules), (split, modules)] if modules > 1 and case.system.endswith("HPFF") else []
+        for each, ranks in [(case, 1), *(on_many or [(case, modules)] * (modules > 1))]:
+            most = max(each.on(ranks), key=lambda rank: rank.peak)
+            yield _row(
+                name, each.system, modules, ranks, most.peak, weights=most.weights, heads=most.heads,
+                optimiser=most.optimiser, messages=most.messages, work=most.work,
+                gpu=on_gpu(each) if ranks == 1 else None,
+            )  # fmt: skip
+
+
+def _row(name: str, system: str, modules: int, ranks: int, peak: int, **known: int | None) -> Row:
+    parts = dict.fromkeys(("weights", "heads", "optimiser", "messages", "work", "gpu")) | known
+    return {"network": name, "system": system, "modules": modules, "ranks": ranks, "peak": peak, **parts}
+
+
+def on_gpu(case: Case, steps: int = 3) -> int | None:
+    """What PyTorch's counter says after some real steps on a GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    images, labels = random_images(case.config.data.batch_size, case.network.image)
+    data = LoaderData([(images, labels % case.network.classes)] * steps, [(images[:2], labels[:2])])
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    runtime = replace(case.config.runtime, device="cuda")
+    config = replace(case.config, runtime=runtime, train=replace(case.config.train, epochs=1))
+    with tempfile.TemporaryDirectory() as folder:
+        train(config, data=data, run_dir=Path(folder) / "run", quiet=True)
+    return torch.cuda.max_memory_allocated()
+
+
+def papers() -> dict[tuple[str, str], tuple[float, str]]:
+    """GB and source by network and system."""
+    tables = tomllib.loads(PAPERS.read_text(encoding="utf-8"))["rows"]
+    return {
+        (network, system): (value, table["source"])
+        for table in tables
+        for network, values in table.items()
+        if network != "source"
+        for system, value in values.items()
+    }
+
+
+# --- what has room ----------------------------------------------------------------------------------------------------
+
+
+def largest(fits: Callable[[int], bool], unit: int) -> int:
+    """The largest multiple of ``unit`` that fits, to 2 %; 0 if not one does. What fits must be all up to some number."""
+    good, bad = 0, 1
+    while fits(bad * unit):
+        good, bad = bad, 2 * bad
+    while bad - good > max(1, good // 50):
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle * unit) else (good, middle)
+    return good * unit
+
+
+def rooms(name: str, settings: Settings) -> Iterator[Row]:
+    """The largest batch of the papers' images, and the largest square images in a batch of the papers'."""
+    for case in cases_of(name, settings):
+        for ranks in (1, settings.stages) if case.config.model.modules >= settings.stages else (1,):
+            batch = largest(lambda rows, own=case, on=ranks: own.fits(on, settings.at, batch=rows), 64)
+            side = largest(lambda side, own=case, on=ranks: own.fits(on, settings.at, side=side), 8)
+            yield {"network": name, "system": case.system, "modules": case.config.model.modules, "ranks": ranks,
+                   "batch": batch, "side": side}  # fmt: skip
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
 
 
 def _mib(key: str, title: str) -> Column:
@@ -137,37 +219,61 @@ def _mib(key: str, title: str) -> Column:
 
 
 COLUMNS = (
-    Column("network", "network"), Column("system", "system"), K, Column("P", "ranks"),
-    _mib("weights", "weights"), _mib("heads", "heads"), _mib("optimiser", "optimiser"), _mib("messages", "messages"),
-    _mib("work", "work"), _mib("peak", "peak"), Column("to BP", "ratio", ".3f"), Column("paper GB", "paper_gb", ".2f"),
+    Column("network", "network"), Column("system", "system"), K, P,
+    _mib("weights", "parameters"), _mib("heads", "heads"), _mib("optimiser", "optimiser"), _mib("messages", "queues"),
+    _mib("work", "activations"), _mib("peak", "peak"), Column("to BP", "ratio", ".1%"),
+    Column("paper GB", "paper_gb", ".2f"), Column("to its BP", "paper_ratio", ".1%"), Column("source", "source"),
+    _mib("gpu", "GPU"),
 )  # fmt: skip
+ROOM = (Column("network", "network"), Column("system", "system"), K, P, Column("largest batch", "batch", ",d"),
+        Column("largest side", "side", ",d"))  # fmt: skip
+ABOUT = (
+    "fp32; MiB of the fullest rank at the peak of a step. Activations: with gradients, the batch itself and what "
+    "operations need besides; queues: slots of messages, in which a received activation is also the input of a module. "
+    "Work space that a library gets for itself is in none of them. HiLo: both levels on whole maps; HPFF: with patches, "
+    "one after another. M: micro-batches, 1 where nothing is said. Papers: GB of one process, as a GPU showed them, "
+    "which may be with about 1 GB for CUDA itself; InfoPro's own cuts for a small K are chosen by memory, these have as "
+    "many blocks each."
+)
 
 
 def targets(rows: Sequence[Row]) -> Iterator[Target]:
-    """Of DGL + HPFF; and that both ways to count agree."""
-    for text, aims, alone in (("one process", ONE, True), ("the largest of a rank per module", LARGEST, False)):
-        for name, most in aims.items():
-            found = [row["ratio"] for row in rows if (row["network"], row["system"]) == (name, "DGL + HPFF")
-                     and (row["ranks"] == 1) == alone]  # fmt: skip
-            yield Target(f"DGL + HPFF, {text}, to BP", {name: found[0]} if found else {}, most=most)
-    both = {row["network"]: row["ratio"] for row in rows if row["system"] == "BP, here"}
-    yield Target("backpropagation counted here to MemTracker's", both, least=0.98, most=1.02)
+    """Of methods with HPFF; and that both ways to count agree."""
+    by = {(row["network"], row["system"], row["ranks"] == 1): row["ratio"] for row in rows}
+    for aims, alone, text in ((ONE, True, "one process"), (LARGEST, False, "largest of a rank per module")):
+        for system, mosts in aims.items():
+            for name, most in mosts.items():
+                found = {each: by[name, each, alone] for each in _with_parts(system, rows) if (name, each, alone) in by}
+                for each, ratio in found.items():
+                    yield Target(f"{each} to BP, {text}", {name: ratio}, most=most)
+    both = {name: ratio for (name, system, _), ratio in by.items() if system == "BP, counted here"}
+    yield Target("backpropagation counted here to torch's MemTracker", both, least=0.98, most=1.02)
+
+
+def _with_parts(system: str, rows: Sequence[Row]) -> list[str]:
+    """The system, and the same in micro-batches."""
+    return sorted({row["system"] for row in rows if row["system"].split(", M =")[0] == system}, key=len)
 
 
 def measure(settings: Settings) -> Report:
     """All networks."""
-    rows = [row for name in settings.network for row in itertools.chain(baselines(name, settings), ours(name, settings))]
+    rows = [row for name in settings.network for make in (baselines, ours) for row in make(name, settings)]
+    published = papers()
+    base = {row["network"]: row["peak"] for row in rows if row["system"] == "BP"}
     for row in rows:
-        base = next(other for other in rows if (other["network"], other["system"]) == (row["network"], "BP"))
-        row["ratio"] = row["peak"] / base["peak"]
-    about = (
-        f"32x32 images, batch {settings.batch}, fp32; MiB of the fullest rank at the peak of a step. Work: gradients, "
-        "activations and what operations need besides; messages: slots of queues. Work space that a library gets for "
-        "itself is in none of them. HPFF: patches one after another. Paper: GB as nvidia-smi shows them, of one "
-        "process, with about 1 GB for the CUDA context."
-    )
-    return Report("Memory of a training step", [Table(COLUMNS, rows)], [about], list(targets(rows)))
+        gb, source = published.get((row["network"], row["system"]), (None, None)) if row["ranks"] == 1 else (None, None)
+        row |= {"ratio": row["peak"] / base[row["network"]], "paper_gb": gb, "source": source}
+        row["paper_ratio"] = gb / published[row["network"], "BP"][0] if gb else None
+    tables = [Table(COLUMNS, rows)]
+    notes = {}
+    if settings.at:
+        room = [row for name in settings.network for row in rooms(name, settings)]
+        tables.append(Table(ROOM, room, f"What has room in {settings.at:,} MiB"))
+        notes["room"] = room
+    batches = ", ".join(f"{name} {_network(name, settings).batch}" for name in settings.network)
+    about = f"Images of a step: {batches}; runtime.queue_depth = {settings.queue}; {ABOUT}"
+    return Report("Memory of a training step", tables, [about], list(targets(rows)), notes=notes)
 
 
 if __name__ == "__main__":
-    main(__doc__, Settings, measure, quick={"network": ("resnet20",), "batch": 64})
+    main(__doc__, Settings, measure, quick={"network": ("resnet20",), "method": ("DGL",), "stages": 2, "schedules": ("1F1B",)})
