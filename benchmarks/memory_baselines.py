@@ -49,7 +49,7 @@ def tracked(run: Run, model: str, images: tuple[int, ...], classes: int) -> int:
 
 def counted(run: Run, model: str, images: tuple[int, ...], classes: int) -> int:
     """The same by ours, which minds no module that runs twice."""
-    with FakeTensorMode(), Alive() as alive:
+    with FakeTensorMode(), Alive(as_alone=True) as alive:
         _train(run, model, images, classes, lambda: None)
     return alive.most
 
@@ -81,7 +81,7 @@ def _rank(
     mine = [part for part in range(count) if kind.owner(part, ranks) == rank]
     dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), Alive() as alive:
+        with FakeTensorMode(allow_non_fake_inputs=True), Alive(as_alone=True) as alive:
             parts = _parts(list(build_blocks(model, images[1], classes).values()), count)
             x, labels = torch.empty(images), torch.zeros(images[0], dtype=torch.int64)
             shapes = _shapes(parts, x[: images[0] // micro_batches])

@@ -5,8 +5,7 @@
                          most                                  a b
 
 It sees PyTorch's operations below autograd, a backward pass's too, on tensors without values as well; not what a
-kernel allocates and frees by itself, but for BatchNorm on a CPU, which takes a whole map more. Gradients that meet in a
-backward pass are added in place, as they are where nobody looks on. (``torch.distributed._tools.mem_tracker`` does the same for whole modules, with
+kernel allocates and frees by itself. (``torch.distributed._tools.mem_tracker`` does the same for whole modules, with
 hooks that forbid ``torch.autograd.grad``, which relays use.)
 """
 
@@ -26,13 +25,19 @@ aten = torch.ops.aten
 class Alive(TorchDispatchMode):
     """Counts what is made within it; what was there before, or is seen only through a view, is not.
 
+    Args:
+        as_alone: count the two things that are not what they are where nobody looks on. BatchNorm's backward on a CPU
+            makes the gradient of a map twice; gradients that meet in a backward pass are added in place. The peak of
+            a step is then that of PyTorch's CPU allocator.
+
     Attributes:
         now: bytes of what is alive.
         most: the most of them at a time; may be set back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, as_alone: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch has not annotated it
+        self._as_alone = as_alone
         self.now = self.most = 0
         self._known: set[int] = set()
 
@@ -45,7 +50,9 @@ class Alive(TorchDispatchMode):
                 self._known.add(storage._cdata)
                 self.now += storage.nbytes()
                 weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes()).atexit = False
-        if func is not aten.add.Tensor or torch._C._current_graph_task_id() < 0:
+        if not self._as_alone:
+            self.most = max(self.most, self.now)
+        elif func is not aten.add.Tensor or torch._C._current_graph_task_id() < 0:  # which is no sum of gradients
             self.most = max(self.most, self.now + _of_kernel(func, args))
         return result
 

@@ -78,7 +78,12 @@ def summed(terms: Sequence[Tensor], used_up: bool) -> Tensor:
     """Sum in the given order; where the first term is ``used_up``, in its memory if it can be."""
     total, *others = terms
     for term in others:
-        in_place = used_up and total.stride() == term.stride() and torch.result_type(total, term) == total.dtype
-        total = total.add_(term) if in_place else total + term
+        total = total.add_(term) if used_up and _takes(total, term) else total + term
         used_up = True
     return total
+
+
+def _takes(total: Tensor, term: Tensor) -> bool:
+    """Whether the sum is the same tensor in the memory of ``total``, which an expanded one has not."""
+    alike = total.stride() == term.stride() and torch.result_type(total, term) == total.dtype
+    return alike and total.nbytes <= total.untyped_storage().nbytes()

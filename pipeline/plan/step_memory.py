@@ -57,10 +57,9 @@ class StepMemory:
         return self.weights + self.heads + self.optimiser + self.messages + self.work
 
 
-def step_memory(
-    config: Config, image_shape: tuple[int, ...], classes: int, ranks: int = 1, device: str = "cpu"
-) -> tuple[StepMemory, ...]:
-    """The peak of a step of ``config`` on images (C, S, S), for every one of ``ranks`` ranks.
+def step_memory(config: Config, image_shape: tuple[int, ...], classes: int, ranks: int = 1) -> tuple[StepMemory, ...]:
+    """The peak of a step of ``config`` on images (C, S, S), for every one of ``ranks`` ranks. Layers
+    take the form that they have on a CPU.
 
     Args:
         config: with the batch size, precision, schedule and placement of the run; ``partition.kind = "auto"`` and
@@ -68,14 +67,13 @@ def step_memory(
         image_shape: (C, S, S).
         classes: of the data set.
         ranks: processes, each with a device of its own.
-        device: "cpu" or "cuda", which need not be there: layers choose their form by it.
 
     Raises:
         ConfigError: the plan does not exist (see :func:`pipeline.plan.assembly.make_plan`).
     """
     task = Classification(classes, image_shape)
     blocks = planned_blocks(config.model.name, image_shape[0], classes)
-    numerics = resolve_numerics(config.precision, torch.device(device), blocks.values())
+    numerics = resolve_numerics(config.precision, torch.device("cpu"), blocks.values())
     config, _ = cut_by_cost(config, blocks, task)
     config = dataclasses.replace(config, precision=dataclasses.replace(config.precision, compile=False))
     plan = make_plan(config, blocks, task, ranks)
@@ -87,7 +85,7 @@ def _of_rank(plan: Plan, rank: int, blocks: Blocks, numerics: Numerics, messages
     stage, parts = plan.stages[rank], plan.config.schedule.micro_batches
     own = OrderedDict((name, blocks[name]) for index in stage for name in plan.cut.modules[index])
     with torch.random.fork_rng(devices=[]), no_values():
-        alive = Alive()
+        alive = Alive(as_alone=True)
         with alive:
             modules = blank_modules(plan.placed((stage,)), own, numerics)
         batch, gradients = random_batch(plan, modules, numerics, parts), random_gradients(plan, modules[-1], numerics)
