@@ -24,7 +24,7 @@ from pipeline.plan.alone import random_batch, random_gradients, stands
 from pipeline.plan.assembly import Plan, make_plan
 from pipeline.plan.blank import blank_modules
 from pipeline.plan.cost_cut import cut_by_cost
-from pipeline.plan.counting import Tally
+from pipeline.plan.counting import Reads
 from pipeline.plan.rank_memory import rank_memory
 from pipeline.plan.simulate import ModuleCost
 from pipeline.stage.inlet import BatchInlet
@@ -91,7 +91,7 @@ def _of_rank(plan: Plan, rank: int, blocks: Blocks, numerics: Numerics, messages
         batch, gradients = random_batch(plan, modules, numerics, parts), random_gradients(plan, modules[-1], numerics)
         following = plan.gradient_order(rank + 1) if rank + 1 < len(plan.stages) else ()
         edges = stands(plan, stage, gradients)
-        alone = Stage(modules, plan.schedules[rank], BatchInlet(batch, parts), edges, following, watch=Tally())
+        alone = Stage(modules, plan.schedules[rank], BatchInlet(batch, parts), edges, following, watch=Reads())
         steps = 2 + max(action.lag for action in plan.schedules[rank])
         with alive:
             for step in range(steps):  # the first ones make what stays: states of the optimiser, constants of heads
