@@ -96,7 +96,7 @@ class Case:
         data = replace(self.config.data, batch_size=batch or self.config.data.batch_size)
         image = (self.network.image[0], *([side] * 2 if side else self.network.image[1:]))
         case = Case(self.system, replace(self.network, image=image), replace(self.config, data=data))
-        return max(rank.peak for rank in case.on(ranks)) <= mib * MIB
+        return fullest(case.on(ranks)).peak <= mib * MIB
 
 
 def cases_of(name: str, settings: Settings) -> Iterator[Case]:
@@ -142,17 +142,28 @@ def baselines(name: str, settings: Settings) -> Iterator[Row]:
 def ours(name: str, settings: Settings) -> Iterator[Row]:
     """In one process; on a rank for each module; the same in micro-batches."""
     for case in cases_of(name, settings):
-        modules, parts = sum(rank.modules for rank in case.on(1)), settings.micro_batches
-        schedule = replace(case.config.schedule, micro_batches=parts)
-        split = replace(case, system=f"{case.system}, M = {parts}", config=replace(case.config, schedule=schedule))
-        on_many = [(case, modules), (split, modules)] if modules > 1 and case.system.endswith("HPFF") else []
-        for each, ranks in [(case, 1), *(on_many or [(case, modules)] * (modules > 1))]:
-            most = max(each.on(ranks), key=lambda rank: rank.peak)
-            yield _row(
-                name, each.system, modules, ranks, most.peak, weights=most.weights, heads=most.heads,
-                optimiser=most.optimiser, messages=most.messages, work=most.work,
-                gpu=on_gpu(each) if ranks == 1 else None,
-            )  # fmt: skip
+        (alone,) = case.on(1)
+        yield _of(name, case.system, alone.modules, 1, alone, gpu=on_gpu(case))
+        if alone.modules > 1:
+            yield _of(name, case.system, alone.modules, alone.modules, fullest(case.on(alone.modules)))
+        if case.system in LARGEST:
+            parts = settings.micro_batches
+            schedule = replace(case.config.schedule, micro_batches=parts)
+            split = replace(case, config=replace(case.config, schedule=schedule))
+            system = f"{case.system}, M = {parts}"
+            yield _of(name, system, alone.modules, alone.modules, fullest(split.on(alone.modules)))
+
+
+def fullest(ranks: Sequence[StepMemory]) -> StepMemory:
+    """The rank that needs most."""
+    return max(ranks, key=lambda rank: rank.peak)
+
+
+def _of(name: str, system: str, modules: int, ranks: int, found: StepMemory, gpu: int | None = None) -> Row:
+    return _row(
+        name, system, modules, ranks, found.peak, weights=found.weights, heads=found.heads,
+        optimiser=found.optimiser, messages=found.messages, work=found.work, gpu=gpu,
+    )  # fmt: skip
 
 
 def _row(name: str, system: str, modules: int, ranks: int, peak: int, **known: int | None) -> Row:

@@ -39,6 +39,7 @@ from pipeline.local.stashes import Stashes
 from pipeline.local.task import Task
 from pipeline.local.upstream import FlatWeights, Mailbox, shapes_of
 from pipeline.models.heads import IMAGE, INPUTS, Given
+from pipeline.models.spread import Gradient, whole
 
 
 @dataclass(frozen=True)
@@ -200,9 +201,7 @@ class LocalModule:
         own = item.own if message_key == self.plan.own_key else None
         start = OutputGradients(item.outputs, [own], [item.received.get(message_key)], keep=True)
         inputs = _differentiable(item.batch.inputs)
-        upstream = torch.autograd.grad(
-            start.outputs, list(inputs.values()), start.gradients, retain_graph=True, allow_unused=len(inputs) > 1
-        )
+        upstream = start.upstream(list(inputs.values()))
         item.relayed = item.relayed or own is not None
         return self._boundary(
             {
@@ -269,13 +268,13 @@ class LocalModule:
             flow = passed(block(flow))
         return flow
 
-    def _run_level(self, name: str, item: InFlight, step: int) -> Tensor:
+    def _run_level(self, name: str, item: InFlight, step: int) -> Gradient:
         heads = self.levels[name]
         return self._run_heads(name, item, step, lambda *arguments: {name: heads.backward(*arguments)})[name]
 
     def _run_heads(
-        self, name: str, item: InFlight, step: int, run: Callable[..., dict[str, tuple[Tensor, dict[str, Tensor]]]]
-    ) -> dict[str, Tensor]:
+        self, name: str, item: InFlight, step: int, run: Callable[..., dict[str, tuple[Gradient, dict[str, Tensor]]]]
+    ) -> dict[str, Gradient]:
         """The gradients by level; ``name`` is that of their random numbers."""
         seed_rng(stable_hash(item.rng_seed, name), self.numerics.device)
         batch = item.batch
@@ -289,7 +288,7 @@ class LocalModule:
         losses = {f"{level}.{term}": loss for level, (_, terms) in found.items() for term, loss in terms.items()}
         self.losses.add(step, losses, batch.scale)
         turned = self._maps.output
-        return {level: channels_last(gradient) if turned else gradient for level, (gradient, _) in found.items()}
+        return {level: channels_last(whole(gradient)) if turned else gradient for level, (gradient, _) in found.items()}
 
     def _feature(self, outputs: Tensors) -> Tensor:
         """What heads stand on."""

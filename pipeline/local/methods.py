@@ -34,7 +34,8 @@ from pipeline.models import heads
 from pipeline.models.backbones import initialise
 from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given
 from pipeline.models.layers import VectorInput
-from pipeline.models.patches import Autocast, PatchedHead, patch_shape
+from pipeline.models.patches import Autocast, PatchedHead, backward_together, patch_shape
+from pipeline.models.spread import Gradient, whole
 from pipeline.models.tuned import use_plain
 
 DEFAULT_HEADS = {"dgl": "mlp-sr", "greedy": "0c1f", "infopro": "1c2f", "infopro-contrast": "1c2f", "predsim": ""}
@@ -103,17 +104,18 @@ class Level(nn.Module):
         given: Given,
         scale: float,
         autocast: Autocast = contextlib.nullcontext,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Gradient, dict[str, Tensor]]:
         """Run all heads and their backward passes on a detached feature (B, ...).
 
         Returns:
             ``scale * d(level loss)/d(feature)``, like the feature, and the un-weighted loss of every term.
         """
-        gradient: Tensor | None = None
+        gradient: Gradient | None = None
         losses = {}
         for name, head in self.heads():
-            weight = scale * self.weights[name]
-            gradient, losses[name] = head.backward(feature, given, weight, gradient, autocast)
+            before = None if gradient is None else whole(gradient)
+            weights = [scale * self.weights[name]]
+            ((gradient, losses[name]),) = backward_together([head], feature, given, weights, [before], autocast)
         return torch.zeros_like(feature) if gradient is None else gradient, losses
 
     def logits(self, feature: Tensor) -> Tensor | None:

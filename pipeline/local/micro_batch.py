@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from pipeline.base.flow import Tensors
+from pipeline.models.spread import Gradient
 
 BatchKey = tuple[int, int]
 """(step, micro-batch)"""
@@ -47,7 +48,7 @@ class InFlight:
     outputs: Tensors
     weights: list[Tensor]
     rng_seed: int
-    own: Tensor | None = None
-    independent: Tensor | None = None
+    own: Gradient | None = None
+    independent: Gradient | None = None
     relayed: bool = False
     received: dict[int, Tensors] = field(default_factory=dict)

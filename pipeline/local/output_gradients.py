@@ -11,12 +11,14 @@ map each, at the very moment when most is alive.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline.base.flow import MAIN, Tensors
+from pipeline.models.spread import Gradient, Spread, whole
 
 
 class OutputGradients:
@@ -30,7 +32,7 @@ class OutputGradients:
     """
 
     def __init__(
-        self, outputs: Tensors, own: Sequence[Tensor | None], received: Sequence[Tensors | None], keep: bool = False
+        self, outputs: Tensors, own: Sequence[Gradient | None], received: Sequence[Tensors | None], keep: bool = False
     ) -> None:
         self.outputs: list[Tensor] = []
         self.gradients: list[Tensor] = []
@@ -38,9 +40,9 @@ class OutputGradients:
             if not h.requires_grad:
                 continue
             mine = [term for term in (own if name == MAIN else ()) if term is not None]
-            others = [tensors[name] for tensors in received if tensors is not None and name in tensors]
+            others: list[Gradient] = [tensors[name] for tensors in received if tensors is not None and name in tensors]
             if mine or others:
-                total = summed(mine + others, used_up=bool(mine) and not keep).to(h.dtype)
+                total = whole(summed(mine + others, used_up=bool(mine) and not keep)).to(h.dtype)
             elif name == MAIN:
                 total = torch.zeros_like(h)
             else:
@@ -50,13 +52,20 @@ class OutputGradients:
 
     def backward(self, leaves: Sequence[Tensor]) -> None:
         """Into ``.grad`` of ``leaves``; frees the graph. Nothing is left here."""
+        if leaves and self.outputs:
+            root = self._root()
+            torch.autograd.backward(root, root.detach(), inputs=list(leaves))
+
+    def upstream(self, inputs: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """The gradients of ``inputs``; keeps the graph. Nothing is left here."""
+        root = self._root()
+        return torch.autograd.grad(root, inputs, root.detach(), retain_graph=True, allow_unused=len(inputs) > 1)
+
+    def _root(self) -> Tensor:
         outputs, gradients, self.outputs, self.gradients = self.outputs, self.gradients, [], []
-        if not leaves or not outputs:
-            return
         with torch.enable_grad():
             root: Tensor = _Handed.apply(gradients, *outputs)
-        outputs.clear()
-        torch.autograd.backward(root, root.detach(), inputs=list(leaves))
+        return root
 
 
 class _Handed(torch.autograd.Function):
@@ -74,11 +83,15 @@ class _Handed(torch.autograd.Function):
         return None, *handed
 
 
-def summed(terms: Sequence[Tensor], used_up: bool) -> Tensor:
+def summed(terms: Sequence[Gradient], used_up: bool) -> Gradient:
     """Sum in the given order; where the first term is ``used_up``, in its memory if it can be."""
     total, *others = terms
     for term in others:
-        total = total.add_(term) if used_up and _takes(total, term) else total + term
+        if isinstance(total, Spread) and isinstance(term, Spread) and total.fits(term):
+            total = replace(total, share=total.share + term.share)
+        else:
+            total, term = whole(total), whole(term)
+            total = total.add_(term) if used_up and _takes(total, term) else total + term
         used_up = True
     return total
 

@@ -78,10 +78,32 @@ def step_memory(config: Config, image_shape: tuple[int, ...], classes: int, rank
     config = dataclasses.replace(config, precision=dataclasses.replace(config.precision, compile=False))
     plan = make_plan(config, blocks, task, ranks)
     messages = rank_memory(plan, [ModuleCost()] * len(plan.modules), numerics)
-    return tuple(_of_rank(plan, rank, blocks, numerics, held) for rank, held in enumerate(messages))
+    known: dict[object, StepMemory] = {}
+    found = []
+    for rank, held in enumerate(messages):
+        kind = _kind(plan, rank, blocks)
+        if kind not in known:
+            known[kind] = _of_rank(plan, rank, blocks, numerics)
+        found.append(dataclasses.replace(known[kind], messages=held))
+    return tuple(found)
 
 
-def _of_rank(plan: Plan, rank: int, blocks: Blocks, numerics: Numerics, messages: int) -> StepMemory:
+def _kind(plan: Plan, rank: int, blocks: Blocks) -> object:
+    """What decides the memory of a rank besides its messages: the ranks of a deep network are of a few kinds."""
+    stage = plan.stages[rank]
+    networks = [blocks[name] for index in stage for name in plan.cut.modules[index]]
+    tensors = [tuple(tensor.shape) for network in networks for tensor in (*network.parameters(), *network.buffers())]
+    roles = [(role.independent, role.cascade, role.final, role.merged, role.together) for role in plan.modules]
+    actions = [(a.kind, a.module - stage[0], a.micro_batch, a.lag, a.every) for a in plan.schedules[rank]]
+    ends = [plan.given(stage[0]), *(plan.boundaries[index] for index in stage)]
+    asks = [index in plan.reconstructing for index in stage]
+    received = len(plan.gradient_order(rank + 1)) if rank + 1 < len(plan.stages) else 0
+    what = (rank == 0, list(map(repr, networks)), tensors, roles[stage[0] : stage[-1] + 1], actions, ends, asks, received)
+    return repr(what)
+
+
+def _of_rank(plan: Plan, rank: int, blocks: Blocks, numerics: Numerics) -> StepMemory:
+    """Without its messages."""
     stage, parts = plan.stages[rank], plan.config.schedule.micro_batches
     own = OrderedDict((name, blocks[name]) for index in stage for name in plan.cut.modules[index])
     with torch.random.fork_rng(devices=[]), no_values():
@@ -106,7 +128,7 @@ def _of_rank(plan: Plan, rank: int, blocks: Blocks, numerics: Numerics, messages
             images = [] if batch.image is None else [batch.image]
             data = sum(tensor.nbytes for tensor in (*inputs, batch.labels, *images))
         work = alive.most - weights - heads - optimiser + data
-    return StepMemory(len(modules), weights, heads, optimiser, messages, work)
+    return StepMemory(len(modules), weights, heads, optimiser, 0, work)
 
 
 def _bytes_of(networks: Iterable[nn.Module]) -> int:

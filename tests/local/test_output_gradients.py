@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.base.flow import MAIN
-from pipeline.local.output_gradients import OutputGradients
+from pipeline.local.output_gradients import OutputGradients, summed
+from pipeline.models.spread import Spread, whole
 
 
 class _Spy(torch.autograd.Function):
@@ -71,3 +72,18 @@ def test_a_sum_that_has_no_room_there_is_another_tensor(own: Tensor) -> None:
 def test_an_output_without_a_gradient_gets_zeros_if_it_is_the_main_one_and_is_left_out_otherwise() -> None:
     start = OutputGradients({MAIN: h_of(), "skip": h_of(), "mask": torch.zeros(2)}, [None], [None])
     assert len(start.outputs) == 1 and start.gradients[0].tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_gradients_of_pooled_maps_are_added_small_and_give_the_bits_of_the_sum_of_whole_ones(
+    layout: torch.memory_format,
+) -> None:
+    feature = torch.zeros(2, 3, 8, 8).contiguous(memory_format=layout)
+    one, other = (Spread.of(torch.randn(2, 3, 4, 2), (2, 4), feature) for _ in range(2))
+    total = summed([one, other], used_up=True)
+    assert isinstance(total, Spread)
+    assert torch.equal(total.whole(), one.whole() + other.whole()) and total.whole().stride() == feature.stride()
+    expected = torch.nn.functional.interpolate(one.share, scale_factor=(2, 4), mode="nearest")
+    assert torch.equal(one.whole(), expected)
+    elsewhere = Spread.of(torch.randn(2, 3, 2, 2), (4, 4), feature)
+    assert torch.equal(whole(summed([one, elsewhere], used_up=True)), one.whole() + elsewhere.whole())
