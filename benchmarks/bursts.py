@@ -192,6 +192,7 @@ class LocalPipeline:
         """The folder of a run of one epoch."""
         folder = self.rank.folder / f"run{next(self._numbers)}"
         with contextlib.redirect_stdout(io.StringIO()):
-            train(from_dict(config), network=network, data=data, run_dir=folder, quiet=True, trace=True, draw=False)
+            chosen = from_dict({**config, "log": {"curve": False}})
+            train(chosen, network=network, data=data, run_dir=folder, quiet=True, trace=True, draw=False)
         self.rank.pin()
         return folder

@@ -49,7 +49,8 @@ LEARNING = {
     "InfoPro + HPFF, levels together": (*INFOPRO, *HPFF, "hierarchy.levels=together"),
 }  # fmt: skip
 BP = ("BP, eager", "BP, compiled", "BP, CUDA graph")
-RUN = ("runtime.threads=1", "optim.warmup_epochs=0", "optim.schedule=constant", "train.epochs=1", "data.augment=none")
+RUN = ("runtime.threads=1", "optim.warmup_epochs=0", "optim.schedule=constant", "train.epochs=1", "data.augment=none",
+       "log.curve=false")  # fmt: skip
 STEP, MEMORY, BUSY = 2.0, 0.40, 0.85
 """The targets, for DGL + HPFF on ResNet-32, K = 16, on one H100 or H200."""
 

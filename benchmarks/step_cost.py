@@ -54,6 +54,7 @@ OF_FLOPS = 1.2
 QUICK = ("BP", "DGL + HPFF", "DGL + HPFF, levels together")
 SHAPES = {"stl10": (3, 96, 96)}  # of the data sets with other images than IMAGE
 RUN = ["runtime.device=cpu", "runtime.threads=1", "optim.warmup_epochs=0", "optim.schedule=constant", "train.epochs=1"]
+RUN += ["log.curve=false"]
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,7 @@ def configuration(row: Row, **checkpoint: int) -> Any:
         "precision": {"compute": "fp32"},
         "runtime": {"device": "cpu", "threads": 1, "deadline_s": 60.0},
         "checkpoint": {"every_epochs": 0, **checkpoint},
+        "log": {"curve": False},
     }
     for section, entries in row.sections.items():
         values[section] = {**values.get(section, {}), **entries}

@@ -97,12 +97,14 @@ def configuration(span: int, **sections: dict[str, Any]) -> Config:
         "method": {"name": "pooled"},
         "hierarchy": {"cascade_span": span, **({"final_loss": "cascade"} if span > 1 else {})},
         "patches": {"grid": 1},
+        "partition": {"kind": "count"},
         "data": {"batch_size": ROWS},
         "optim": {"warmup_epochs": 0, "schedule": "constant", "lr": 0.05},
         "train": {"epochs": 2},
         "precision": {"compute": "fp32"},
         "runtime": {"device": "cpu", "threads": 1, "deadline_s": 30.0},
         "checkpoint": {"every_epochs": 1},
+        "log": {"curve": False},
     }
     for section, entries in sections.items():
         values.setdefault(section, {}).update(entries)

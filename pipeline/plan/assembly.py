@@ -52,8 +52,8 @@ class Plan:
         boundaries: what every local module gives.
         reconstructing: local modules with a head that asks for the image.
         upstream: weights that the heads get from the next module, where the method declares them.
-        largest_backward: bytes that forward and backward of some rows need in the local module that needs most; heads
-            on patches go by it (see local.at_once), None without any.
+        head_memory: with ``patches.at_once = "auto"``, how many patches a head works on together; it remembers what it
+            has counted, so plans made of this one share it.
     """
 
     config: Config
@@ -66,7 +66,7 @@ class Plan:
     boundaries: tuple[Specs, ...]
     reconstructing: frozenset[int]
     upstream: UpstreamPlan | None = None
-    largest_backward: int | None = None
+    head_memory: HeadMemory | None = None
 
     def placed(self, stages: tuple[range, ...]) -> Plan:
         """The same plan with other consecutive local modules on the ranks."""
@@ -82,6 +82,16 @@ class Plan:
             return self
         schedules = _schedules(self.config, roles, self.stages, self.upstream)
         return dataclasses.replace(self, modules=roles, schedules=schedules)
+
+    def with_patches_at_once(self, at_once: int | str, blocks: Blocks) -> Plan:
+        """The same plan with ``patches.at_once`` of this value; ``blocks``: the network, which stays as it is."""
+        memory = None
+        if at_once == "auto" and self.config.patches.grid > 1:
+            parts = [[blocks[name] for name in names] for names in self.cut.modules]
+            largest = largest_backward(zip(parts, (self.inputs, *self.boundaries), strict=False))
+            memory = HeadMemory(largest, self.task)
+        config = dataclasses.replace(self.config, patches=dataclasses.replace(self.config.patches, at_once=at_once))
+        return dataclasses.replace(self, config=config, head_memory=memory)
 
     @property
     def levels_together(self) -> tuple[int, ...]:
@@ -197,13 +207,8 @@ def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int, inputs: Sp
             reconstructing.add(plan.index)
     upstream = plan_upstream(config, blocks, modules, cut.modules)
     schedules = _schedules(config, modules, stages, upstream)
-    graph = None
-    if config.patches.at_once == "auto" and config.patches.grid > 1:
-        parts = [[blocks[name] for name in names] for names in cut.modules]
-        graph = largest_backward(zip(parts, (inputs, *boundaries), strict=False))
-    return Plan(
-        config, task, cut, modules, stages, schedules, inputs, boundaries, frozenset(reconstructing), upstream, graph
-    )
+    whole = Plan(config, task, cut, modules, stages, schedules, inputs, boundaries, frozenset(reconstructing), upstream)
+    return whole.with_patches_at_once(config.patches.at_once, blocks)
 
 
 def _schedules(
@@ -229,9 +234,6 @@ def build_modules(
         lambda: real_blocks(plan.config.model.name, plan.task.image_shape[0], plan.task.classes, seed)
     )
     built = []
-    memory = None
-    if plan.config.patches.at_once == "auto" and plan.largest_backward is not None:
-        memory = HeadMemory(plan.largest_backward, plan.task)
     for index in plan.stages[rank]:
         names = plan.cut.modules[index]
         if fresh:
@@ -243,8 +245,8 @@ def build_modules(
         with torch.random.fork_rng(devices=[]):
             for name, build in builders.items():
                 levels[name] = _seeded(build, seed, "head", index, name)
-        if memory is not None:
-            memory.fit(levels.values(), plan.feature(index), plan.modules[index].together)
+        if plan.head_memory is not None:
+            plan.head_memory.fit(levels.values(), plan.feature(index), plan.modules[index].together)
         role, mailbox = plan.modules[index], None
         if plan.upstream is not None:
             mailbox = plan.upstream.mailbox(index, numerics)

@@ -1,8 +1,9 @@
 """What a training step costs, in FLOPs and in calls of PyTorch's operations, and what backpropagation would.
 
-The step is really executed, on two images, but without memory or arithmetic (see :mod:`pipeline.plan.blank`), and
-PyTorch's formulas see every matrix product and convolution (elementwise work, BatchNorm and losses count nothing). The
-schedule's actions say what each operation was for:
+The step is really executed, on two images; a large network's without memory or arithmetic (see
+:mod:`pipeline.plan.blank`), which for a small one takes longer than the arithmetic. PyTorch's formulas see every matrix
+product and convolution (elementwise work, BatchNorm and losses count nothing). The schedule's actions say what each
+operation was for:
 
     unit = forward + backward of the uncut network = 1 BP step
     step = trunk forward + relays + trunk backward + cascade heads + independent heads
@@ -14,7 +15,9 @@ are those of the second step: in the first one, an optimiser and some heads stil
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -182,11 +185,35 @@ class _Counts:
     launches: Mapping[Part, float]
 
 
+SMALL = 2**22
+"""Numbers in the parameters and in the largest map of a network with which to compute is faster than to do without."""
+
+
+def _is_small(plan: Plan, blocks: Blocks) -> bool:
+    parameters = sum(p.numel() for block in blocks.values() for p in block.parameters())
+    maps = [IMAGES * math.prod(spec.shape) for specs in (plan.inputs, *plan.boundaries) for spec in specs.values()]
+    return parameters + max(maps) <= SMALL
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Waiting for others takes longer than the work of two images."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _count(plan: Plan, blocks: Blocks, numerics: Numerics) -> _Counts:
-    """What cannot do without values, as a network that decides by them, is computed."""
+    """What cannot do without values, as a network that decides by them, is computed; a small one on a CPU as well."""
     plan = counted_step(plan)
     cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
+        if numerics.device.type == "cpu" and _is_small(plan, blocks):
+            with _one_thread():
+                return _counts_of(plan, real_modules(plan, blocks, numerics), numerics)
         try:
             with no_values():
                 return _counts_of(plan, blank_modules(plan, blocks, numerics), numerics)

@@ -124,12 +124,14 @@ def explain(
     if max(work) <= 0:
         raise ConfigError("the profile has no time for any action; give forward_s and backward_s of the modules")
     chosen = config.partition.kind
-    flops, reason = None, ""
-    if count or (chosen == "auto" and 1 < ranks < len(work)):
+    counted = count or chosen == "auto"
+    flops: Sequence[float] | None = work if counted else None  # any numbers do where there is nothing to choose
+    reason = ""
+    if counted and 1 < ranks < len(work):
         try:
             flops = module_flops(plan, network.blocks, numerics)
         except Uncountable as error:
-            reason = f"placement by count: {error}"
+            flops, reason = None, f"placement by count: {error}"
     stages = plan.stages  # by count
     if chosen != "auto" or flops is not None:
         stages = choose_stages(config.partition, len(work), ranks, flops if chosen == "auto" else work)

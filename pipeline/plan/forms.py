@@ -7,15 +7,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
-from pipeline.base.config import Config
 from pipeline.base.numerics import Numerics
-from pipeline.local.at_once import HeadMemory
 from pipeline.local.methods import levels_of
 from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import without_memory
-from pipeline.plan.assembly import Plan, make_plan
+from pipeline.plan.assembly import Plan
 from pipeline.plan.head_costs import head_operations, with_heads_of
 from pipeline.plan.level_choice import joinable
 from pipeline.plan.module_flops import Uncountable
@@ -48,6 +47,7 @@ def compared_forms(
         operations: of a step of ``plan``; None: count none.
     """
     own = _heads(plan)
+    count = _Operations(plan, operations, blocks, numerics)
     rows = []
     seen = []
     for form in (plan, *_others(plan, blocks)):
@@ -77,7 +77,7 @@ def compared_forms(
                 together=len(form.levels_together),
                 configured=form is plan,
                 step_s=None if known is None else _step_s(form, known, link),
-                operations=_operations(form, plan, operations, blocks, numerics),
+                operations=count.of(form),
                 memory_bytes=None if known is None else rank_memory(form, known, numerics),
             )
         )
@@ -88,32 +88,24 @@ def _others(plan: Plan, blocks: Blocks) -> Iterator[Plan]:
     """Plans with one key changed, on the ranks of ``plan``."""
     config = plan.config
     if config.patches.grid > 1:
-        for at_once in ("auto", 1):
-            patches = dataclasses.replace(config.patches, at_once=at_once)
-            other = _planned(plan, dataclasses.replace(config, patches=patches), blocks)
-            yield other.with_levels_together(plan.levels_together)
-    if joinable(plan):
-        for levels in ("separate", "together"):
+        yield from (plan.with_patches_at_once(at_once, blocks) for at_once in ("auto", 1))
+    if together := joinable(plan):
+        forms: dict[str, frozenset[int]] = {"separate": frozenset(), "together": together}
+        for levels, modules in forms.items():
             hierarchy = dataclasses.replace(config.hierarchy, levels=levels)
-            yield _planned(plan, dataclasses.replace(config, hierarchy=hierarchy), blocks)
-
-
-def _planned(plan: Plan, config: Config, blocks: Blocks) -> Plan:
-    return make_plan(config, blocks, plan.task, len(plan.stages), plan.inputs).placed(plan.stages)
+            other = dataclasses.replace(plan, config=dataclasses.replace(config, hierarchy=hierarchy))
+            yield other.with_levels_together(modules)
 
 
 def _heads(plan: Plan) -> tuple[tuple[int, ...], ...]:
     """Patches that every head of every local module works on together, of those that have patches."""
     found = []
-    memory = None
-    if plan.config.patches.at_once == "auto" and plan.largest_backward is not None:
-        memory = HeadMemory(plan.largest_backward, plan.task)
     for role in plan.modules:
         shape = plan.feature(role.index)
         builders = levels_of(role, len(plan.modules), shape, plan.task, plan.config)
         levels = [without_memory(build) for build in builders.values()]
-        if memory is not None:
-            memory.fit(levels, shape, role.together)
+        if plan.head_memory is not None:
+            plan.head_memory.fit(levels, shape, role.together)
         heads = [head for level in levels for _, head in level.heads() if head.grid > 1]
         patches = _patches(plan, role.index)
         found.append(
@@ -127,15 +119,27 @@ def _patches(plan: Plan, module: int) -> int:
     return {3: plan.config.patches.grid**2, 2: plan.config.patches.grid}.get(len(plan.feature(module)), 1)
 
 
-def _operations(form: Plan, plan: Plan, known: int | None, blocks: Blocks, numerics: Numerics) -> int | None:
-    """``known`` operations of ``plan``, with the heads of ``form``."""
-    if known is None or form is plan:
-        return known
-    try:
-        now, before = (sum(head_operations(some, blocks, numerics)) for some in (form, plan))
-    except Uncountable:
-        return None
-    return round(known + now - before)
+class _Operations:
+    """Operations of a step of any form, from the ``known`` ones of ``plan``; None: count none."""
+
+    def __init__(self, plan: Plan, known: int | None, blocks: Blocks, numerics: Numerics) -> None:
+        self._plan = plan
+        self._known = known
+        self._network = blocks, numerics
+
+    def of(self, form: Plan) -> int | None:
+        """Of a step of ``form``; None where that is not known."""
+        if self._known is None or form is self._plan:
+            return self._known
+        try:
+            return round(self._known + sum(head_operations(form, *self._network)) - self._own)
+        except Uncountable:
+            return None
+
+    @functools.cached_property
+    def _own(self) -> float:
+        """Of the heads of the plan."""
+        return sum(head_operations(self._plan, *self._network))
 
 
 def _step_s(plan: Plan, costs: Sequence[ModuleCost], link: tuple[float, float]) -> float:

@@ -72,7 +72,7 @@ def module_flops(plan: Plan, blocks: Blocks, numerics: Numerics) -> list[float]:
 
 def flops_by_kind(plan: Plan, blocks: Blocks, numerics: Numerics) -> list[Flops]:
     """The same, by kind of action."""
-    plan = dataclasses.replace(counted_step(plan), largest_backward=None)  # as many patches at once as there are
+    plan = dataclasses.replace(counted_step(plan), head_memory=None)  # as many patches at once as there are
     return by_kind(plan, blocks, numerics, lambda index: _alone(plan, blocks, numerics, index))
 
 

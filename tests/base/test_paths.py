@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 ASCII = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
 JOB = (
     "model.name=resnet20 model.modules=2 method.name=dgl data.name=folder data.batch_size=4 train.epochs=1 "
-    "runtime.device=cpu runtime.threads=1"
+    "model.cuts=even patches.at_once=4 log.curve=false runtime.device=cpu runtime.threads=1"
 )
 NAME = "bïlder🎉"
 

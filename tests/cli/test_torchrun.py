@@ -102,7 +102,9 @@ def test_two_nodes_meet_by_what_the_environment_says(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PET_NNODES": "2"}
     environment |= {"PET_RDZV_BACKEND": "c10d", "PET_RDZV_ENDPOINT": f"127.0.0.1:{free_port()}", "PET_RDZV_ID": "job"}
     environment |= {"PET_LOCAL_ADDR": "127.0.0.1"}
-    words = ["--set", "train.max_steps=2", "--set", "data.batch_size=16", "--set", "runtime.device=cpu"]
+    settings = ["train.max_steps=2", "data.batch_size=16", "runtime.device=cpu"]
+    settings += ["model.cuts=even", "patches.at_once=4", "partition.kind=count", "log.curve=false"]  # no counts
+    words = [word for pair in settings for word in ("--set", pair)]
     start = [sys.executable, "-m", "pipeline", "train", "--nproc=1", "--run-dir", "run", *words]
     nodes = [
         subprocess.Popen(start, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)

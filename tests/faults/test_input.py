@@ -41,6 +41,7 @@ def job(rank: int, folder: str, assignments: list[str]) -> dict[str, Any]:
         "runtime.device=cpu",
         "runtime.threads=1",
         "runtime.deadline_s=20",
+        "log.curve=false",
     ]
     config = load_config(assignments=[*settings, *assignments])
     return train(config, run_dir=Path(folder) / "run", quiet=True)

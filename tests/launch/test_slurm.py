@@ -93,6 +93,7 @@ def test_before_its_time_is_over_the_job_saves_and_queues_again(
     slurm: dict[str, str], tmp_path: Path, started: list[subprocess.Popen[str]]
 ) -> None:
     settings = ["data.batch_size=16", "train.epochs=1000", "checkpoint.every_steps=2", "runtime.device=cpu"]
+    settings += ["model.cuts=even", "patches.at_once=4", "partition.kind=count", "log.curve=false"]  # no counts
     words = ["--run-dir", str(tmp_path / "run"), *(word for pair in settings for word in ("--set", pair))]
     started.append(batch(words, slurm))
     checkpoints, end = tmp_path / "run" / "checkpoints", time.monotonic() + START_S

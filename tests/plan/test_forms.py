@@ -13,7 +13,8 @@ from pipeline.plan.explain import explain
 from pipeline.plan.report import PlannedForm, PlanReport
 from pipeline.report.plan_view import show_plan
 
-SMALL = ["data.batch_size=8", "runtime.threads=1", "partition.steps=1", "model.name=resnet20", "model.modules=3", "model.cuts=even", "runtime.device=cpu"]
+NETWORK = ["model.name=resnet20", "model.modules=3", "model.cuts=even"]
+SMALL = [*NETWORK, "data.batch_size=8", "runtime.device=cpu", "runtime.threads=1", "partition.steps=1"]
 
 
 def planned(*assignments: str, forms: bool = True) -> PlanReport:

@@ -239,13 +239,17 @@ def command_line(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return runpy.run_path(str(script))["main"]()
 
 
+EVEN = ("--set", "model.cuts=even", "--set", "patches.grid=1", "--set", "runtime.device=cpu")
+"""Of the default recipe, without what is counted for its cut and for its patches."""
+
+
 def test_the_command_line_prints_and_writes_what_it_is_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given, saved, plan = tmp_path / "given.json", tmp_path / "saved.json", tmp_path / "plan.json"
     PROFILE.write(given)
     options = ["--ranks", 2, "--schedule", "--profile", given, "--save-profile", saved, "--json", plan]
-    assert command_line(monkeypatch, *options, "--set", "runtime.device=cpu") == 0
+    assert command_line(monkeypatch, *options, *EVEN) == 0
     printed = capsys.readouterr().out
     assert "rank 1  F2.0 C2.0 R2.0->1" in printed and "by measured" in printed
     assert Profile.read(saved) == PROFILE and plan.is_file()
@@ -254,11 +258,11 @@ def test_the_command_line_prints_and_writes_what_it_is_asked_for(
 def test_the_command_line_refuses_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert command_line(monkeypatch, "--ranks", 5) == 2
+    assert command_line(monkeypatch, "--ranks", 5, *EVEN) == 2
     error = capsys.readouterr().err
     assert error.startswith("localpipe: 5 processes for 4 local modules") and error.count("\n") == 1
     dataclasses.replace(PROFILE, device_bytes=2**21).write(tmp_path / "p.json")
-    assert command_line(monkeypatch, "--ranks", 2, "--profile", tmp_path / "p.json") == 2
+    assert command_line(monkeypatch, "--ranks", 2, "--profile", tmp_path / "p.json", *EVEN) == 2
     captured = capsys.readouterr()
     assert "step time" in captured.out and "localpipe: rank 0 needs" in captured.err
 

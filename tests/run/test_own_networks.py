@@ -81,18 +81,18 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 Case = tuple[str, tuple[str, ...], int, dict[str, dict[str, Any]]]
 """Network, cuts, cascade span, other settings."""
 CASES: dict[str, Case] = {
-    "skips, k=1": ("skips", ("mid", "up", "last"), 1, {"patches": {"grid": 2}}),
+    "skips, k=1": ("skips", ("mid", "up", "last"), 1, {"patches": {"grid": 2, "at_once": 4}}),
     "skips, k=2": ("skips", ("mid", "up", "last"), 2, {"schedule": {"micro_batches": 2}}),
     "skips, k=K": ("skips", ("down", "mid", "up"), 4, {}),
     "skips, async": ("skips", ("mid", "up", "last"), 2, {"schedule": {"kind": "async"}}),
-    "Swin, k=1": ("swin", ("features.3", "features.5"), 1, {"patches": {"grid": 2}}),
+    "Swin, k=1": ("swin", ("features.3", "features.5"), 1, {"patches": {"grid": 2, "at_once": 4}}),
     "Swin, k=2": ("swin", ("features.2", "features.3", "features.5"), 2, {}),
-    "Swin v2, k=1": ("swin v2", ("features.3", "norm"), 1, {"patches": {"grid": 2}}),
+    "Swin v2, k=1": ("swin v2", ("features.3", "norm"), 1, {"patches": {"grid": 2, "at_once": 4}}),
 }
 TIMM: dict[str, Case] = {
-    "ResNet, k=1": ("resnet", ("layer2", "layer3", "layer4"), 1, {"patches": {"grid": 2}}),
+    "ResNet, k=1": ("resnet", ("layer2", "layer3", "layer4"), 1, {"patches": {"grid": 2, "at_once": 4}}),
     "ResNet, a skip connection": ("resnet", ("layer2", "layer3.0.conv2"), 2, {}),
-    "ViT, k=1": ("vit", ("blocks.1", "blocks.2", "blocks.3"), 1, {"patches": {"grid": 2}}),
+    "ViT, k=1": ("vit", ("blocks.1", "blocks.2", "blocks.3"), 1, {"patches": {"grid": 2, "at_once": 4}}),
     "ViT, k=2": ("vit", ("blocks.2", "blocks.3"), 2, {}),
     "ViT, async": ("vit", ("blocks.2", "blocks.3"), 2, {"schedule": {"kind": "async"}}),
 }

@@ -23,7 +23,10 @@ from pipeline import ConfigError, LoaderData, build_blocks, export, load_config,
 from pipeline.base.config import Config
 from pipeline.store.checkpoint import FOLDER, open_checkpoint, step_folders
 
-SMALL = ("runtime.device=cpu", "runtime.threads=1", "precision.compute=fp32", "optim.warmup_epochs=0")
+SMALL = (
+    "runtime.device=cpu", "runtime.threads=1", "precision.compute=fp32", "optim.warmup_epochs=0",
+    "model.cuts=even", "log.curve=false",
+)
 
 
 def config(*assignments: str) -> Config:

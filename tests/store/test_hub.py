@@ -22,7 +22,10 @@ from pipeline.base.config import Config
 from pipeline.data.catalogue import CATALOGUE, FOLDER, normalisation
 from pipeline.store.checkpoint import open_checkpoint
 
-SMALL = ("runtime.device=cpu", "runtime.threads=1", "precision.compute=fp32", "optim.warmup_epochs=0")
+SMALL = (
+    "runtime.device=cpu", "runtime.threads=1", "precision.compute=fp32", "optim.warmup_epochs=0",
+    "model.cuts=even", "log.curve=false",
+)
 
 
 def config(*assignments: str) -> Config:
