@@ -48,7 +48,7 @@ _LARGE = {"modules": 4, "image": (3, 224, 224), "classes": 1000, "methods": ("In
 NETWORKS = {
     "resnet32": Network(16, 1024), "resnet110": Network(55, 1024, fewer=(2, 3, 4)),
     "resnet101": Network(batch=128, **_LARGE), "resnet152": Network(batch=128, **_LARGE),
-    "resnext101_32x8d": Network(batch=64, **_LARGE), "resnet20": Network(4, 64, methods=("DGL",), cuts="even"),
+    "resnext101_32x8d": Network(batch=64, **_LARGE), "resnet20": Network(3, 64, methods=("DGL",), cuts="even"),
 }  # fmt: skip
 FORMS = {
     "": ("", []), " + HiLo": ("-hpff", ["patches.grid=1"]), " + HPFF": ("-hpff", ["patches.at_once=1"]),
@@ -147,11 +147,11 @@ def ours(name: str, settings: Settings) -> Iterator[Row]:
         if alone.modules > 1:
             yield _of(name, case.system, alone.modules, alone.modules, fullest(case.on(alone.modules)))
         if case.system in LARGEST:
-            parts = settings.micro_batches
-            schedule = replace(case.config.schedule, micro_batches=parts)
-            split = replace(case, config=replace(case.config, schedule=schedule))
-            system = f"{case.system}, M = {parts}"
-            yield _of(name, system, alone.modules, alone.modules, fullest(split.on(alone.modules)))
+            for parts in sorted({2, settings.micro_batches}):
+                schedule = replace(case.config.schedule, micro_batches=parts)
+                split = replace(case, config=replace(case.config, schedule=schedule))
+                system = f"{case.system}, M = {parts}"
+                yield _of(name, system, alone.modules, alone.modules, fullest(split.on(alone.modules)))
 
 
 def fullest(ranks: Sequence[StepMemory]) -> StepMemory:
@@ -287,4 +287,5 @@ def measure(settings: Settings) -> Report:
 
 
 if __name__ == "__main__":
-    main(__doc__, Settings, measure, quick={"network": ("resnet20",), "method": ("DGL",), "stages": 2, "schedules": ("1F1B",)})
+    small = {"network": ("resnet20",), "method": ("DGL",), "stages": 2, "micro_batches": 2, "schedules": ("1F1B",)}
+    main(__doc__, Settings, measure, quick=small)

@@ -23,9 +23,9 @@ Quick = dict[str, tuple[dict[str, Any], str]]
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-bursts, networks, ranks, runner, tables, throughput, virtual = map(
+bursts, memory, networks, ranks, runner, tables, throughput, virtual = map(
     importlib.import_module,
-    ("bursts", "networks", "ranks", "runner", "tables", "throughput", "virtual"),
+    ("bursts", "memory", "networks", "ranks", "runner", "tables", "throughput", "virtual"),
 )
 ROW_KEYS = set(tables.make_row(1.0, [1.0], method="bp"))
 
@@ -113,7 +113,7 @@ def test_a_plan_predicts_steps_of_a_plausible_length(tmp_path: Path) -> None:
 def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> Quick:
     """Quick runs of the benchmarks that need one core."""
     return side_by_side(tmp_path_factory, step_cost=[], precision=[], operations=["--method", "BP", "DGL + HPFF"],
-                        gpu=["--device", "cpu"], heads=[])  # fmt: skip
+                        gpu=["--device", "cpu"], heads=[], memory=[])  # fmt: skip
 
 
 OF_ONE_PROCESS = [pytest.param("precision", marks=pytest.mark.alone), "step_cost"]  # the first one runs all
@@ -155,6 +155,36 @@ def test_what_a_gpu_is_measured_by_runs_without_one(of_one_process: Quick) -> No
         assert row["kernels"] is row["busy"] is row["peak_mib"] is None  # there is no GPU that could tell
     assert [target["met"] for target in result["targets"]] == [True]  # the gradients
     assert "| resnet32 | DGL | 16 |" in page
+
+
+def test_memory_is_counted_in_one_process_and_on_the_fullest_rank(of_one_process: Quick) -> None:
+    result, page = of_one_process["memory"]
+    rows = {(row["system"], row["ranks"]): row for row in result["rows"]}
+    assert {name for name, ranks in rows if ranks == 1} == {
+        "BP", "BP, checkpointing", "BP, counted here", "DGL", "DGL + HiLo", "DGL + HPFF"
+    }  # fmt: skip
+    assert [target["met"] for target in result["targets"]] == [True]  # two ways to count backpropagation agree
+    assert rows["BP, checkpointing", 1]["ratio"] < rows["torch 1F1B, M = 2", 2]["ratio"] + 0.5 < 1.2
+    for (system, ranks), row in rows.items():
+        assert row["gpu"] is row["paper_gb"] is None and row["peak"] > 0
+        if row["work"] is not None:
+            assert row["peak"] == sum(row[part] for part in ("weights", "heads", "optimiser", "messages", "work"))
+            assert (row["messages"] > 0) == (ranks > 1), system
+    ours = [rows[f"DGL + HPFF{parts}", 3]["peak"] for parts in ("", ", M = 2")]
+    assert ours == sorted(ours, reverse=True)
+    assert "| resnet20 | DGL + HPFF, M = 2 | 3 | 3 |" in page
+
+
+@pytest.mark.parametrize("most", [0, 7, 8, 1000, 12345])
+def test_the_largest_that_has_room_is_found_to_two_per_cent(most: int) -> None:
+    asked = []
+
+    def fits(size: int) -> bool:
+        asked.append(size)
+        return size <= most
+
+    found = memory.largest(fits, 8)
+    assert found % 8 == 0 and found <= most < found + max(8, 0.02 * found) + 8 and len(asked) < 30
 
 
 def test_what_a_tuned_layer_gains_is_told_of_each_that_runs(of_one_process: Quick) -> None:
