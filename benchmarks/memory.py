@@ -32,8 +32,7 @@ PAPERS = Path(__file__).with_name("papers_memory.toml")
 
 @dataclass(frozen=True)
 class Network:
-    """How the papers train a network: K (as asked for), images of a step and their shape, classes, methods; whether
-    each rank of theirs would be one module, or a device of a few."""
+    """How the papers train a network: K (as asked for), images of a step and their shape, classes, methods, cuts."""
 
     modules: int
     batch: int
@@ -202,7 +201,7 @@ def papers() -> dict[tuple[str, str], tuple[float, str]]:
 
 
 def largest(fits: Callable[[int], bool], unit: int) -> int:
-    """The largest multiple of ``unit`` that fits, to 2 %; 0 if not one does. What fits must be all up to some number."""
+    """The largest multiple of ``unit`` that fits, to 2 %; 0 if not one does. Below what fits everything does."""
     good, bad = 0, 1
     while fits(bad * unit):
         good, bad = bad, 2 * bad
@@ -240,11 +239,11 @@ ROOM = (Column("network", "network"), Column("system", "system"), K, P, Column("
         Column("largest side", "side", ",d"))  # fmt: skip
 ABOUT = (
     "fp32; MiB of the fullest rank at the peak of a step. Activations: with gradients, the batch itself and what "
-    "operations need besides; queues: slots of messages, in which a received activation is also the input of a module. "
-    "Work space that a library gets for itself is in none of them. HiLo: both levels on whole maps; HPFF: with patches, "
-    "one after another. M: micro-batches, 1 where nothing is said. Papers: GB of one process, as a GPU showed them, "
-    "which may be with about 1 GB for CUDA itself; InfoPro's own cuts for a small K are chosen by memory, these have as "
-    "many blocks each."
+    "operations need besides; queues: slots of messages, in which a received activation is also the input of a "
+    "module. Work space that a library gets for itself is in none of them. HiLo: both levels on whole maps; HPFF: with "
+    "patches, one after another. M: micro-batches, 1 where nothing is said. Papers: GB of one process, as a GPU showed "
+    "them, which may be with about 1 GB for CUDA itself; InfoPro's own cuts for a small K are chosen by memory, these "
+    "have as many blocks each."
 )
 
 

@@ -68,9 +68,7 @@ def _train(run: Run, model: str, images: tuple[int, ...], classes: int, between:
 
 def pipelined(schedule: str, micro_batches: int, ranks: int, model: str, images: tuple[int, ...], classes: int) -> int:
     """Peak bytes of the rank that needs most, of parts with as many blocks each."""
-    return max(
-        _rank(schedule, micro_batches, rank, ranks, model, images, classes) for rank in range(ranks)
-    )
+    return max(_rank(schedule, micro_batches, rank, ranks, model, images, classes) for rank in range(ranks))
 
 
 def _rank(
@@ -87,12 +85,14 @@ def _rank(
             shapes = _shapes(parts, x[: images[0] // micro_batches])
             stages = []
             for part in mine:
-                ends = (torch.empty(shapes[part], requires_grad=part > 0), torch.empty(shapes[part + 1]))
+                entrance, end = (torch.empty(shape, requires_grad=True) for shape in shapes[part : part + 2])
+                entrance.requires_grad_(part > 0)
                 place = (parts[part], part, count, x.device)
-                stages.append(pipelining.PipelineStage(*place, input_args=ends[0], output_args=ends[1].requires_grad_()))
+                stages.append(pipelining.PipelineStage(*place, input_args=entrance, output_args=end))
             optimiser = sgd([parameter for part in mine for parameter in parts[part].parameters()])
             parts.clear()  # those of other ranks
-            pipeline = kind.make(stages[0] if kind.parts_per_rank == 1 else stages, micro_batches, loss_fn=cross_entropy)
+            single = kind.parts_per_rank == 1
+            pipeline = kind.make(stages[0] if single else stages, micro_batches, loss_fn=cross_entropy)
             inputs, last = (x,) if 0 in mine else (), count - 1 in mine
             if not inputs:
                 del x

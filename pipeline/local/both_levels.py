@@ -9,7 +9,6 @@ configuration, so that no placement changes it, or with "auto" by the plan.
 
 from __future__ import annotations
 
-import itertools
 from collections import OrderedDict
 from dataclasses import dataclass
 
@@ -64,12 +63,9 @@ class BothLevels:
             if term.alike and term.heads[0].groups(feature, given):
                 found = backward_together(term.heads, feature, given, weights, before, autocast)
             else:
-                found = [
-                    *itertools.chain.from_iterable(
-                        backward_together([head], feature, given, [weight], [gradient], autocast)
-                        for head, weight, gradient in zip(term.heads, weights, before, strict=True)
-                    )
-                ]
-            for name, (gradient, loss) in zip(term.levels, found, strict=True):
-                gradients[name], losses[name][term.name] = gradient, loss
+                found = []
+                for head, weight, gradient in zip(term.heads, weights, before, strict=True):
+                    found += backward_together([head], feature, given, [weight], [gradient], autocast)
+            for name, (result, loss) in zip(term.levels, found, strict=True):
+                gradients[name], losses[name][term.name] = result, loss
         return {name: (gradient, losses[name]) for name, gradient in gradients.items() if gradient is not None}
