@@ -60,7 +60,8 @@ def module_state(module: LocalModule) -> State:
         prefix = f"late.{step}.batch.{micro_batch}"
         batch = item.batch
         kept = {"labels": batch.labels, "image": batch.image}
-        kept |= {name: g if g is None else whole(g) for name, g in (("own", item.own), ("independent", item.independent))}
+        for name, gradient in (("own", item.own), ("independent", item.independent)):
+            kept[name] = None if gradient is None else whole(gradient)
         kept |= _flat("x", batch.inputs)
         for key, gradients in item.received.items():
             kept |= _flat(f"received.{key}", gradients)

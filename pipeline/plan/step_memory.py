@@ -78,7 +78,7 @@ def step_memory(config: Config, image_shape: tuple[int, ...], classes: int, rank
     config = dataclasses.replace(config, precision=dataclasses.replace(config.precision, compile=False))
     plan = make_plan(config, blocks, task, ranks)
     messages = rank_memory(plan, [ModuleCost()] * len(plan.modules), numerics)
-    known: dict[object, StepMemory] = {}
+    known: dict[str, StepMemory] = {}
     found = []
     for rank, held in enumerate(messages):
         kind = _kind(plan, rank, blocks)
@@ -88,7 +88,7 @@ def step_memory(config: Config, image_shape: tuple[int, ...], classes: int, rank
     return tuple(found)
 
 
-def _kind(plan: Plan, rank: int, blocks: Blocks) -> object:
+def _kind(plan: Plan, rank: int, blocks: Blocks) -> str:
     """What decides the memory of a rank besides its messages: the ranks of a deep network are of a few kinds."""
     stage = plan.stages[rank]
     networks = [blocks[name] for index in stage for name in plan.cut.modules[index]]
@@ -98,8 +98,8 @@ def _kind(plan: Plan, rank: int, blocks: Blocks) -> object:
     ends = [plan.given(stage[0]), *(plan.boundaries[index] for index in stage)]
     asks = [index in plan.reconstructing for index in stage]
     received = len(plan.gradient_order(rank + 1)) if rank + 1 < len(plan.stages) else 0
-    what = (rank == 0, list(map(repr, networks)), tensors, roles[stage[0] : stage[-1] + 1], actions, ends, asks, received)
-    return repr(what)
+    own = roles[stage[0] : stage[-1] + 1]
+    return repr((rank == 0, networks, tensors, own, actions, ends, asks, received))
 
 
 def _of_rank(plan: Plan, rank: int, blocks: Blocks, numerics: Numerics) -> StepMemory:
