@@ -16,6 +16,7 @@ import tempfile
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -43,11 +44,11 @@ class Network:
     fewer: tuple[int, ...] = ()  # K of more rows of InfoPro
 
 
-_LARGE = {"modules": 4, "image": (3, 224, 224), "classes": 1000, "methods": ("InfoPro",), "cuts": "even", "fewer": (2,)}
+_OF_IMAGENET = Network(4, 128, (3, 224, 224), 1000, ("InfoPro",), "even", fewer=(2,))
 NETWORKS = {
     "resnet32": Network(16, 1024), "resnet110": Network(55, 1024, fewer=(2, 3, 4)),
-    "resnet101": Network(batch=128, **_LARGE), "resnet152": Network(batch=128, **_LARGE),
-    "resnext101_32x8d": Network(batch=64, **_LARGE), "resnet20": Network(3, 64, methods=("DGL",), cuts="even"),
+    "resnet101": _OF_IMAGENET, "resnet152": _OF_IMAGENET, "resnext101_32x8d": replace(_OF_IMAGENET, batch=64),
+    "resnet20": Network(3, 64, methods=("DGL",), cuts="even"),
 }  # fmt: skip
 FORMS = {
     "": ("", []), " + HiLo": ("-hpff", ["patches.grid=1"]), " + HPFF": ("-hpff", ["patches.at_once=1"]),
@@ -90,12 +91,11 @@ class Case:
         """The memory of every rank."""
         return step_memory(self.config, self.network.image, self.network.classes, ranks)
 
-    def fits(self, ranks: int, mib: int, batch: int = 0, side: int = 0) -> bool:
-        """Whether every rank of ``ranks`` has room in so many MiB, with another batch or other images."""
-        data = replace(self.config.data, batch_size=batch or self.config.data.batch_size)
-        image = (self.network.image[0], *([side] * 2 if side else self.network.image[1:]))
-        case = Case(self.system, replace(self.network, image=image), replace(self.config, data=data))
-        return fullest(case.on(ranks)).peak <= mib * MIB
+    def need(self, ranks: int, batch: int, side: int) -> int:
+        """Bytes of the fullest rank, with such a batch of such square images."""
+        config = replace(self.config, data=replace(self.config.data, batch_size=batch))
+        network = replace(self.network, image=(self.network.image[0], side, side))
+        return fullest(replace(self, config=config, network=network).on(ranks)).peak
 
 
 def cases_of(name: str, settings: Settings) -> Iterator[Case]:
@@ -200,25 +200,34 @@ def papers() -> dict[tuple[str, str], tuple[float, str]]:
 # --- what has room ----------------------------------------------------------------------------------------------------
 
 
-def largest(fits: Callable[[int], bool], unit: int) -> int:
-    """The largest multiple of ``unit`` that fits, to 2 %; 0 if not one does. Below what fits everything does."""
-    good, bad = 0, 1
-    while fits(bad * unit):
-        good, bad = bad, 2 * bad
-    while bad - good > max(1, good // 50):
-        middle = (good + bad) // 2
-        good, bad = (middle, bad) if fits(middle * unit) else (good, middle)
-    return good * unit
+def largest(need: Callable[[int], int], limit: int, unit: int, power: int = 1) -> int:
+    """The largest multiple of ``unit`` that needs no more than ``limit``; 0 if not one does. What is needed should grow
+    about linearly with that number to the ``power``, and must grow."""
+    known = cache(need)
+    one, other = unit, 4 * unit
+    for _ in range(6):
+        if one == other:
+            break
+        slope = (known(other) - known(one)) / (other**power - one**power)
+        best = other**power + (limit - known(other)) / slope
+        one, other = other, max(unit, int(max(best, 0.0) ** (1 / power)) // unit * unit)
+    while known(other + unit) <= limit:
+        other += unit
+    while other > 0 and known(other) > limit:
+        other -= unit
+    return other
 
 
 def rooms(name: str, settings: Settings) -> Iterator[Row]:
     """The largest batch of the papers' images, and the largest square images in a batch of the papers'."""
+    limit = settings.at * MIB
     for case in cases_of(name, settings):
+        batch, side = case.network.batch, case.network.image[1]
         for ranks in (1, settings.stages) if case.config.model.modules >= settings.stages else (1,):
-            batch = largest(lambda rows, own=case, on=ranks: own.fits(on, settings.at, batch=rows), 64)
-            side = largest(lambda side, own=case, on=ranks: own.fits(on, settings.at, side=side), 8)
+            rows = largest(partial(case.need, ranks, side=side), limit, 64)
+            sides = largest(partial(case.need, ranks, batch), limit, 8, power=2)
             yield {"network": name, "system": case.system, "modules": case.config.model.modules, "ranks": ranks,
-                   "batch": batch, "side": side}  # fmt: skip
+                   "batch": rows, "side": sides}  # fmt: skip
 
 
 # --- report -----------------------------------------------------------------------------------------------------------

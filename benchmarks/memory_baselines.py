@@ -51,7 +51,7 @@ def counted(run: Run, model: str, images: tuple[int, ...], classes: int) -> int:
     """The same by ours, which minds no module that runs twice."""
     with FakeTensorMode(), Alive(as_alone=True) as alive:
         _train(run, model, images, classes, lambda: None)
-    return alive.most
+    return int(alive.most)
 
 
 def _train(run: Run, model: str, images: tuple[int, ...], classes: int, between: Callable[[], None]) -> None:
@@ -101,7 +101,7 @@ def _rank(
                 pipeline.step(*inputs, target=labels if last else None, losses=[] if last else None)
                 optimiser.step()
                 optimiser.zero_grad()
-            return alive.most
+            return int(alive.most)
     finally:
         dist.destroy_process_group()
 

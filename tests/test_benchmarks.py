@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,16 +176,20 @@ def test_memory_is_counted_in_one_process_and_on_the_fullest_rank(of_one_process
     assert "| resnet20 | DGL + HPFF, M = 2 | 3 | 3 |" in page
 
 
-@pytest.mark.parametrize("most", [0, 7, 8, 1000, 12345])
-def test_the_largest_that_has_room_is_found_to_two_per_cent(most: int) -> None:
+SIZES = [(100, 0, 0), (1100, 80, 8), (12345, 1200, 32), (10**6, 99968, 312)]
+
+
+@pytest.mark.parametrize(("limit", "rows", "side"), SIZES)
+def test_the_largest_that_has_room_is_found_in_a_few_counts(limit: int, rows: int, side: int) -> None:
     asked = []
 
-    def fits(size: int) -> bool:
+    def need(size: int, power: int) -> int:
         asked.append(size)
-        return size <= most
+        return 300 + max(10 * size**power, 100)
 
-    found = memory.largest(fits, 8)
-    assert found % 8 == 0 and found <= most < found + max(8, 0.02 * found) + 8 and len(asked) < 30
+    assert memory.largest(partial(need, power=1), limit, 8) == rows
+    assert memory.largest(partial(need, power=2), limit, 8, power=2) == side
+    assert len(asked) < 16
 
 
 def test_what_a_tuned_layer_gains_is_told_of_each_that_runs(of_one_process: Quick) -> None:

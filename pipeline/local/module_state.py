@@ -59,9 +59,9 @@ def module_state(module: LocalModule) -> State:
     for (step, micro_batch), item in module.in_flight.items():
         prefix = f"late.{step}.batch.{micro_batch}"
         batch = item.batch
-        kept = {"labels": batch.labels, "image": batch.image}
-        for name, gradient in (("own", item.own), ("independent", item.independent)):
-            kept[name] = None if gradient is None else whole(gradient)
+        kept: dict[str, Tensor | None] = {"labels": batch.labels, "image": batch.image}
+        for what, said in (("own", item.own), ("independent", item.independent)):
+            kept[what] = None if said is None else whole(said)
         kept |= _flat("x", batch.inputs)
         for key, gradients in item.received.items():
             kept |= _flat(f"received.{key}", gradients)
