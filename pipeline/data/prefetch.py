@@ -93,7 +93,10 @@ def on_device(
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """``tensor`` on ``device``; from pinned memory if that is a GPU, so that the copy runs beside computing."""
+    """``tensor`` on ``device``, for the current stream; to a GPU from pinned memory, so that the copy runs beside
+    computing."""
     if device.type == "cuda" and not tensor.is_cuda:
         return tensor.pin_memory().to(device, non_blocking=True)
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream(device))  # whoever made it may let go of it at once
     return tensor.to(device)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.base.errors import PeerLost, WireError
+from pipeline.edges.credit import Payload
 from pipeline.edges.end import Edge
 from pipeline.edges.replay import ReplayReceiver
 from pipeline.edges.transport import Receiver, Sender
@@ -81,6 +82,7 @@ def connect(
 
     Before any group exists each edge's two descriptions are compared; WireError names both sides. Groups are
     made and warmed up in one order on all ranks: down 0->1, up 1->0 (gradients, then weights), down 1->2, ... With
+    another ``backend`` than gloo an edge has two, see :mod:`pipeline.edges.credit`. With
     ``ring`` > 0 activations are received into a replay ring (see :class:`ReplayReceiver`). ``activation_slots``,
     ``gradient_slots`` and ``weights_slots`` are receives that this rank posts at a time; it tells those who send to it.
     Raises DeadlineExceeded, PeerLost.
@@ -102,19 +104,21 @@ def connect(
         for label, source, target in _edges_between(upper):
             if everyone[source][f"{label}_out"] is None:
                 continue
-            # gloo: bounds the connection only, waits pass FOREVER. NCCL: the watchdog would kill a
-            # posted-ahead receive.
-            timeout = timedelta(seconds=team.deadline_s) if backend == "gloo" else FOREVER
-            group = dist.new_group([source, target], timeout=timeout, backend=backend)
+            # The deadline bounds the connection only, waits pass FOREVER. NCCL: of a transfer whose peer has stopped
+            # the watchdog would end the process before our line, or while the peer is only slow.
+            group = dist.new_group([source, target], timedelta(seconds=team.deadline_s), "gloo")
+            payloads = dist.new_group([source, target], FOREVER, backend) if backend != "gloo" else None
             if rank not in (source, target):
                 continue
             assert isinstance(group, dist.ProcessGroup)
-            _warm_up(group, rank, source, target, device if backend != "gloo" else torch.device("cpu"))
+            peer = target if rank == source else source
+            payload = Payload(payloads, peer, device) if isinstance(payloads, dist.ProcessGroup) else None
+            _warm_up(group, payload, rank, peer, rank == source, device)
             if rank == source:
-                edge = Edge(team, group, target, getattr(specs, f"{label}_out"), device, label)
-                setattr(edges, f"{label}_out", Sender(edge, depth, everyone[target]["slots"][label]))
+                edge = Edge(team, group, peer, getattr(specs, f"{label}_out"), device, label, payload)
+                setattr(edges, f"{label}_out", Sender(edge, depth, everyone[peer]["slots"][label]))
             else:
-                edge = Edge(team, group, source, getattr(specs, f"{label}_in"), device, label)
+                edge = Edge(team, group, peer, getattr(specs, f"{label}_in"), device, label, payload)
                 posted = slots[label]
                 end = ReplayReceiver(edge, posted, ring, max_uses) if ring else Receiver(edge, posted)
                 setattr(edges, f"{label}_in", end)
@@ -126,14 +130,14 @@ def _edges_between(upper: int) -> tuple[tuple[str, int, int], ...]:
     return ("activation", upper, upper + 1), ("gradient", upper + 1, upper), ("weights", upper + 1, upper)
 
 
-def _warm_up(group: dist.ProcessGroup, rank: int, source: int, target: int, device: torch.device) -> None:
-    """One element each way of the edge: a lazily built communicator is built now, in the common order."""
-    one = torch.zeros(1, device=device)
-    peer = target if rank == source else source
+def _warm_up(
+    group: dist.ProcessGroup, payload: Payload | None, rank: int, peer: int, sends: bool, device: torch.device
+) -> None:
+    """One element over the edge: a lazily built communicator is built now, in the common order."""
     try:
-        if rank == source:
-            dist.send(one, target, group=group)
-        else:
-            dist.recv(one, source, group=group)
+        transfer = dist.send if sends else dist.recv
+        transfer(torch.zeros(1), peer, group=group)
+        if payload is not None:
+            (payload.send if sends else payload.receive)(torch.empty(1, dtype=torch.uint8, device=device))
     except RuntimeError as exc:
         raise PeerLost(peer, f"rank {rank} was connecting to rank {peer} when it failed ({exc})") from exc

@@ -12,8 +12,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from pipeline.base.errors import DeadlineExceeded, PeerLost
-from pipeline.edges.wire import MessageSpec
+from pipeline.base.errors import DeadlineExceeded, LocalpipeError, PeerLost
+from pipeline.edges.credit import Gate, Payload
+from pipeline.edges.wire import MessageSpec, Slot
 from pipeline.ranks.team import Team
 
 T = TypeVar("T")
@@ -25,11 +26,12 @@ class Edge:
 
     Attributes:
         team: this rank among all.
-        group: of the two ranks alone.
+        group: of the two ranks alone, gloo.
         peer: the other rank.
         spec: of its messages.
         device: where this rank packs or unpacks them.
         label: what flows, for messages: "activation", "gradient" or "weights".
+        payload: carries what is not the header, see :mod:`pipeline.edges.credit`; None: the group carries all.
     """
 
     team: Team
@@ -38,12 +40,11 @@ class Edge:
     spec: MessageSpec
     device: torch.device
     label: str
+    payload: Payload | None = None
 
 
 class End:
     """One end of an edge, not yet a sending or a receiving one."""
-
-    _thread: threading.Thread
 
     def __init__(self, edge: Edge) -> None:
         self.wait_s = 0.0
@@ -53,13 +54,51 @@ class End:
         self._peer = edge.peer
         self._device = edge.device
         self._label = edge.label
-        self._gloo = dist.get_backend(edge.group) == "gloo"
+        self._payload = edge.payload
         self._fingerprint = edge.spec.fingerprint()
+        name = f"{self._label}-{self._peer}"
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        cuda = edge.device.type == "cuda"
+        self._copies = torch.cuda.Stream(edge.device) if cuda and edge.payload is None else None
+        beside = cuda or edge.payload is not None
+        self._gate = Gate(f"{name}-gate", self._bind_device, self._gate_failed) if beside else None
 
-    def _start(self, loop: str) -> threading.Thread:
-        thread = threading.Thread(target=getattr(self, loop), name=f"{self._label}-{self._peer}", daemon=True)
-        thread.start()
-        return thread
+    def _start(self) -> None:
+        """Start the threads, once everything that they use is there."""
+        self._thread.start()
+        if self._gate is not None:
+            self._gate.thread.start()
+
+    def _run(self) -> None:
+        self._bind_device()
+        self._loop()
+        if self._gate is not None:
+            self._gate.close()
+
+    def _loop(self) -> None:
+        """What the thread of this end does."""
+        raise NotImplementedError
+
+    def _gate_failed(self, error: Exception) -> None:
+        """A message, or a receive, could not be posted (gate's thread)."""
+        if not isinstance(error, PeerLost):  # the peer has nothing to do with it
+            where = f"the {self._label} edge to rank {self._peer}"
+            error = LocalpipeError(f"rank {self._team.rank}: the device failed behind {where} ({_first_line(error)})")
+        self._broken(error)
+
+    def _broken(self, error: Exception) -> None:
+        """Nothing more will be sent, or arrive: whoever waits in the main thread raises this. From any thread."""
+        raise NotImplementedError
+
+    def _new_slot(self) -> Slot:
+        return Slot(self.spec, self._device, self._payload is not None, self._copies)
+
+    def _after(self, ready: Callable[[], None], act: Callable[[], None]) -> None:
+        """Call ``act`` when the device has come so far that ``ready`` returns; at once where there is no device."""
+        if self._gate is None:
+            act()
+        else:
+            self._gate.after(ready, act)
 
     def _bind_device(self) -> None:
         if self._device.type == "cuda":
@@ -83,17 +122,24 @@ class End:
         return ""
 
     def _join(self, what: str, left_s: float | None = None) -> None:
-        """Wait until the thread has ended."""
+        """Wait until the threads have ended."""
+        threads = [self._thread] if self._gate is None else [self._thread, self._gate.thread]
 
         def look(seconds: float) -> None:
-            self._thread.join(seconds)
-            if self._thread.is_alive():
-                raise queue.Empty
+            for thread in threads:
+                thread.join(seconds)
+                if thread.is_alive():
+                    raise queue.Empty
 
         self._wait(look, what, left_s)
 
     def _lost(self, doing: str, cause: BaseException) -> PeerLost:
-        # gloo: "[<path of its build>] Connection closed by peer [127.0.0.1]:37112. This is typically ..."
-        text = re.sub(r"^\[[^]]*\] ", "", str(cause)).split(". ")[0].splitlines()[:1]
-        reason = "".join(text) or type(cause).__name__
+        reason = _first_line(cause)
         return PeerLost(self._peer, f"rank {self._team.rank} was {doing} when the connection was lost ({reason})")
+
+
+def _first_line(cause: BaseException) -> str:
+    """What a message quotes of it."""
+    # gloo: "[<path of its build>] Connection closed by peer [127.0.0.1]:37112. This is typically ..."
+    text = re.sub(r"^\[[^]]*\] ", "", str(cause)).split(". ")[0].splitlines()[:1]
+    return "".join(text) or type(cause).__name__

@@ -128,7 +128,7 @@ class ReplayReceiver(Receiver):
                 f"rank {self._team.rank} expected the end of epoch {epoch} from rank {self._peer}, got {got}"
             )
         header, slot = item
-        self._post(slot)
+        self._grant(slot)
         self.messages += 1
         return header
 
@@ -147,7 +147,9 @@ class ReplayReceiver(Receiver):
         """As of :class:`Receiver`; the ring's slots go back to the wire, so that the end of the stream can arrive."""
         with self._changed:
             while self._ring:
-                self._post(self._ring.popleft().slot)
+                slot = self._ring.popleft().slot
+                slot.queued()  # one may be at work still
+                self._grant(slot)
         return super().close()
 
     def _history(self) -> str:
@@ -198,4 +200,4 @@ class ReplayReceiver(Receiver):
         for entry in idle[: max(len(idle) - self._size, 0)]:
             self._ring.remove(entry)
             self.counts.skipped += entry.uses == 0
-            self._post(entry.slot)
+            self._grant(entry.slot)

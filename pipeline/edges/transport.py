@@ -8,7 +8,7 @@ Why threads: a gloo ``Work`` completes only inside ``wait()``, and a ``wait()`` 
 for ever. So daemon threads wait in C++ without limit, and the main thread waits on a Python queue with a
 deadline: it stays interruptible, and a late peer costs an error message and not the connection. Receives are
 posted ahead, so the two directions cannot dead-lock. gloo does not notice a peer killed in mid-transfer; the
-deadline covers that.
+deadline covers that. What is different where NCCL carries the fields: :mod:`pipeline.edges.credit`.
 
 All waits are those of the team: what outlasts the deadline goes on while the peer is just slow. A message that is
 already here costs nothing.
@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from pipeline.base.errors import PeerLost, WireError
 from pipeline.edges.end import Edge, End
-from pipeline.edges.wire import MAGIC, Directive, Header, MessageKind, Slot
+from pipeline.edges.wire import FOREVER, MAGIC, Directive, Header, MessageKind, Slot
 
 
 class Sender(End):
@@ -49,12 +49,12 @@ class Sender(End):
         self._in_flight: queue.SimpleQueue[tuple[dist.Work, Slot, float] | None] = queue.SimpleQueue()
         self.on_taken: Callable[[Header, float, float], None] | None = None
         self._untaken: deque[Header] = deque()
-        self._failure: PeerLost | None = None
+        self._failure: Exception | None = None
         self._finished = False
         self._depth = depth
         for _ in range(depth):
-            self._free.put(Slot(edge.spec, edge.device, self._gloo))
-        self._thread = self._start("_drain")
+            self._free.put(self._new_slot())
+        self._start()
 
     def send(self, header: Header, **tensors: torch.Tensor) -> None:
         """Copy ``tensors``, (header.rows, *shape_per_row) by field name, into a free slot; start sending it.
@@ -70,7 +70,7 @@ class Sender(End):
         finally:
             self.wait_s += time.monotonic() - start
         slot.pack(self._words(header, tensors), header.rows, tensors)
-        self._post(slot, header)
+        self._queue(slot, header)
         self._sequence += 1
 
     def flush(self) -> None:
@@ -83,11 +83,11 @@ class Sender(End):
         """Announce the end of the stream: one DONE per receive of the peer; does not wait for it."""
         self.flush()
         header = Header(MessageKind.DONE, 0, 0, 0)
-        slot = Slot(self.spec, self._device, self._gloo)
+        slot = self._new_slot()
         slot.pack(self._words(header, {}), 0, {})
         for _ in range(self._peer_slots):
-            self._post(slot, header)
-        self._in_flight.put(None)
+            self._queue(slot, header)
+        self._after(slot.leave, lambda: self._in_flight.put(None))
         self._finished = True
 
     def close(self) -> None:
@@ -124,8 +124,13 @@ class Sender(End):
         present = sum(1 << bit for bit, field in enumerate(self.spec.fields) if field.name in tensors)
         return [MAGIC, self._fingerprint, self._sequence, present, *vars(header).values()]
 
-    def _post(self, slot: Slot, header: Header) -> None:
+    def _queue(self, slot: Slot, header: Header) -> None:
         self._untaken.append(header)
+        self._after(slot.leave, lambda: self._post(slot, header))
+        if header.kind in (MessageKind.TRAIN, MessageKind.GRADIENT, MessageKind.WEIGHTS):
+            self.bytes_sent += self.spec.nbytes
+
+    def _post(self, slot: Slot, header: Header) -> None:
         try:
             work = dist.isend(slot.wire, self._peer, group=self._group)
         except RuntimeError as exc:
@@ -133,8 +138,6 @@ class Sender(End):
         assert work is not None  # this rank is in the group
         # The queue keeps the Work alive: a Work that is garbage-collected is never delivered.
         self._in_flight.put((work, slot, time.perf_counter()))
-        if header.kind in (MessageKind.TRAIN, MessageKind.GRADIENT, MessageKind.WEIGHTS):
-            self.bytes_sent += self.spec.nbytes
 
     def _take_free(self, left_s: float | None = None) -> Slot:
         try:
@@ -150,17 +153,20 @@ class Sender(End):
             )
         return slot
 
-    def _drain(self) -> None:
-        self._bind_device()
+    def _broken(self, error: Exception) -> None:
+        self._failure = error
+        self._free.put(None)
+
+    def _loop(self) -> None:
         while (item := self._in_flight.get()) is not None:
             work, slot, posted_s = item
             try:
-                slot.finish(work)
+                work.wait(FOREVER)
+                if self._payload is not None and slot.has_fields():
+                    self._payload.send(slot.payload)
             except RuntimeError as exc:
-                self._failure = self._lost(
-                    f"waiting for rank {self._peer} to take the {self._label} of {self._untaken[0]}", exc
-                )
-                self._free.put(None)
+                what = f"waiting for rank {self._peer} to take the {self._label} of {self._untaken[0]}"
+                self._broken(self._lost(what, exc))
                 return
             header = self._untaken.popleft()
             if self.on_taken is not None:
@@ -180,7 +186,7 @@ class Received:
 
     def release(self) -> None:
         """Give the slot back to the wire. On CUDA: reads on other streams must be ordered before this one."""
-        self._receiver._release(self._slot)
+        self._receiver._give_back(self._slot)
 
 
 class Receiver(End):
@@ -200,8 +206,8 @@ class Receiver(End):
         self._last_time = 0.0
         self._ended: Exception | None = None
         for _ in range(slots):
-            self._post(Slot(edge.spec, edge.device, self._gloo))
-        self._thread = self._start("_listen")
+            self._grant(self._new_slot())
+        self._start()
 
     def take(self, expected_kind: MessageKind, epoch: int, step: int, micro_batch: int, key: int = 0) -> Received:
         """Return the next message, which must be the one named here.
@@ -239,7 +245,7 @@ class Receiver(End):
         """Drain the stream, release all slots and end the thread; return how many messages nobody took."""
         unread = 0
         for slot in list(self._held):
-            self._release(slot)
+            self._give_back(slot)
         end = time.monotonic() + self._team.deadline_s
         doing = f"for rank {self._peer} to end its {self._label} stream"
         while self._ended is None:
@@ -247,7 +253,7 @@ class Receiver(End):
             if item is None:
                 break
             unread += 1
-            self._post(item[1])
+            self._grant(item[1])
         self._join(doing, end - time.monotonic())
         return unread
 
@@ -267,8 +273,11 @@ class Receiver(End):
         age = f", {time.monotonic() - self._last_time:.1f} s ago" if self.messages else ""
         return f"; last message: {self._last}{age}"
 
+    def _grant(self, slot: Slot) -> None:
+        """Let the peer send one more message, into ``slot``. From any thread."""
+        self._after(slot.settle, lambda: self._post(slot))
+
     def _post(self, slot: Slot) -> None:
-        slot.before_reuse()
         try:
             work = dist.irecv(slot.wire, self._peer, group=self._group)
         except RuntimeError as exc:
@@ -276,24 +285,32 @@ class Receiver(End):
         assert work is not None  # this rank is in the group
         self._posted.put((work, slot))
 
+    def _give_back(self, slot: Slot) -> None:
+        """Whatever reads ``slot`` is queued on the current stream: it may be filled again after that."""
+        slot.queued()
+        self._release(slot)
+
     def _release(self, slot: Slot) -> None:
         self._held.remove(slot)  # KeyError: released twice
-        self._post(slot)
+        self._grant(slot)
 
-    def _listen(self) -> None:
-        self._bind_device()
+    def _loop(self) -> None:
         arrived = goodbyes = 0
         try:
             while goodbyes < self._slots:
                 work, slot = self._posted.get()
-                header = self._validate(slot.finish(work), arrived)
+                work.wait(FOREVER)
+                header = self._validate(slot.words.tolist(), arrived)
                 if header.kind is MessageKind.DONE:
                     goodbyes += 1
                     if goodbyes == 1:
                         self._ready.put(None)
-                else:
-                    arrived += 1
-                    self._arrived(header, slot)
+                    continue
+                arrived += 1
+                if self._payload is not None and slot.has_fields():
+                    self._payload.receive(slot.payload)
+                slot.arrive()
+                self._arrived(header, slot)
         except (RuntimeError, WireError, PeerLost) as exc:
             self._broken(exc)
 
@@ -302,7 +319,6 @@ class Receiver(End):
         self._ready.put((header, slot))
 
     def _broken(self, error: Exception) -> None:
-        """Nothing more will arrive (listening thread)."""
         self._ready.put(error)
 
     def _validate(self, words: list[int], sequence: int) -> Header:

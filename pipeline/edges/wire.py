@@ -9,8 +9,11 @@ Lengths: one int64 word for every axis that varies from message to message, padd
 shorter message fills its fields from their start, without gaps: a tensor has the same strides, and so the same bits
 follow from it, whether or not it has crossed an edge.
 
-Where the bytes live: CPU or NCCL - the buffer the fields are views of is the buffer on the wire. CUDA over
-gloo (ranks sharing a GPU) - the wire buffer is pinned host memory and each slot has a twin on the device.
+Where the bytes live (:class:`Slot`):
+
+    CPU                     wire, gloo:  | header | fields |     the fields are views of it
+    ranks sharing a GPU     wire, gloo:  | header | fields |     pinned host memory, with a twin on the device
+    NCCL                    wire, gloo:  | header |              payload, NCCL: | fields |, on the device
 """
 
 from __future__ import annotations
@@ -22,7 +25,6 @@ from datetime import timedelta
 from enum import IntEnum
 
 import torch
-import torch.distributed as dist
 
 from pipeline.base.errors import WireError
 
@@ -193,65 +195,83 @@ def _aligned(nbytes: int) -> int:
 
 
 class Slot:
-    """One preallocated message: bytes on the wire, fields on the compute device, header words on the host."""
+    """One preallocated message: header on the host, fields on the compute device.
 
-    def __init__(self, spec: MessageSpec, device: torch.device, gloo: bool) -> None:
-        cuda = device.type == "cuda"
-        self.staged = cuda and gloo
-        self.on_device = cuda and not gloo  # NCCL: the wire buffer itself is on the device
-        wire_device = torch.device("cpu") if gloo else device
-        self.wire = torch.zeros(spec.nbytes, dtype=torch.uint8, device=wire_device, pin_memory=self.staged)
-        self.local = torch.zeros_like(self.wire, device=device) if self.staged else self.wire
-        self._spec = spec
-        self._flat = spec.flat(self.local)
-        self._views = spec.views(self.local)
+    The main thread queues work of the device on the fields and never waits for it: a thread beside it does, before
+    anything else may touch them.
+
+    Args:
+        spec: of the message.
+        device: of the fields.
+        split: the header travels alone, the fields as a payload.
+        copies: ranks that share a GPU: on which stream the fields go between device and host, for the thread beside.
+
+    Attributes:
+        wire: what gloo carries, uint8 on the host.
+        payload: where it carries no fields, those, uint8 on ``device``.
+        words: the header, int64, a view of ``wire``.
+    """
+
+    def __init__(self, spec: MessageSpec, device: torch.device, split: bool, copies: torch.cuda.Stream | None) -> None:
+        staged = copies is not None
+        nbytes = spec.header_bytes if split else spec.nbytes
+        self.wire = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=staged)
         self.words = self.wire[: spec.header_bytes].view(torch.int64)
-        self.host_words = (
-            torch.zeros(len(self.words), dtype=torch.int64, pin_memory=True) if self.on_device else self.words
-        )
-        self.copied = torch.cuda.Event() if self.staged else None
-        self.side = torch.cuda.Stream(device) if self.on_device else None
+        local = torch.zeros(spec.nbytes, dtype=torch.uint8, device=device) if split or staged else self.wire
+        self.payload = local[spec.header_bytes :]
+        self._spec = spec
+        self._flat = spec.flat(local)
+        self._views = spec.views(local)
+        self._used = torch.cuda.Event(blocking=True) if device.type == "cuda" else None
+        self._copies = copies
+        self.queued()
 
     @torch.no_grad()
     def pack(self, words: Sequence[int], rows: int, tensors: dict[str, torch.Tensor]) -> None:
-        """Fill header and fields. Returns once a following isend reads the right bytes."""
+        """Fill header and fields; call :meth:`leave` before it is sent."""
         lengths = self._spec.lengths(tensors)
         for name, view in self._at(rows, tensors.keys(), lengths).items():
             view.copy_(tensors[name])
-        if self.copied is not None:
-            fields = slice(self._spec.header_bytes, None)
-            self.wire[fields].copy_(self.local[fields], non_blocking=True)
-            self.copied.record()
-            self.copied.synchronize()  # gloo's thread reads host memory and knows no CUDA stream
         header = [*words, *[0] * (WORDS - len(words)), *lengths]
-        self.host_words[: len(header)].copy_(torch.tensor(header))
-        if self.on_device:
-            self.words.copy_(self.host_words, non_blocking=True)  # isend waits for this stream: no host wait
+        self.words[: len(header)].copy_(torch.tensor(header))
+        self.queued()
 
-    def finish(self, work: dist.Work) -> list[int]:
-        """Block this (daemon) thread until the transfer is over; return the header words.
+    def queued(self) -> None:
+        """All that is to touch the fields is queued on the current stream."""
+        if self._used is not None:
+            self._used.record()
 
-        NCCL: ``work.wait()`` only orders this thread's side stream after the transfer, so that stream is
-        synchronised here; afterwards the main thread may use the buffer on any stream.
-        """
-        if self.side is None:
-            work.wait(FOREVER)
-        else:
-            with torch.cuda.stream(self.side):
-                work.wait()
-                self.host_words.copy_(self.words, non_blocking=True)
-                self.side.synchronize()
-        return self.host_words.tolist()
+    def settle(self) -> None:
+        """Block this thread until the device is through with what was :meth:`queued`."""
+        if self._used is not None:
+            self._used.synchronize()
+
+    def leave(self) -> None:
+        """:meth:`settle`, then block until the bytes are where they are sent from."""
+        self.settle()
+        self._stage(to_wire=True)
+
+    def arrive(self) -> None:
+        """Of a message that has come: block this thread until its fields are where every stream may read them."""
+        self._stage(to_wire=False)
+
+    def has_fields(self) -> bool:
+        """Whether the message carries any."""
+        return int(self.words[3]) != 0
 
     def unpack(self, rows: int) -> dict[str, torch.Tensor]:
-        """Views of the first ``rows`` rows of the fields present, on the compute device's current stream."""
-        present = int(self.host_words[3])
-        if self.copied is not None:
-            fields = slice(self._spec.header_bytes, None)
-            self.local[fields].copy_(self.wire[fields], non_blocking=True)
-            self.copied.record()
+        """Views of the first ``rows`` rows of the fields present."""
+        present = int(self.words[3])
         names = {field.name for bit, field in enumerate(self._spec.fields) if present >> bit & 1}
-        return self._at(rows, names, self.host_words[WORDS:].tolist())
+        return self._at(rows, names, self.words[WORDS:].tolist())
+
+    def _stage(self, to_wire: bool) -> None:
+        """Ranks that share a GPU: copy the fields between device and host, beside what the main thread computes."""
+        if self._copies is not None and self.has_fields():
+            there, here = self.wire[self._spec.header_bytes :], self.payload
+            with torch.cuda.stream(self._copies):
+                (there if to_wire else here).copy_(here if to_wire else there, non_blocking=True)
+            self._copies.synchronize()  # gloo's threads know no stream
 
     def _at(self, rows: int, names: Collection[str], lengths: Sequence[int]) -> dict[str, torch.Tensor]:
         """The first ``rows`` rows of the fields ``names``, where axes that vary have ``lengths``."""
@@ -267,8 +287,3 @@ class Slot:
                 )
             start = end
         return views
-
-    def before_reuse(self) -> None:
-        """The next transfer may overwrite the wire buffer. NCCL: irecv waits for the current stream."""
-        if self.copied is not None:
-            self.copied.synchronize()

@@ -23,6 +23,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.flow import MAIN, Tensors
 from pipeline.local.local_module import LocalModule
 from pipeline.local.micro_batch import BatchKey, InFlight, MicroBatch
+from pipeline.local.to_host import to_host
 from pipeline.local.weights import State, below, live_weights, weights_of
 from pipeline.models.spread import whole
 
@@ -32,7 +33,8 @@ OPTIMISER = "optimiser."
 
 
 def module_state(module: LocalModule) -> State:
-    """Copies of all state of ``module`` between two steps, on the CPU.
+    """Copies of all state of ``module`` between two steps, on the CPU; from a GPU they are on their way, see
+    :func:`pipeline.local.to_host.to_host`.
 
     Raises:
         NonFiniteError: the last update was done with gradients that were not finite.
@@ -41,18 +43,18 @@ def module_state(module: LocalModule) -> State:
     module.guard.mend_buffers()
     state: State = {}
     for name, value in live_weights(module).items():
-        state[name] = _copy(value)
-    state |= {OPTIMISER + name: _copy(value) for name, value in module.optimiser.state()}
+        state[name] = to_host(value)
+    state |= {OPTIMISER + name: to_host(value) for name, value in module.optimiser.state()}
     losses = module.losses
     for name, total in losses.sums.items():
-        state[f"losses.{name}"] = _copy(total)
+        state[f"losses.{name}"] = to_host(total)
     state["losses.steps"] = torch.tensor(losses.steps)
     state["losses.skipped"] = torch.tensor(losses.skipped)
     for step, terms in losses.open.items():
-        state.update({f"open.{step}.{name}": _copy(total) for name, total in terms.items()})
+        state.update({f"open.{step}.{name}": to_host(total) for name, total in terms.items()})
     for step, stash in module.stashes.open.items() if module.stashes is not None else ():
         for index, weight in enumerate(stash.leaves()):
-            state[f"late.{step}.weight.{index}"] = _copy(weight)
+            state[f"late.{step}.weight.{index}"] = to_host(weight)
         for index, gradient in enumerate(stash.head_gradients):
             if gradient is not None:
                 _put(state, f"late.{step}.head_gradient.{index}", gradient)
@@ -161,16 +163,10 @@ def _named(prefix: str, item: State) -> Tensors:
     }
 
 
-def _copy(value: Tensor) -> Tensor:
-    """A copy that later steps do not change."""
-    return value.detach().to("cpu", copy=True)
-
-
 def _put(state: State, name: str, value: Tensor) -> None:
-    copied = _copy(value)
-    if copied.dim() == 4:
-        state[name + STRIDES] = torch.tensor(copied.stride())
-    state[name] = copied.contiguous()
+    if value.dim() == 4:
+        state[name + STRIDES] = torch.tensor(torch.empty_like(value, device="meta").stride())
+    state[name] = to_host(value.detach().contiguous())
 
 
 def _get(state: State, name: str, device: torch.device) -> Tensor:

@@ -129,9 +129,9 @@ class Task(ABC):
             ConfigError: there is none for such features.
         """
 
-    def total_loss(self, output: Tensor, target: Tensor) -> float:
-        """The loss of a test batch, summed over its rows."""
-        return float(self.loss(output, target)) * len(target)
+    def total_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        """The loss of a test batch, summed over its rows: a scalar of float64, on their device."""
+        return self.loss(output, target).double() * len(target)
 
 
 class Classification(Task):
@@ -152,8 +152,8 @@ class Classification(Task):
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         return losses.cross_entropy(output, target)
 
-    def total_loss(self, output: Tensor, target: Tensor) -> float:
-        return float(F.cross_entropy(output.float(), target, reduction="sum"))
+    def total_loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output.float(), target, reduction="sum").double()
 
     def head(self, shape: FeatureShape, pooled: Callable[[FeatureShape], nn.Sequential] | None = None) -> AuxiliaryHead:
         build = pooled or (lambda size: xcyf(size, self.classes, "0c1f", 0, 1))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pipeline.base.errors import ConfigError
 from pipeline.base.flow import Tensors
 from pipeline.local.roles import ModulePlan
+from pipeline.local.to_host import to_host
 
 Shapes = Mapping[str, tuple[int, ...]]
 PREFIX, DECLARED = "upstream.", "upstream.declared"
@@ -127,10 +128,10 @@ class Mailbox:
         return weights.named
 
     def state(self) -> Tensors:
-        """What a checkpoint keeps, on the CPU."""
+        """What a checkpoint keeps, on the CPU or on its way there."""
         state = {DECLARED: torch.tensor([self.declared.every, self.declared.lag])}
         for step, weights in self.waiting.items():
-            state[f"{PREFIX}{step}"] = weights.flat.to("cpu", copy=True)
+            state[f"{PREFIX}{step}"] = to_host(weights.flat)
         return state
 
     def restore(self, state: Tensors) -> None:

@@ -36,7 +36,7 @@ class Stopwatch(Watch):
     def seconds(self) -> dict[Kind, float]:
         """By kind; where a kind ran several times (relays of several messages), the mean."""
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
         found: dict[Kind, list[float]] = defaultdict(list)
         for kind, start, end in self._laps:
             found[kind].append(end - start if isinstance(start, float) else start.elapsed_time(end) / 1e3)

@@ -30,6 +30,7 @@ from pipeline.edges.wire import Directive
 from pipeline.local.module_state import BUSY, module_state
 from pipeline.local.optimiser import learning_rate
 from pipeline.local.task import Classification, task_name
+from pipeline.local.to_host import arrival
 from pipeline.plan.assembly import Plan, write_plan
 from pipeline.ranks.runtime import Runtime
 from pipeline.report.loggers import Loggers
@@ -109,8 +110,8 @@ class Loop:
             if self.step < end:
                 self._save(epoch, run.stage.late_since(self.step))
                 return Directive.STOP
-            if run.runtime.device.type == "cuda":  # the only time that an epoch waits for the device
-                torch.cuda.synchronize()
+            if run.runtime.device.type == "cuda":  # the only time that an epoch waits for its own work
+                torch.cuda.current_stream().synchronize()  # not for the device: a message may be under way
             wall_s, wait_s = time.monotonic() - self._epoch_began, run.stage.wait_since_epoch()
             if directive is not Directive.STOP and (epoch % settings.evaluate_every == 0 or epoch == self.epochs):
                 directive = max(directive, self._test(epoch))
@@ -210,7 +211,7 @@ class Loop:
             )
             document = self._document(epoch, position)
             run.orders.saved()
-        run.saver.save(self.step, states, document)
+        run.saver.save(self.step, states, document, arrival(run.runtime.device))
         self._warn()
 
     def _document(self, epoch: int, position: Position) -> Document:

@@ -136,7 +136,7 @@ class Telemetry:
             test_metrics={
                 name: value for (*where, name), value in measured.items() if where == [index_of_last, "final"]
             },
-            test_loss_sum=counters.test_loss_sum,
+            test_loss_sum=float(counters.test_loss_sum),
         )
         self._team.set(Key.EPOCH(epoch=epoch, rank=self._team.rank), json.dumps(dataclasses.asdict(report)))
 

@@ -10,8 +10,8 @@ from torch import Tensor
 @dataclass
 class Counters:
     """Sums since the last :meth:`pipeline.stage.stage.Stage.take_counters`. Seconds of host time; ``statistics``
-    of the task's metrics by (module, level, metric); ``reused``, ``skipped`` and ``held_back`` as in
-    :class:`pipeline.edges.replay.ReplayCounts`."""
+    of the task's metrics by (module, level, metric) and ``test_loss_sum`` stay on the device; ``reused``,
+    ``skipped`` and ``held_back`` as in :class:`pipeline.edges.replay.ReplayCounts`."""
 
     busy_s: dict[int, float] = field(default_factory=dict)
     queue_depth_sum: int = 0
@@ -19,7 +19,7 @@ class Counters:
     steps: int = 0
     images: int = 0
     tested: int = 0
-    test_loss_sum: float = 0.0
+    test_loss_sum: Tensor | float = 0.0
     statistics: dict[tuple[int, str, str], Tensor] = field(default_factory=dict)
     reused: int = 0
     skipped: int = 0

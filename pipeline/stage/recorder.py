@@ -71,9 +71,9 @@ class Recorder:
             self._sent.append(Event(self._rank, SEND, module, header.micro_batch, header.step, start, end))
 
     def events(self) -> list[Event]:
-        """Everything so far, in order of time; on a GPU this waits for the device."""
+        """Everything so far, in order of time; on a GPU this waits for what the stream has been given."""
         if self._cuda:
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
         found: list[Event] = []
         for actions, step, *marks, blocked_s in self._marks:
             arrived, started, ended = (self._seconds(mark) for mark in marks)

@@ -73,10 +73,17 @@ class Saver:
         self._awaited: int | None = None  # a rank that has not come to this save yet
         self._step = 0
 
-    def save(self, step: int, states: dict[int, dict[str, Tensor]], document: Document | None) -> None:
+    def save(
+        self,
+        step: int,
+        states: dict[int, dict[str, Tensor]],
+        document: Document | None,
+        arrival: Callable[[], None] = lambda: None,
+    ) -> None:
         """Begin to write ``states`` (by module; copies that nobody changes) as the checkpoint of ``step``.
 
-        ``document`` is given on rank 0. Waits until this rank's last save is done; meanwhile there are two copies.
+        ``document`` is given on rank 0. The thread reads ``states`` once ``arrival`` has returned. Waits until this
+        rank's last save is done; meanwhile there are two copies.
 
         Raises:
             DeadlineExceeded: that save does not get on.
@@ -84,7 +91,8 @@ class Saver:
         self.join()
         self._error = None
         self._step, self._awaited = step, None
-        self._thread = threading.Thread(target=self._write, args=(step, states, document), name="saver", daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(step, states, document, arrival), name="saver")
+        self._thread.daemon = True
         self._thread.start()
 
     def join(self) -> None:
@@ -122,10 +130,13 @@ class Saver:
             taken.append(self._notes.pop(0))
         return taken
 
-    def _write(self, step: int, states: dict[int, dict[str, Tensor]], document: Document | None) -> None:
+    def _write(
+        self, step: int, states: dict[int, dict[str, Tensor]], document: Document | None, arrival: Callable[[], None]
+    ) -> None:
         """The thread."""
         outcome: dict[str, Any]
         try:
+            arrival()
             files: Files = {}
             for index, state in states.items():
                 self._count(step)

@@ -11,6 +11,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
+import helpers_spinning as spinning
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from helpers_spawn import RankResult, run_ranks
 
 from pipeline.base.errors import ConfigError, DeadlineExceeded, PeerLost, WireError
 from pipeline.edges.connect import Edges, EdgeSpecs, connect
+from pipeline.edges.credit import Payload
 from pipeline.edges.end import Edge
 from pipeline.edges.transport import Receiver, Sender
 from pipeline.edges.wire import HEADER_BYTES, FieldSpec, Header, MessageKind, MessageSpec
@@ -34,6 +36,8 @@ RICH = MessageSpec(
 )
 HANG_S = 15.0
 """Far more than any wait here takes, and less than the deadlines that nothing is to reach."""
+BACKEND = ["gloo"]
+"""What carries the fields, in the process of a rank."""
 BIG = MessageSpec((FieldSpec("activation", torch.float32, (1024, 1024)),), max_rows=6)  # 25 MB
 
 
@@ -50,13 +54,19 @@ def message(spec: MessageSpec, seed: int, rows: int) -> dict[str, torch.Tensor]:
 # -- what the two ranks do -----------------------------------------------------------------------------------
 
 
+def payload(peer: int) -> Payload | None:
+    """Of a new edge: none where gloo carries all, which is what ``all_checks`` says."""
+    group = dist.new_group([0, 1], backend=BACKEND[0])
+    assert isinstance(group, dist.ProcessGroup)
+    return None if BACKEND[0] == "gloo" else Payload(group, peer, CPU)
+
+
 def edge(rank: int, spec: MessageSpec, deadline_s: float = 20, slots: int = 2, depth: int = 2) -> Any:
     """Sender on rank 0, Receiver on rank 1."""
-    team = Team(rank, 2, deadline_s=deadline_s)
+    team, peer = Team(rank, 2, deadline_s=deadline_s), 1 - rank
     group = dist.new_group([0, 1], timeout=timedelta(seconds=1))  # far shorter than some waits below
-    if rank == 0:
-        return Sender(Edge(team, group, 1, spec, CPU, "activation"), depth, slots)
-    return Receiver(Edge(team, group, 0, spec, CPU, "activation"), slots)
+    of_rank = Edge(team, group, peer, spec, CPU, "activation", payload(peer))
+    return Sender(of_rank, depth, slots) if rank == 0 else Receiver(of_rank, slots)
 
 
 def check_round_trip(rank: int) -> Any:
@@ -163,11 +173,13 @@ def check_wrong_step(rank: int) -> Any:
 
 def check_foreign_bytes(rank: int) -> Any:
     group = dist.new_group([0, 1])
+    nbytes = SMALL.nbytes if BACKEND[0] == "gloo" else SMALL.header_bytes
+    by_device = payload(1 - rank)
     if rank == 0:
-        dist.send(torch.ones(SMALL.nbytes, dtype=torch.uint8), 1, group=group)
+        dist.send(torch.ones(nbytes, dtype=torch.uint8), 1, group=group)
         dist.barrier()
         return None
-    end = Receiver(Edge(Team(rank, 2, deadline_s=5.0), group, 0, SMALL, CPU, "activation"), 1)
+    end = Receiver(Edge(Team(rank, 2, deadline_s=5.0), group, 0, SMALL, CPU, "activation", by_device), 1)
     try:
         end.take(MessageKind.TRAIN, 0, 0, 0)
     except WireError as exc:
@@ -178,8 +190,9 @@ def check_foreign_bytes(rank: int) -> Any:
 def check_both_directions(rank: int) -> Any:
     down, up = dist.new_group([0, 1]), dist.new_group([0, 1])
     peer, team = 1 - rank, Team(rank, 2, deadline_s=20.0)
-    sender = Sender(Edge(team, down if rank == 0 else up, peer, BIG, CPU, "activation"), 1, 2)
-    receiver = Receiver(Edge(team, up if rank == 0 else down, peer, BIG, CPU, "activation"), 2)
+    payloads = payload(peer), payload(peer)  # down, up
+    sender = Sender(Edge(team, down if rank == 0 else up, peer, BIG, CPU, "activation", payloads[rank]), 1, 2)
+    receiver = Receiver(Edge(team, up if rank == 0 else down, peer, BIG, CPU, "activation", payloads[peer]), 2)
     tensor = torch.full((6, 1024, 1024), float(rank))
     right = True
     for step in range(5):
@@ -218,20 +231,23 @@ CHECKS = {
 }
 
 
-def all_checks(rank: int) -> dict[str, Any]:
+def all_checks(rank: int, backend: str) -> dict[str, Any]:
     start_group(rank, 2)
+    spinning.register()
+    BACKEND[0] = backend
     results = {}
     for name, check in CHECKS.items():
         results[name] = check(rank)
         dist.barrier()
-    results["threads"] = [t.name for t in threading.enumerate() if t is not threading.main_thread()]
+    results["threads"] = spinning.threads()
     dist.destroy_process_group()
     return results
 
 
-@pytest.fixture(scope="module")
-def pair() -> list[RankResult]:
-    return run_ranks(all_checks, 2, timeout_s=60)
+@pytest.fixture(scope="module", params=["gloo", spinning.SPINNING])
+def pair(request: pytest.FixtureRequest) -> list[RankResult]:
+    """Where gloo carries all, and where a device carries the fields."""
+    return run_ranks(all_checks, 2, request.param, timeout_s=60)
 
 
 # -- one start, many checks ----------------------------------------------------------------------------------
@@ -380,13 +396,14 @@ def test_agreement_and_chain() -> None:
 # -- a dead peer ---------------------------------------------------------------------------------------------
 
 
-def lose_a_peer(rank: int) -> Any:
+def lose_a_peer(rank: int, backend: str) -> Any:
     """Rank 1 is killed while rank 0 waits to be rid of a message and rank 2 waits for one."""
     store = start_group(rank, 3)
+    spinning.register()
     specs = chain_specs(rank, 3, 4)
     team = Team(rank, 3, store, deadline_s=10.0)
     options = {"activation_slots": 1, "gradient_slots": 1, "depth": 1}
-    edges = connect(team, specs, device=CPU, backend="gloo", **options)
+    edges = connect(team, specs, device=CPU, backend=backend, **options)
     dist.barrier()
     if rank == 1:
         time.sleep(0.3)
@@ -406,8 +423,9 @@ def lose_a_peer(rank: int) -> Any:
             time.sleep(0.02)
 
 
-def test_killed_peer_is_noticed_fast() -> None:
-    ranks = run_ranks(lose_a_peer, 3)
+@pytest.mark.parametrize("backend", ["gloo", spinning.SPINNING])
+def test_killed_peer_is_noticed_fast(backend: str) -> None:
+    ranks = run_ranks(lose_a_peer, 3, backend)
     assert ranks[1].exit_code == -signal.SIGKILL
     for rank, words in (
         (0, "to take the activation of epoch 0 step 1"),

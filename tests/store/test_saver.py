@@ -16,6 +16,7 @@ from pipeline.base.config import CheckpointConfig
 from pipeline.ranks.keys import Key
 from pipeline.ranks.team import Team
 from pipeline.run.telemetry import Telemetry
+from pipeline.store import checkpoint
 from pipeline.store.saver import Document, Saver
 
 DEADLINE_S = 0.2
@@ -99,3 +100,18 @@ def test_what_the_savers_thread_waits_for_is_not_what_the_rank_waits_for(tmp_pat
     assert [len(reports) for reports in collected] == [2]
     assert [thread.name for thread in peer.asked] == ["saver", "saver"]
     assert set(peer.told) == {threading.main_thread()}
+
+
+def test_states_are_written_once_they_have_arrived_and_not_by_the_main_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver, _ = saver_of(Peer([SAVED]), tmp_path)
+    done: list[tuple[str, bool]] = []
+
+    def note(what: str) -> None:
+        done.append((what, threading.current_thread() is threading.main_thread()))
+
+    monkeypatch.setattr(checkpoint, "write_module", lambda *arguments: note("written") or {})
+    saver.save(STEP, {0: {}}, Document("", lambda: ({}, [])), lambda: note("arrived"))
+    saver.join()
+    assert done == [("arrived", False), ("written", False)]
