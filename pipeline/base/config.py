@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from pipeline.base.keys import Setting, key
 
 CUTS = ("auto", "cost", "even", "equal", "hpff", "balanced", "balanced-stl10")
-METHODS = ["deinforeg", "dgl", "greedy", "infopro", "infopro-contrast", "lopt", "predsim"]  # register_method adds to it
+METHODS = ["auglocal", "deinforeg", "dgl", "greedy", "infopro", "infopro-contrast", "lopt", "predsim"]
+"""Of ``method.name``; register_method adds to it."""
 DGL_HEADS = ("mlp-sr", "mlp", "cnn", "auglocal")
 XCYF = re.compile(r"([012])c([123])f")  # heads of InfoPro: X convolutions, Y linear layers
 TUNED_LAYERS = ("batch-norm", "pointwise", "paired", "pooling", "upsampling")  # of heads, see models.tuned
@@ -70,6 +71,31 @@ class MethodConfig:
     prediction_inputs: int = key(
         512, "PredSim: features left after pooling, before the linear layer", at_least=1, at_most=2**20
     )
+    reconciliation: float = key(
+        0.0,
+        "SGR, lambda: weight of the squared distance between the gradient that a module's loss has in its input and "
+        "the one that the loss of the module before has there; 0 = none",
+        at_least=0, at_most=10**9,
+    )
+    front: str = key(
+        "none",
+        "what stands before the heads: none; man = copies of the next module's first block, one learned and one its "
+        "moving average; man++ = with a learned balance of the two",
+        choices=("none", "man", "man++"),
+    )
+    average: float = key(
+        0.995, "MAN: share of the moving average that a step keeps", at_least=0, at_most=1
+    )
+    average_every: int = key(
+        1, "MAN, n: steps from one copy of the next block's weights upstream to the next", at_least=1, at_most=10**6
+    )
+    average_lag: int = key(
+        2, "MAN: steps from an update to its use; with 2 or more nobody waits for who keeps up",
+        at_least=1, at_most=1024,
+    )
+    depth: int = key(
+        3, "AugLocal, d: copies of later blocks in the first head; later heads have fewer", at_least=1, at_most=10_000
+    )
 
 
 @dataclass(frozen=True)
@@ -81,10 +107,14 @@ class HierarchyConfig:
         at_least=1, at_most=10_000,
     )
     variant: str = key(
-        "paper", "released: the semantics of the released HPFF code, which differs", choices=("paper", "released")
+        "paper",
+        "released: the semantics of the released HPFF code, which differs; deepsup: DeepSup-BP, one head on every "
+        "module but the last, and every loss flows through the whole network",
+        choices=("paper", "released", "deepsup"),
     )
     independent_weight: float | None = key(
-        None, "level weight; default 1, or 0.001 in the released variant; 0 = no heads", at_least=0, at_most=10**6
+        None, "level weight; default 1, 0.001 in the released variant, 0 in deepsup; 0 = no heads",
+        at_least=0, at_most=10**6,
     )
     cascade_weight: float | None = key(
         None, "level weight; default 1, or 0.999 in the released variant; 0 = no heads", at_least=0, at_most=10**6

@@ -85,11 +85,17 @@ def _span(config: Config) -> tuple[int, str] | None:
     return (modules, "the largest span is K") if longer else None
 
 
+def _whole_span(config: Config) -> tuple[int, str] | None:
+    hierarchy, modules = config.hierarchy, config.model.modules
+    shorter = hierarchy.variant == "deepsup" and hierarchy.cascade_span not in (1, modules)
+    return (modules, "in deepsup every loss flows through the whole network") if shorter else None
+
+
 def _head(config: Config) -> tuple[str, str] | None:
     name, head = config.method.name, config.method.head
     valid = {
         "dgl": head in DGL_HEADS,
-        **dict.fromkeys(("deinforeg", "lopt", "predsim"), False),
+        **dict.fromkeys(("auglocal", "deinforeg", "lopt", "predsim"), False),
         **dict.fromkeys(("greedy", "infopro", "infopro-contrast"), XCYF.fullmatch(head) is not None),
     }
     return ("", f"it is no head of {name}") if head and not valid.get(name, True) else None
@@ -140,6 +146,7 @@ def _rules() -> Iterator[Rule]:
     yield Rule(("model.modules", "model.name"), "model.cuts", _cuts)
     yield Rule(("model.cuts",), "model.modules", _modules)
     yield Rule(("model.modules", "model.cuts"), "hierarchy.cascade_span", _span)
+    yield Rule(("model.modules", "hierarchy.variant"), "hierarchy.cascade_span", _whole_span)
     yield Rule(("method.name",), "method.head", _head)
     yield from (_of_schedule(*pair) for pair in (("delay", "async"), ("ring", "free"), ("max_uses", "free")))
     yield Rule(("schedule.kind",), "schedule.micro_batches", _parts)

@@ -46,14 +46,16 @@ def validate(config: Config) -> Config:
     """
     check_values(config)
     check_combinations(config)
-    released = config.hierarchy.variant == "released"
-    return with_values(
-        config,
-        {
-            "hierarchy.independent_weight": _default(config.hierarchy.independent_weight, 0.001 if released else 1.0),
-            "hierarchy.cascade_weight": _default(config.hierarchy.cascade_weight, 0.999 if released else 1.0),
-        },
-    )
+    independent, cascade = {"paper": (1.0, 1.0), "released": (0.001, 0.999), "deepsup": (0.0, 1.0)}[
+        config.hierarchy.variant
+    ]
+    values: dict[str, Any] = {
+        "hierarchy.independent_weight": _default(config.hierarchy.independent_weight, independent),
+        "hierarchy.cascade_weight": _default(config.hierarchy.cascade_weight, cascade),
+    }
+    if config.hierarchy.variant == "deepsup":
+        values["hierarchy.cascade_span"] = config.model.modules
+    return with_values(config, values)
 
 
 def value_of(config: Config, key: str) -> Any:
@@ -118,6 +120,15 @@ def check_combinations(config: Config) -> None:
             f"hierarchy.cascade_span = {config.hierarchy.cascade_span} is larger than model.modules = "
             f"{config.model.modules}; the largest span is K, which is end-to-end flow"
         )
+    if config.hierarchy.variant == "deepsup":
+        _refuse_parts_of_the_network(config)
+    if config.method.front != "none" and config.hierarchy.levels != "separate":
+        raise ConfigError(
+            f"method.front = '{config.method.front}' with hierarchy.levels = '{config.hierarchy.levels}': the heads of "
+            "either level stand behind copies of their own; use hierarchy.levels=separate"
+        )
+    if config.method.reconciliation > 0:
+        _refuse_unreconciled(config)
     if config.schedule.kind == "free":
         _refuse_free(config)
     if (config.partition.kind == "given") != bool(config.partition.stages):
@@ -133,6 +144,48 @@ def check_combinations(config: Config) -> None:
         )
     if config.optim.nesterov and config.optim.name == "sgd" and config.optim.momentum == 0:
         raise ConfigError("optim.momentum = 0 with optim.nesterov = true; set optim.nesterov=false")
+
+
+def _refuse_parts_of_the_network(config: Config) -> None:
+    """DeepSup-BP has one level, whose losses flow through everything, as the last one does."""
+    hierarchy, modules = config.hierarchy, config.model.modules
+    for name, value, whole in (
+        ("independent_weight", hierarchy.independent_weight, hierarchy.independent_weight in (None, 0.0)),
+        ("cascade_span", hierarchy.cascade_span, hierarchy.cascade_span in (1, modules)),
+        ("final_loss", hierarchy.final_loss, hierarchy.final_loss != "local"),
+    ):
+        if not whole:
+            raise ConfigError(
+                f"hierarchy.{name} = {shown(value)} with hierarchy.variant = 'deepsup', where every loss flows through "
+                "the whole network; remove it"
+            )
+    if modules > 1 and config.schedule.kind == "free":
+        raise ConfigError(
+            "hierarchy.variant = 'deepsup' with schedule.kind = 'free': its gradients flow through all modules, and "
+            "free stages train on different batches; use schedule.kind=exact"
+        )
+
+
+def _refuse_unreconciled(config: Config) -> None:
+    """SGR is for gradient-isolated modules that have a local loss, which is differentiated twice."""
+    hierarchy, where = config.hierarchy, f"method.reconciliation = {config.method.reconciliation:g}"
+    for key, value, fits in (
+        ("hierarchy.variant", hierarchy.variant, hierarchy.variant == "paper"),
+        ("hierarchy.cascade_span", hierarchy.cascade_span, hierarchy.cascade_span == 1),
+        ("hierarchy.independent_weight", hierarchy.independent_weight, hierarchy.independent_weight != 0),
+    ):
+        if not fits:
+            raise ConfigError(
+                f"{where} with {key} = {shown(value)}: it is for modules that no gradient leaves, each with a local "
+                "loss; remove one of them"
+            )
+    if config.method.name in ("infopro", "infopro-contrast"):
+        raise ConfigError(
+            f"{where} with method.name = '{config.method.name}', whose reconstruction cannot be differentiated twice; "
+            "use dgl, greedy, predsim, auglocal or deinforeg"
+        )
+    if config.precision.compile:
+        raise ConfigError(f"{where} with precision.compile = true: compiled heads cannot be differentiated twice")
 
 
 def _refuse_free(config: Config) -> None:

@@ -55,12 +55,14 @@ class HeadMemory:
         """Choose for all patched heads of ``levels``, which may work ``together``, on features of ``shape``; one patch
         where it is not known what they need."""
         available = self._available // (len(levels) if together else 1)
-        for head in (head for level in levels for _, head in level.heads()):
-            if head.grid > 1 and head.first.takes_patches(len(shape) + 1):
-                kind = f"{head} {shape} {available}"
-                if kind not in self._known:
-                    self._known[kind] = _fitting(head, shape, self._task, available)
-                head.at_once = self._known[kind]
+        for level in levels:
+            stands_on = shape if level.front is None else level.front.shape
+            for _, head in level.heads():
+                if head.grid > 1 and head.first.takes_patches(len(stands_on) + 1):
+                    kind = f"{head} {stands_on} {available}"
+                    if kind not in self._known:
+                        self._known[kind] = _fitting(head, stands_on, self._task, available)
+                    head.at_once = self._known[kind]
 
 
 def _module_bytes(blocks: Sequence[nn.Module], given: Specs) -> int:

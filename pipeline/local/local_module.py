@@ -35,6 +35,7 @@ from pipeline.local.micro_batch import BatchKey, InFlight, MicroBatch
 from pipeline.local.optimiser import Optimiser
 from pipeline.local.output_gradients import OutputGradients, summed
 from pipeline.local.roles import ModulePlan
+from pipeline.local.sgr import reconcile
 from pipeline.local.stashes import Stashes
 from pipeline.local.task import Task
 from pipeline.local.upstream import FlatWeights, Mailbox, shapes_of
@@ -107,6 +108,7 @@ class LocalModule:
         self._maps = maps
         self._shared: FlatWeights | None = None
         self._seed = config.train.seed
+        self._reconciliation = config.method.reconciliation
         parts = (*blocks.values(), *levels.values())
         for part in parts:
             numerics.place(part)
@@ -159,7 +161,7 @@ class LocalModule:
             if batchnorm.num_batches_tracked is not None:
                 batchnorm.num_batches_tracked += self.plan.evaluations - 1
         outputs = named(h)
-        kept = MicroBatch(inputs, batch.labels, batch.image, batch.scale)
+        kept = MicroBatch(inputs, batch.labels, batch.image, batch.scale, batch.local_gradient)
         self.in_flight[key] = InFlight(kept, outputs, weights, seed)
         return self._boundary(outputs)
 
@@ -175,6 +177,9 @@ class LocalModule:
     def independent(self, key: BatchKey) -> None:
         """Run the independent level: a_m."""
         item = self.in_flight[key]
+        if self.plan.reconciles:
+            self._reconcile("independent", item, key[0])
+            return
         item.independent = self._run_level("independent", item, key[0])
         if item.relayed and item.own is not None:  # no message needs it alone any more
             item.independent, item.own = summed([item.independent, item.own], used_up=True), None
@@ -182,6 +187,9 @@ class LocalModule:
     def final(self, key: BatchKey) -> None:
         """The last module's loss: that of the task on its output, which is the network's."""
         item = self.in_flight[key]
+        if self.plan.reconciles:
+            self._reconcile("final", item, key[0])
+            return
         leaf = item.outputs[MAIN].detach().requires_grad_()
         with torch.enable_grad():
             loss = self.task.loss(leaf, item.batch.labels)
@@ -214,7 +222,8 @@ class LocalModule:
         """Full backward into the parameters; frees the graph. Returns the message upstream where it is `merged`."""
         item = self.in_flight.pop(key)
         received = [item.received[message_key] for message_key in self.plan.incoming]
-        start = OutputGradients(item.outputs, [item.independent, item.own], received)
+        keep = self.plan.reconciles  # the next module may have a_m too
+        start = OutputGradients(item.outputs, [item.independent, item.own], received, keep)
         merged = self.plan.merged
         inputs = _differentiable(item.batch.inputs) if merged else {}
         leaves = [weight for weight in item.weights if weight.requires_grad] + list(inputs.values())
@@ -277,18 +286,45 @@ class LocalModule:
     ) -> dict[str, Gradient]:
         """The gradients by level; ``name`` is that of their random numbers."""
         seed_rng(stable_hash(item.rng_seed, name), self.numerics.device)
-        batch = item.batch
-        inputs = None
-        if INPUTS in self.asks:
-            maps = self._maps.inputs
-            inputs = {n: channels_first(x.detach()) if n in maps else x.detach() for n, x in batch.inputs.items()}
-        given = Given(batch.labels, batch.image if IMAGE in self.asks else None, inputs, step)
+        batch, given = item.batch, self._given(item, step)
         with self.stashes.heads_of(step) if self.stashes is not None else contextlib.nullcontext():
             found = run(self._feature(item.outputs).detach(), given, batch.scale, self.numerics.autocast)
         losses = {f"{level}.{term}": loss for level, (_, terms) in found.items() for term, loss in terms.items()}
         self.losses.add(step, losses, batch.scale)
         turned = self._maps.output
         return {level: channels_last(whole(gradient)) if turned else gradient for level, (gradient, _) in found.items()}
+
+    def _reconcile(self, name: str, item: InFlight, step: int) -> None:
+        """The loss of the level ``name``, or of the task, with SGR's: a_m, and what the next module is told."""
+        seed_rng(stable_hash(item.rng_seed, name), self.numerics.device)
+        leaf = item.outputs[MAIN].detach().requires_grad_()
+        with torch.enable_grad():
+            if name == "final":
+                loss = self.task.loss(leaf, item.batch.labels)
+                terms = {name: loss.detach()}
+            else:
+                feature, given = self._feature({MAIN: leaf}), self._given(item, step)
+                loss, found = self.levels[name].loss(feature, given, self.numerics.autocast)
+                terms = {f"{name}.{term}": value for term, value in found.items()}
+            asked = item.batch.local_gradient
+            entrance = None if asked is None else (item.batch.inputs[MAIN], asked)
+            trained = [p for p in self._trained if p.requires_grad]
+            result = reconcile(
+                loss, leaf, item.outputs[MAIN], entrance, self._reconciliation, item.batch.scale, trained
+            )
+        if result.distance is not None:
+            terms[f"{name}.reconciliation"] = result.distance
+        self.losses.add(step, terms, item.batch.scale)
+        item.independent = result.own
+        item.local_gradient = self.numerics.boundary(result.passed_on)
+
+    def _given(self, item: InFlight, step: int) -> Given:
+        """What heads see besides the feature."""
+        batch, inputs = item.batch, None
+        if INPUTS in self.asks:
+            maps = self._maps.inputs
+            inputs = {n: channels_first(x.detach()) if n in maps else x.detach() for n, x in batch.inputs.items()}
+        return Given(batch.labels, batch.image if IMAGE in self.asks else None, inputs, step)
 
     def _feature(self, outputs: Tensors) -> Tensor:
         """What heads stand on."""

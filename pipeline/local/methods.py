@@ -7,8 +7,11 @@ greedy            1 x cross-entropy of pool + linear (0c1f)
 infopro           l1 x reconstruction of the image + l2 x cross-entropy       (Wang et al. 2021)
 infopro-contrast  l1 x reconstruction of the image + l2 x supervised contrast
 predsim           b x similarity matching + (1 - b) x cross-entropy           (Nokland & Eidnes 2019)
+auglocal          1 x cross-entropy of copies of later blocks, pool + linear  (Ma et al. 2024)
 deinforeg         variance + covariance + label-invariance of a projection    (Huang et al. 2025)
 lopt              mean square of a reconstruction of the module's input       (Shi et al. 2026)
+
+With any of them: copies of the next block before the heads (MAN, see man), reconciled gradients (SGR, see sgr).
 
 For another task than classification its loss stands in place of the cross-entropy, on a head that the task brings.
 """
@@ -16,16 +19,16 @@ For another task than classification its loss stands in place of the cross-entro
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.base.config import DGL_HEADS, METHODS, Config, MethodConfig
+from pipeline.base.config import DGL_HEADS, METHODS, TUNED_LAYERS, Config, MethodConfig
 from pipeline.base.errors import ConfigError, suggest
 from pipeline.base.flow import LABEL, Tensors
-from pipeline.local import deinforeg, lopt
+from pipeline.local import auglocal, deinforeg, lopt, man
 from pipeline.local.roles import ModulePlan, lambda_position
 from pipeline.local.task import Classification, Task
 from pipeline.local.term import Term, Terms
@@ -33,7 +36,9 @@ from pipeline.local.upstream import Upstream
 from pipeline.models import heads
 from pipeline.models.backbones import initialise
 from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given
+from pipeline.models.later import LaterBlock
 from pipeline.models.layers import VectorInput
+from pipeline.models.losses import full
 from pipeline.models.patches import Autocast, PatchedHead, backward_together, patch_shape
 from pipeline.models.spread import Gradient, whole
 from pipeline.models.tuned import use_plain
@@ -66,7 +71,7 @@ def register_method(name: str, terms: Terms, upstream: Upstream | None = None) -
 
 def upstream_of(config: MethodConfig) -> Upstream | None:
     """The weights upstream that the method asks for, if any."""
-    return _UPSTREAM.get(config.name)
+    return man.declared(config) or _UPSTREAM.get(config.name)
 
 
 class Level(nn.Module):
@@ -75,10 +80,14 @@ class Level(nn.Module):
     Args:
         weight: of the whole level.
         terms: name -> (weight within the level, head).
+        front: what stands before all heads, if anything.
     """
 
-    def __init__(self, weight: float, terms: dict[str, tuple[float, PatchedHead]]) -> None:
+    def __init__(
+        self, weight: float, terms: dict[str, tuple[float, PatchedHead]], front: man.MomentumFront | None = None
+    ) -> None:
         super().__init__()
+        self.front = front
         self.terms = nn.ModuleDict({name: head for name, (_, head) in terms.items()})
         self.weights = {name: weight * term_weight for name, (term_weight, _) in terms.items()}
 
@@ -93,10 +102,24 @@ class Level(nn.Module):
 
     def receive_weights(self, weights: Tensors, step: int) -> None:
         """Tell every head the weights of the next module's first block after its update of batch ``step``."""
+        if self.front is not None:
+            self.front.receive_weights(weights)
         for _, patched in self.heads():
             for head in patched.heads:
                 assert isinstance(head, AuxiliaryHead)
                 head.receive_weights(weights, step)
+
+    def loss(
+        self, feature: Tensor, given: Given, autocast: Autocast = contextlib.nullcontext
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of the level in one graph, all heads and patches, and the un-weighted loss of every term."""
+        total, losses = feature.new_zeros((), dtype=full(feature).dtype), {}
+        with autocast():
+            feature = self._fronted(feature)
+            for name, head in self.heads():
+                loss = head.loss(feature, given)
+                total, losses[name] = total + self.weights[name] * loss, loss.detach()
+        return total, losses
 
     def backward(
         self,
@@ -110,6 +133,19 @@ class Level(nn.Module):
         Returns:
             ``scale * d(level loss)/d(feature)``, like the feature, and the un-weighted loss of every term.
         """
+        if self.front is None:
+            return self._backward_of_heads(feature, given, scale, autocast)
+        leaf = feature.detach().requires_grad_()
+        with torch.enable_grad(), autocast():
+            y = self.front(leaf)
+        gradient, losses = self._backward_of_heads(y.detach(), given, scale, autocast)
+        y.backward(whole(gradient))
+        assert leaf.grad is not None
+        return leaf.grad, losses
+
+    def _backward_of_heads(
+        self, feature: Tensor, given: Given, scale: float, autocast: Autocast
+    ) -> tuple[Gradient, dict[str, Tensor]]:
         gradient: Gradient | None = None
         losses = {}
         for name, head in self.heads():
@@ -118,8 +154,12 @@ class Level(nn.Module):
             ((gradient, losses[name]),) = backward_together([head], feature, given, weights, [before], autocast)
         return torch.zeros_like(feature) if gradient is None else gradient, losses
 
+    def _fronted(self, feature: Tensor) -> Tensor:
+        return feature if self.front is None else self.front(feature)
+
     def logits(self, feature: Tensor) -> Tensor | None:
         """Output of the first head that does the task, or None."""
+        feature = self._fronted(feature)
         for _, head in self.heads():
             scores = head.logits(feature)
             if scores is not None:
@@ -128,9 +168,17 @@ class Level(nn.Module):
 
 
 def build_level(
-    level: str, module: int, modules: int, shape: FeatureShape, task: Task, config: Config
+    level: str,
+    module: int,
+    modules: int,
+    shape: FeatureShape,
+    task: Task,
+    config: Config,
+    later: Sequence[LaterBlock] = (),
 ) -> Level:
     """The ``independent`` or ``cascade`` level of ``module`` (0-based, of ``modules``) on outputs of ``shape``.
+
+    ``later``: all blocks behind the module, where the method is one that :func:`looks_ahead`.
 
     Heads are initialised from the default RNG; the caller seeds it.
 
@@ -141,7 +189,10 @@ def build_level(
     weight = config.hierarchy.independent_weight if level == "independent" else config.hierarchy.cascade_weight
     assert weight is not None
     position = lambda_position(modules, module, level, config.hierarchy, config.model.modules)
-    terms = method_terms(config.method, task, position)
+    front = man.front(config.method, later)
+    if front is not None:
+        shape, later = front.shape, later[1:]
+    terms = method_terms(config.method, task, position, later)
     if released and level == "independent":  # the released code keeps only the classification term, with weight 1
         terms = [Term(t.name, 1.0, t.make) for t in terms if t.name in ("task", "prediction")]
     built: dict[str, tuple[float, PatchedHead]] = {}
@@ -158,9 +209,9 @@ def build_level(
         make = partial(_head_of, term, patch_shape(shape, grid))
         head = PatchedHead(make, grid, separate, at_once(config, grid))
         initialise(head)
-        use_plain(head, config.precision.plain_layers)
+        use_plain(head, TUNED_LAYERS if config.method.reconciliation > 0 else config.precision.plain_layers)
         built[term.name] = (term.weight, head)
-    return Level(weight, built)
+    return Level(weight, built, front)
 
 
 def at_once(config: Config, grid: int) -> int:
@@ -181,19 +232,34 @@ def _head_of(term: Term, shape: FeatureShape) -> AuxiliaryHead:
 
 
 def levels_of(
-    plan: ModulePlan, modules: int, shape: FeatureShape, task: Task, config: Config
+    plan: ModulePlan,
+    modules: int,
+    shape: FeatureShape,
+    task: Task,
+    config: Config,
+    later: Sequence[LaterBlock] = (),
 ) -> dict[str, Callable[[], Level]]:
     """Builders of the levels that ``plan`` gives a module, by level name; called under a seed of the module's own."""
     names = [name for name, present in (("cascade", plan.cascade), ("independent", plan.independent)) if present]
-    return {name: partial(build_level, name, plan.index, modules, shape, task, config) for name in names}
+    return {name: partial(build_level, name, plan.index, modules, shape, task, config, later) for name in names}
 
 
-def method_terms(config: MethodConfig, task: Task, position: float) -> list[Term]:
-    """The terms of the method's local loss; ``position`` in [0, 1] interpolates InfoPro's weights.
+def looks_ahead(config: MethodConfig) -> bool:
+    """Whether heads are made of copies of blocks behind their module."""
+    return config.name == "auglocal" or config.front != "none"
+
+
+def method_terms(
+    config: MethodConfig, task: Task, position: float, later: Sequence[LaterBlock] = ()
+) -> list[Term]:
+    """The terms of the method's local loss; ``position`` in [0, 1] interpolates InfoPro's weights, ``later`` are the
+    blocks behind the module.
 
     Raises:
         ConfigError: a head that the method or the task does not have.
     """
+    if config.name == "auglocal":
+        return auglocal.terms(config, task, position, later)
     elsewhere = _OWN_FILES | _REGISTERED
     if config.name in elsewhere:
         return elsewhere[config.name](config, task, position)

@@ -21,12 +21,14 @@ class MicroBatch:
         labels: int64 (b, ...), the target of the task.
         image: uint8 (b, C, H, W), where this module or a later one reconstructs it.
         scale: share of this micro-batch in the batch, b / B.
+        local_gradient: of "x", from the local loss of the module before, where a method reconciles the two (see sgr).
     """
 
     inputs: Tensors
     labels: Tensor
     image: Tensor | None
     scale: float
+    local_gradient: Tensor | None = None
 
 
 @dataclass
@@ -42,6 +44,7 @@ class InFlight:
         independent: a_m, likewise from the independent level or the last loss.
         relayed: c_m has gone upstream.
         received: key -> gradients of the outputs from module m+1.
+        local_gradient: of "x" of the outputs from the local loss alone, for module m+1 where it reconciles.
     """
 
     batch: MicroBatch
@@ -52,3 +55,4 @@ class InFlight:
     independent: Gradient | None = None
     relayed: bool = False
     received: dict[int, Tensors] = field(default_factory=dict)
+    local_gradient: Tensor | None = None

@@ -8,6 +8,8 @@ share their lowest module travel together, so a message upstream is keyed by tha
     messages        <-0--   <-0--   <-1--
                             <-1--
 
+With ``variant = "deepsup"`` (DeepSup-BP) the span is K, module 0 has a cascade head too, and there are no others.
+
 Only what a module's own cascade heads and further-travelling messages produced goes upstream: never the independent
 gradient, never a message that ends here (docs/methods.md, HPFF). With k = K every key is 0: end-to-end flow.
 """
@@ -35,6 +37,7 @@ class ModulePlan:
         merged: its whole gradient is (a multiple of) the only message it sends, so one backward pass gives both.
         together: both levels run in one action, that of the cascade level; with ``levels = "auto"`` the plan of a run
             decides (see plan.level_choice), here no module does.
+        reconciles: its heads work before its output is passed on, with the gradient of their loss (see sgr).
         evaluations: times the literal definition would run the module in one step (BatchNorm of the released code).
     """
 
@@ -50,22 +53,23 @@ class ModulePlan:
     merged: bool
     evaluations: int
     together: bool = False
+    reconciles: bool = False
 
     @property
     def needs_input_gradient(self) -> bool:
         """Whether the module's input must be a differentiable leaf."""
-        return bool(self.outgoing)
+        return bool(self.outgoing) or (self.reconciles and self.index > 0)
 
 
 def plan_hierarchy(modules: int, config: HierarchyConfig) -> tuple[ModulePlan, ...]:
     """The role of each of ``modules`` local modules (weights already resolved by ``config.validate``)."""
     assert config.independent_weight is not None and config.cascade_weight is not None
-    span = min(config.cascade_span, modules)
-    released = config.variant == "released"
-    last = modules - 1
+    deep, released = config.variant == "deepsup", config.variant == "released"
+    span = modules if deep else min(config.cascade_span, modules)
+    first, last = 0 if deep else 1, modules - 1
     final_local, final_cascade = _final_shares(modules, span, config)
     has_cascade = [
-        (0 < j < last and span > 1 and config.cascade_weight > 0) or (j == last and final_cascade > 0)
+        (first <= j < last and span > 1 and config.cascade_weight > 0) or (j == last and final_cascade > 0)
         for j in range(modules)
     ]
     lowest = {j: max(0, j - span + 1) for j in range(modules) if has_cascade[j]}
@@ -75,7 +79,7 @@ def plan_hierarchy(modules: int, config: HierarchyConfig) -> tuple[ModulePlan, .
     plans = []
     for m in range(modules):
         incoming = outgoing[m + 1] if m < last else ()
-        independent = m < last and config.independent_weight > 0 and not (released and m == 0)
+        independent = m < last and config.independent_weight > 0 and not (released and m == 0) and not deep
         own_key = lowest.get(m)
         contributions = set(incoming) | ({own_key} if own_key is not None else set())
         plans.append(
@@ -116,6 +120,6 @@ def lambda_position(modules: int, module: int, level: str, config: HierarchyConf
     """
     if config.variant == "released":
         return module / (requested - 2) if requested > 2 else 0.0
-    first = 1 if level == "cascade" else 0
+    first = 1 if level == "cascade" and config.variant == "paper" else 0
     heads = modules - 1 - first
     return (module - first) / (heads - 1) if heads > 1 else 0.0

@@ -124,6 +124,13 @@ class PatchedHead(nn.Module):
         ((found, loss),) = backward_together([self], feature, given, [weight], [gradient], autocast)
         return whole(found), loss
 
+    def loss(self, feature: Tensor, given: Given) -> Tensor:
+        """The loss of all patches, one after another, in one graph with ``feature``."""
+        patches = patches_of(feature, feature, self.grid)
+        cut = zip(patches, self._cut(given, feature), strict=True)
+        losses = torch.stack([self.of(index).loss(feature[patch], its) for index, (patch, its) in enumerate(cut)])
+        return losses.sum() if self.separate else losses.mean()
+
     def like(self, other: PatchedHead) -> bool:
         """Whether both are heads of one structure, so that :func:`backward_together` runs them at once."""
         shared = not self.separate and not other.separate

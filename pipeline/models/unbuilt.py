@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from pipeline.base.errors import LocalpipeError
 from pipeline.models.backbones import Blocks, build_blocks, initialise
@@ -121,6 +121,23 @@ def drawn_blocks(
     return drawn
 
 
+def drawn_copy(pattern: nn.Module) -> tuple[nn.Module, list[str]]:
+    """A block of the form of ``pattern``, on the default device, with weights that :func:`initialise` draws from the
+    default RNG; and the names of what that leaves, which only a constructor fills. Without values where there are
+    none: on the meta device, or within :func:`no_values`."""
+    device = torch.get_default_device()
+    block = without_weights(pattern, device)
+    if device.type == "meta" or any(isinstance(tensor, FakeTensor) for tensor in _tensors(block)):
+        return block, []
+    _fill_with_marks(block)
+    for child in block.modules():
+        if isinstance(child, nn.MultiheadAttention):  # has no public one
+            child._reset_parameters()
+    initialise(block)
+    named = [*block.named_parameters(), *block.named_buffers()]
+    return block, [name for name, tensor in named if _is_marked(tensor)]
+
+
 def _tensors(block: nn.Module) -> list[Tensor]:
     return [*block.parameters(), *block.buffers()]
 
@@ -128,9 +145,13 @@ def _tensors(block: nn.Module) -> list[Tensor]:
 def _give_memory(block: nn.Module) -> None:
     """Memory on the CPU for a planned block, with a mark in every tensor."""
     block.to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in _tensors(block):
-            tensor.fill_(_mark(tensor))
+    _fill_with_marks(block)
+
+
+@torch.no_grad()
+def _fill_with_marks(block: nn.Module) -> None:
+    for tensor in _tensors(block):
+        tensor.fill_(_mark(tensor))
 
 
 def _mark(tensor: Tensor) -> float | int:

@@ -68,10 +68,12 @@ def random_batch(plan: Plan, modules: Sequence[LocalModule], numerics: Numerics,
     generator = torch.Generator().manual_seed(index)
     x = _random(plan.given(index), rows, generator, numerics)
     labels = _random_target(task, rows, generator).to(numerics.device)
-    image = None
+    image, asked = None, None
     if any(IMAGE in module.asks for module in modules):
         image = _random({MAIN: task.image}, rows, generator, numerics)[MAIN]
-    return Batch(x, labels, image)
+    if index > 0 and modules[0].plan.reconciles:
+        asked = _random(plan.given(index), rows, generator, numerics)[MAIN] / rows
+    return Batch(x, labels, image, asked)
 
 
 def random_gradients(plan: Plan, module: LocalModule, numerics: Numerics) -> Tensors:

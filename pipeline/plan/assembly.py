@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Collection
@@ -20,18 +21,19 @@ from pipeline.base.numerics import Numerics, stable_hash
 from pipeline.edges.wire import FieldSpec, MessageSpec
 from pipeline.local.at_once import HeadMemory, largest_backward
 from pipeline.local.local_module import LocalModule, Maps
-from pipeline.local.methods import Level, levels_of
+from pipeline.local.methods import Level, levels_of, looks_ahead
 from pipeline.local.roles import ModulePlan, plan_hierarchy
 from pipeline.local.task import Classification, Task, task_name
 from pipeline.models.backbones import Blocks
 from pipeline.models.boundaries import boundary_specs
+from pipeline.models.later import LaterBlock, later_blocks
 from pipeline.models.unbuilt import drawn_blocks, real_blocks, without_memory
 from pipeline.plan.cut import Cut, make_cut
 from pipeline.plan.placement import place
 from pipeline.plan.upstream import UpstreamPlan, plan_upstream
 from pipeline.stage.capacity import activations_held, gradients_held, gradients_sent
 from pipeline.stage.gradients import GRADIENT
-from pipeline.stage.inlet import ACTIVATION, IMAGE, LABELS, payload
+from pipeline.stage.inlet import ACTIVATION, IMAGE, LABELS, LOCAL_GRADIENT, payload
 from pipeline.stage.schedule import Action, Message, lags, stage_schedules
 
 T = TypeVar("T")
@@ -51,6 +53,7 @@ class Plan:
         inputs: what the first local module gets.
         boundaries: what every local module gives.
         reconstructing: local modules with a head that asks for the image.
+        later: blocks behind every local module, where the method's heads are made of copies of them; else empty.
         upstream: weights that the heads get from the next module, where the method declares them.
         head_memory: with ``patches.at_once = "auto"``, how many patches a head works on together; it remembers what it
             has counted, so plans made of this one share it.
@@ -65,6 +68,7 @@ class Plan:
     inputs: Specs
     boundaries: tuple[Specs, ...]
     reconstructing: frozenset[int]
+    later: tuple[tuple[LaterBlock, ...], ...]
     upstream: UpstreamPlan | None = None
     head_memory: HeadMemory | None = None
 
@@ -105,6 +109,11 @@ class Plan:
     def feature(self, module: int) -> tuple[int, ...]:
         """Shape, without the batch, of what the heads of a local module stand on: (C, H, W) of a map."""
         return self.boundaries[module][MAIN].feature
+
+    def level_builders(self, module: int) -> dict[str, Callable[[], Level]]:
+        """Of the head levels of a local module, by name: :func:`pipeline.local.methods.levels_of`."""
+        shape, later = self.feature(module), self.later[module]
+        return levels_of(self.modules[module], len(self.modules), shape, self.task, self.config, later)
 
     @property
     def micro_batch_rows(self) -> int:
@@ -151,6 +160,8 @@ class Plan:
         """What travels from rank to rank + 1 for each micro-batch."""
         outputs = self.boundaries[self.stages[rank][-1]]
         fields = [_field(name, spec, dtype, channels_last) for name, spec in payload(outputs, ACTIVATION).items()]
+        if self.modules[0].reconciles:
+            fields.append(_field(LOCAL_GRADIENT, outputs[MAIN], dtype, channels_last))
         target = self.task.target
         fields.append(FieldSpec(LABELS, target.dtype, target.shape, varies=target.varies))
         if self.image_crosses(rank):
@@ -184,7 +195,8 @@ def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int, inputs: Sp
     inputs = task.inputs if inputs is None else inputs
     cut = make_cut(list(blocks), config.model)
     count = len(cut)
-    modules = plan_hierarchy(count, config.hierarchy)
+    reconciles = config.method.reconciliation > 0
+    modules = tuple(dataclasses.replace(m, reconciles=reconciles) for m in plan_hierarchy(count, config.hierarchy))
     stages = place(count, ranks)
     by_block = boundary_specs(blocks, inputs, [names[0] for names in cut.modules[1:]])
     boundaries = tuple(by_block[names[-1]] for names in cut.modules)
@@ -200,14 +212,17 @@ def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int, inputs: Sp
                 f"a local module ends with block '{names[-1]}', which gives "
                 f"{str(end.dtype).removeprefix('torch.')} as 'x'; no loss can stand on that: cut elsewhere"
             )
+    network = later_blocks(blocks, inputs, by_block) if looks_ahead(config.method) else ()
+    later = tuple(network[end:] for end in itertools.accumulate(map(len, cut.modules)))
     reconstructing = set()
-    for plan, end in zip(modules, ends, strict=True):
-        levels = [without_memory(build) for build in levels_of(plan, count, end.feature, task, config).values()]
+    for plan, end, behind in zip(modules, ends, later, strict=True):
+        levels = [without_memory(build) for build in levels_of(plan, count, end.feature, task, config, behind).values()]
         if any(IMAGE in level.asks for level in levels):
             reconstructing.add(plan.index)
     upstream = plan_upstream(config, blocks, modules, cut.modules)
     schedules = _schedules(config, modules, stages, upstream)
-    whole = Plan(config, task, cut, modules, stages, schedules, inputs, boundaries, frozenset(reconstructing), upstream)
+    asking = frozenset(reconstructing)
+    whole = Plan(config, task, cut, modules, stages, schedules, inputs, boundaries, asking, later, upstream)
     return whole.with_patches_at_once(config.patches.at_once, blocks)
 
 
@@ -241,7 +256,7 @@ def build_modules(
         else:
             mine = OrderedDict((name, blocks[name]) for name in names)
         levels: OrderedDict[str, Level] = OrderedDict()
-        builders = levels_of(plan.modules[index], len(plan.modules), plan.feature(index), plan.task, plan.config)
+        builders = plan.level_builders(index)
         with torch.random.fork_rng(devices=[]):
             for name, build in builders.items():
                 levels[name] = _seeded(build, seed, "head", index, name)
@@ -279,6 +294,10 @@ def describe(plan: Plan, numerics: Numerics, devices: list[str]) -> list[str]:
     else:
         if hierarchy.cascade_span > 1:
             parts.append(f"cascade span {hierarchy.cascade_span} ({hierarchy.variant})")
+        if hierarchy.variant == "deepsup":
+            parts[1:] = ["every loss through the whole network (deepsup)"]
+        if config.method.reconciliation > 0:
+            parts.append(f"gradient reconciliation {config.method.reconciliation:g}")
         if grid > 1:
             parts.append(f"{grid}x{grid} patches")
     cut_note = f" of {plan.cut.requested} asked for" if len(plan.modules) != plan.cut.requested else ""

@@ -28,11 +28,12 @@ from pipeline.base.config import Config, HierarchyConfig, ModelConfig, PatchesCo
 from pipeline.base.errors import ConfigError
 from pipeline.base.flow import MAIN, Specs
 from pipeline.base.numerics import Numerics
-from pipeline.local.methods import levels_of
+from pipeline.local.methods import levels_of, looks_ahead
 from pipeline.local.roles import ModulePlan, plan_hierarchy
 from pipeline.local.task import Task
 from pipeline.models.backbones import Blocks
 from pipeline.models.boundaries import boundary_specs
+from pipeline.models.later import later_blocks
 from pipeline.models.unbuilt import without_memory
 from pipeline.plan.assembly import Plan, make_plan
 from pipeline.plan.cut import BY_COST, make_cut
@@ -142,14 +143,15 @@ def _counted(config: Config, blocks: Blocks, task: Task, inputs: Specs) -> tuple
 
     def plan(hierarchy: HierarchyConfig) -> Plan:
         cut = ModelConfig(config.model.name, count, tuple(beginnings[1:]))
-        method = dataclasses.replace(
+        everywhere = dataclasses.replace(
             config,
             model=cut,
             hierarchy=hierarchy,
+            method=dataclasses.replace(config.method, reconciliation=0.0),  # its passes are about in proportion
             patches=PatchesConfig(config.patches.grid),
             precision=PrecisionConfig(compute="fp32"),
         )
-        return make_plan(method, blocks, task, 1, inputs)
+        return make_plan(everywhere, blocks, task, 1, inputs)
 
     local, whole = plan(with_heads), plan(backpropagation)
     own = flops_by_kind(local, blocks, NUMERICS)
@@ -198,6 +200,7 @@ def _beginnings(
     input as it was."""
     names = list(blocks)
     specs = boundary_specs(blocks, inputs)
+    network = later_blocks(blocks, inputs, specs) if looks_ahead(config.method) else ()
     role = plan_hierarchy(3, hierarchy)[1]  # one in the middle has all heads
     config = dataclasses.replace(config, hierarchy=hierarchy)
 
@@ -206,7 +209,8 @@ def _beginnings(
         if not end.dtype.is_floating_point:
             return False
         try:
-            for build in levels_of(role, 3, end.feature, task, config).values():
+            behind = network[names.index(before) + 1 :]
+            for build in levels_of(role, 3, end.feature, task, config, behind).values():
                 without_memory(build)
         except ConfigError:
             return False

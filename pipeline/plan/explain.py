@@ -21,7 +21,6 @@ from pipeline.base.paths import path_of
 from pipeline.base.validation import validate
 from pipeline.data import CATALOGUE, open_data
 from pipeline.local.compilation import refuse_without_compiler
-from pipeline.local.methods import levels_of
 from pipeline.local.task import Classification, Task
 from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import planned_blocks, without_memory
@@ -246,7 +245,7 @@ def _modules(
     rank_of = {m: rank for rank, stage in enumerate(plan.stages) for m in stage}
     rows = []
     for role, cost in zip(plan.modules, costs, strict=True):
-        builders = levels_of(role, len(plan.modules), plan.feature(role.index), plan.task, plan.config)
+        builders = plan.level_builders(role.index)
         heads = sum(p.numel() for build in builders.values() for p in without_memory(build).parameters())
         kinds = {action.kind for action in plan.schedules[rank_of[role.index]] if action.module == role.index}
         names = plan.cut.modules[role.index]

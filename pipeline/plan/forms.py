@@ -11,7 +11,6 @@ import functools
 from collections.abc import Iterator, Sequence
 
 from pipeline.base.numerics import Numerics
-from pipeline.local.methods import levels_of
 from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import without_memory
 from pipeline.plan.assembly import Plan
@@ -102,7 +101,7 @@ def _heads(plan: Plan) -> tuple[tuple[int, ...], ...]:
     found = []
     for role in plan.modules:
         shape = plan.feature(role.index)
-        builders = levels_of(role, len(plan.modules), shape, plan.task, plan.config)
+        builders = plan.level_builders(role.index)
         levels = [without_memory(build) for build in builders.values()]
         if plan.head_memory is not None:
             plan.head_memory.fit(levels, shape, role.together)

@@ -18,7 +18,6 @@ import torch
 
 from pipeline.base.flow import TensorSpec
 from pipeline.local.both_levels import BothLevels
-from pipeline.local.methods import levels_of
 from pipeline.local.roles import ModulePlan
 from pipeline.models.boundaries import META, ROWS, blank
 from pipeline.models.heads import Given
@@ -90,7 +89,7 @@ def _has_both(role: ModulePlan) -> bool:
 def _pays(plan: Plan, index: int) -> bool:
     """Whether this module's levels may go together; heads are only planned."""
     shape, task = plan.feature(index), plan.task
-    builders = levels_of(plan.modules[index], len(plan.modules), shape, task, plan.config)
+    builders = plan.level_builders(index)
     specs = TensorSpec(shape), task.target, task.image
     feature, target, image = (blank(spec, ROWS, torch.float32, META) for spec in specs)
     levels = OrderedDict((name, without_memory(build)) for name, build in builders.items())

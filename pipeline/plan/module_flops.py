@@ -20,7 +20,6 @@ from torch import nn
 from pipeline.base.config import ScheduleConfig
 from pipeline.base.flow import Specs
 from pipeline.base.numerics import Numerics
-from pipeline.local.methods import levels_of
 from pipeline.local.roles import ModulePlan
 from pipeline.models.backbones import Blocks
 from pipeline.models.layers import PairedConv2d
@@ -120,9 +119,10 @@ def _alone(plan: Plan, blocks: Blocks, numerics: Numerics, index: int) -> Flops:
 
 def _kind(plan: Plan, blocks: Blocks, index: int) -> Hashable:
     role = plan.modules[index]
-    levels = levels_of(role, len(plan.modules), plan.feature(index), plan.task, plan.config)
+    levels = plan.level_builders(index)
     return (
         _relative(role),
+        role.needs_input_gradient,
         *map(_shapes, (plan.given(index), plan.boundaries[index])),
         tuple(_looks(blocks[name]) for name in plan.cut.modules[index]),
         tuple((name, _looks(without_memory(build))) for name, build in levels.items()),

@@ -283,10 +283,11 @@ def _work_of(
     # A stage holds its input until the last of its backwards on that micro-batch.
     backwards = {(a.lag, i): a for i, a in enumerate(schedule) if a.kind is Kind.BACKWARD}
     final_backward = {backwards[key].micro_batch: backwards[key] for key in sorted(backwards)}
+    passing_on = Kind.INDEPENDENT if plans[last].reconciles else Kind.FORWARD
     prepared = {}
     for action in schedule:
         sends = 0
-        if action.kind is Kind.FORWARD and action.module == last and rank + 1 < ranks:
+        if action.kind is passing_on and action.module == last and rank + 1 < ranks:
             sends = 1
         elif action.key is not None and action.module == first and rank > 0:
             sends = -1

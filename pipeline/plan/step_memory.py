@@ -19,7 +19,7 @@ from pipeline.base.config import Config
 from pipeline.base.numerics import Numerics, resolve_numerics
 from pipeline.local.task import Classification
 from pipeline.models.backbones import Blocks
-from pipeline.models.unbuilt import no_values, planned_blocks
+from pipeline.models.unbuilt import no_values, planned_blocks, without_memory
 from pipeline.plan.alone import random_batch, random_gradients, stands
 from pipeline.plan.assembly import Plan, make_plan
 from pipeline.plan.blank import blank_modules
@@ -93,13 +93,13 @@ def _kind(plan: Plan, rank: int, blocks: Blocks) -> str:
     stage = plan.stages[rank]
     networks = [blocks[name] for index in stage for name in plan.cut.modules[index]]
     tensors = [tuple(tensor.shape) for network in networks for tensor in (*network.parameters(), *network.buffers())]
-    roles = [(role.independent, role.cascade, role.final, role.merged, role.together) for role in plan.modules]
+    roles = [(plan.modules[m].final, plan.modules[m].merged, plan.modules[m].needs_input_gradient) for m in stage]
+    heads = [(name, without_memory(build)) for m in stage for name, build in plan.level_builders(m).items()]
     actions = [(a.kind, a.module - stage[0], a.micro_batch, a.lag, a.every) for a in plan.schedules[rank]]
     ends = [plan.given(stage[0]), *(plan.boundaries[index] for index in stage)]
     asks = [index in plan.reconstructing for index in stage]
     received = len(plan.gradient_order(rank + 1)) if rank + 1 < len(plan.stages) else 0
-    own = roles[stage[0] : stage[-1] + 1]
-    return repr((rank == 0, networks, tensors, own, actions, ends, asks, received))
+    return repr((rank == 0, networks, tensors, roles, heads, actions, ends, asks, received))
 
 
 def _of_rank(plan: Plan, rank: int, blocks: Blocks, numerics: Numerics) -> StepMemory:

@@ -31,18 +31,20 @@ from pipeline.local.micro_batch import MicroBatch
 from pipeline.stage.watch import Progress
 
 T = TypeVar("T")
-ACTIVATION, LABELS, IMAGE = "activation", "labels", "image"
+ACTIVATION, LABELS, IMAGE, LOCAL_GRADIENT = "activation", "labels", "image", "local_gradient"
 """Fields of a message downstream; tensors other than "x" are called ``activation.<name>``."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """A whole batch at the first stage: ``x`` (B, ...), or a dict of named tensors, in the form that the network eats;
-    ``labels`` int64 (B, ...); ``image`` uint8 (B, C, H, W), where there is one to reconstruct."""
+    ``labels`` int64 (B, ...); ``image`` uint8 (B, C, H, W), where there is one to reconstruct; ``local_gradient`` like
+    ``x``, where a stage by itself is given what the module before would have sent."""
 
     x: Flow
     labels: Tensor
     image: Tensor | None
+    local_gradient: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -298,7 +300,8 @@ def split(batch: Batch, parts: int) -> Iterator[Input]:
         start += len(part)
         image = batch.image[span] if batch.image is not None else None
         inputs = {name: tensor[span] for name, tensor in tensors.items()}
-        yield Input(MicroBatch(inputs, batch.labels[span], image, len(part) / rows), rows)
+        asked = batch.local_gradient[span] if batch.local_gradient is not None else None
+        yield Input(MicroBatch(inputs, batch.labels[span], image, len(part) / rows, asked), rows)
 
 
 def payload(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:
@@ -321,7 +324,8 @@ def received_input(message: Received) -> Input:
     """The micro-batch that a message from the previous stage carries."""
     header, fields = message.header, message.fields
     share = header.rows / header.batch_rows
-    batch = MicroBatch(carried(fields, ACTIVATION), fields[LABELS], fields.get(IMAGE), share)
+    activations, asked = carried(fields, ACTIVATION), fields.get(LOCAL_GRADIENT)
+    batch = MicroBatch(activations, fields[LABELS], fields.get(IMAGE), share, asked)
     return Input(batch, header.batch_rows, message.release)
 
 

@@ -213,8 +213,10 @@ class _StageBuilder:
         self._sweep(micro_batch)
         if plan.independent and not plan.together:
             independent = Action(Kind.INDEPENDENT, module, micro_batch)
-            # What it gives waits for the backward as well: where the next module here comes first, it comes after that.
-            if plan.incoming and module != self._modules[-1] and not self._lag.backward[module]:
+            # What it gives waits for the backward as well: where the next module here comes first, it comes after that;
+            # but not where that module is told its gradient.
+            waits = bool(plan.incoming) and module != self._modules[-1] and not self._lag.backward[module]
+            if waits and not plan.reconciles:
                 self._pending.append(independent)
             else:
                 emit(independent)

@@ -1,6 +1,6 @@
 """One rank: runs its schedule over its local modules and its edges. ``train_step`` is the training step.
 
-                 activation, labels (, image)
+                 activation, labels (, image; with SGR the gradient of the local loss)
     stage r-1  ------------------------------>  stage r  ------------------------------>  stage r+1
                <------------------------------           <------------------------------
                  gradient, one per key of the hierarchy; only where a cascade crosses the edge
@@ -17,6 +17,7 @@ from contextlib import closing
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from pipeline.base.errors import NonFiniteError
 from pipeline.base.flow import MAIN, Tensors
@@ -26,7 +27,7 @@ from pipeline.local.micro_batch import BatchKey, MicroBatch
 from pipeline.local.updates import Due, losses_together, update_together
 from pipeline.stage.counters import Counters
 from pipeline.stage.gradients import GRADIENT, GradientInlet
-from pipeline.stage.inlet import ACTIVATION, IMAGE, LABELS, Inlet, Input, payload
+from pipeline.stage.inlet import ACTIVATION, IMAGE, LABELS, LOCAL_GRADIENT, Inlet, Input, payload
 from pipeline.stage.neighbours import Neighbours
 from pipeline.stage.schedule import Action, Kind, Message, last_backwards, messages_sent, together
 from pipeline.stage.watch import Watch
@@ -72,7 +73,8 @@ class Stage:
         self._marks_epochs = marks_epochs
         self._inputs: dict[BatchKey, Input] = {}
         self._unfinished: dict[BatchKey, int] = {}  # modules that still need the input
-        self._hidden: dict[BatchKey, Tensors] = {}  # output of a module on its way to the next one here
+        self._hidden: dict[BatchKey, tuple[Tensors, Tensor | None]] = {}  # to the next module: outputs, local gradient
+        self._held: dict[BatchKey, Tensors] = {}  # output of a module whose heads work first
         self._first_step = 0
         self._end_step: int | None = None  # once the epoch has no more batches
         self._waited_before_epoch = 0.0
@@ -106,6 +108,7 @@ class Stage:
                         self._send_upstream(action, batch, module.relay(batch, action.key), epoch)
                     case Kind.INDEPENDENT:
                         module.independent(batch)
+                        self._pass_on_late(module, batch, epoch)
                     case Kind.FINAL:
                         module.final(batch)
                     case Kind.BACKWARD:
@@ -135,7 +138,7 @@ class Stage:
         self._gradients.end_epoch(end_step)
         for step in range(end_step, end_step + self._longest_lag):
             self.train_step(epoch, step)
-        assert not self._inputs and not self._hidden and not self._gradients
+        assert not self._inputs and not self._hidden and not self._held and not self._gradients
         ended_at = self.inlet.end_epoch(epoch, end_step)
         if self._marks_epochs and self.edges.activation_out is not None:
             self.edges.activation_out.send(Header(MessageKind.EPOCH, epoch, ended_at, 0, directive=self.directive))
@@ -184,12 +187,23 @@ class Stage:
     def _given(self, module: LocalModule, batch: BatchKey) -> MicroBatch:
         """What a module works on: the input of the stage, or the output of the module before."""
         given = self._inputs[batch].batch
-        return given if module.plan.index == self._first else replace(given, inputs=self._hidden.pop(batch))
+        if module.plan.index == self._first:
+            return given
+        inputs, local_gradient = self._hidden.pop(batch)
+        return replace(given, inputs=inputs, local_gradient=local_gradient)
+
+    def _pass_on_late(self, module: LocalModule, batch: BatchKey, epoch: int) -> None:
+        """What waited for the heads of its module."""
+        if module.plan.reconciles:
+            self._pass_on(module, batch, self._held.pop(batch), epoch)
 
     def _pass_on(self, module: LocalModule, batch: BatchKey, h: Tensors, epoch: int) -> None:
-        """To the next module, here or on the next stage."""
-        if module.plan.index != self._last:
-            self._hidden[batch] = h
+        """To the next module, here or on the next stage; with SGR once the gradient of the local loss is there."""
+        local_gradient = module.in_flight[batch].local_gradient
+        if module.plan.reconciles and local_gradient is None and not module.plan.final:
+            self._held[batch] = h
+        elif module.plan.index != self._last:
+            self._hidden[batch] = h, local_gradient
         elif self.edges.activation_out is not None:
             item = self._inputs[batch]
             header = Header(
@@ -204,6 +218,8 @@ class Stage:
             if self._forward_image:
                 assert item.batch.image is not None
                 fields[IMAGE] = item.batch.image
+            if local_gradient is not None:
+                fields[LOCAL_GRADIENT] = local_gradient
             self.edges.activation_out.send(header, **fields)
 
     def _send_upstream(self, action: Action, batch: BatchKey, gradients: Tensors | None, epoch: int) -> None:

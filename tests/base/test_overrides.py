@@ -28,6 +28,10 @@ CASES = [
         ["hierarchy.cascade_span = 4 gives way to 3: the largest span is K, and model.modules = 3 is set"],
     ),
     (
+        None, "[hierarchy]\ncascade_span = 2\n", "hierarchy.variant=deepsup", {"hierarchy.cascade_span": 4},
+        ["hierarchy.cascade_span = 2 gives way to 4: in deepsup every loss flows through the whole network, and "],
+    ),
+    (
         "cifar10-resnet32-k8-infopro-hpff", "", "method.name=dgl", {"method.head": ""},
         ["method.head = '2c2f' gives way to '': it is no head of dgl, and method.name = 'dgl' is set"],
     ),

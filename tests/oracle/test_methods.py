@@ -1,4 +1,4 @@
-"""DeInfoReg and LoPT against their formulas, written out by hand: float64, losses and gradients to 1e-12.
+"""AugLocal, DeInfoReg and LoPT against their formulas, written out by hand: float64, losses and gradients to 1e-12.
 
 Networks and parameters of heads are shared with the runtime; layers of heads, losses and paths are not.
 """
@@ -6,12 +6,14 @@ Networks and parameters of heads are shared with the runtime; layers of heads, l
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
 import torch
-from tiny import CLASSES, gradients, tiny_batch, tiny_stage, train_on, without_updates
+from tiny import CLASSES, gradients, tiny_batch, tiny_config, tiny_stage, train_on, without_updates
 from tiny_features import DEPTH, LENGTH, configured, features, transformer
 from torch import Tensor, nn
 
@@ -20,11 +22,13 @@ from pipeline.base.config import Config, MethodConfig
 from pipeline.base.flow import TensorSpec
 from pipeline.base.numerics import Numerics
 from pipeline.edges.connect import Edges
+from pipeline.local.auglocal import chosen
 from pipeline.local.local_module import LocalModule
 from pipeline.local.methods import method_terms
 from pipeline.local.task import Classification
 from pipeline.models.heads import FeatureShape, Given
 from pipeline.models.patches import PatchedHead
+from pipeline.models.unbuilt import planned_blocks, without_memory
 from pipeline.plan.assembly import build_modules, make_plan
 from pipeline.stage.inlet import Batch, BatchInlet
 from pipeline.stage.stage import Stage
@@ -56,6 +60,54 @@ def lopt(module: LocalModule, level: str, x: Tensor, h: Tensor, labels: Tensor) 
     inner = linear(narrow, (h - mean) / (spread + norm.eps) ** 0.5 * norm.weight + norm.bias)
     found = linear(wide, inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2))))
     return ((found - x.detach()) ** 2).sum() / x.numel()
+
+
+def convolution(layer: nn.Module, x: Tensor) -> Tensor:
+    """Of 3x3 with a border of 1, or of 1x1."""
+    side, step = layer.weight.shape[-1], layer.stride[0]
+    x = nn.functional.pad(x, [side // 2] * 4)
+    rows, columns = ((x.shape[axis] - side) // step + 1 for axis in (2, 3))
+    return sum(
+        torch.einsum(
+            "bchw,oc->bohw",
+            x[:, :, i : i + step * rows : step, j : j + step * columns : step],
+            layer.weight[:, :, i, j],
+        )
+        for i in range(side)
+        for j in range(side)
+    )
+
+
+def map_norm(layer: nn.Module, x: Tensor) -> Tensor:
+    flat = x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+    return batch_norm(layer, flat).view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+
+def residual(block: nn.Module, x: Tensor) -> Tensor:
+    inner = map_norm(block.bn1, convolution(block.conv1, x)).relu()
+    inner = map_norm(block.bn2, convolution(block.conv2, inner))
+    if block.downsample is not None:
+        x = map_norm(block.downsample[1], convolution(block.downsample[0], x))
+    return (inner + x).relu()
+
+
+FORMS = {  # depth -> (in, out, stride) of every copy, by module; modules: blocks 0 and 1 | 2 | 3 | 4 and the classifier
+    1: {0: [(4, 6, 2)], 1: [(6, 6, 1)], 2: [(6, 6, 1)]},  # the first one has the form of block 4, built for 4 channels
+    2: {0: [(4, 6, 2), (6, 6, 1)], 1: [(6, 6, 1)] * 2, 2: [(6, 6, 1)]},
+    3: {0: [(4, 6, 2), (6, 6, 1), (6, 6, 1)], 1: [(6, 6, 1)] * 2, 2: [(6, 6, 1)]},
+}
+
+
+def auglocal(module: LocalModule, level: str, x: Tensor, h: Tensor, labels: Tensor) -> Tensor:
+    head = module.levels[level].terms["task"].heads[0]
+    blocks = list(head.blocks)
+    for block in blocks:
+        h = residual(block, h)
+    pooled = h.sum((2, 3)) / (h.shape[2] * h.shape[3])
+    *norm, last = list(head.head.head)[2:]
+    assert len(norm) == (len(blocks) <= 1)
+    scores = linear(last, batch_norm(norm[0], pooled) if norm else pooled)
+    return sum(row.exp().sum().log() - row[label] for row, label in zip(scores, labels, strict=True)) / len(h)
 
 
 def deinforeg(module: LocalModule, level: str, x: Tensor, h: Tensor, labels: Tensor) -> Tensor:
@@ -140,6 +192,19 @@ def check(stage: Stage, modules: list[LocalModule], batch: Batch, loss: Loss, co
         assert abs(float(kept) - value) <= TOLERANCE * abs(value), name
 
 
+@pytest.mark.parametrize(("span", "depth"), [(1, 1), (2, 2), (4, 3)])
+def test_auglocal_is_its_formula(span: int, depth: int) -> None:
+    weights = {"independent_weight": 0.5, "cascade_weight": 0.25, "final_loss": "local"}
+    config = configured(span, {"name": "auglocal", "depth": depth}, hierarchy=weights)
+    stage, modules, _ = tiny_stage(config, torch.float64)
+    for module in modules:
+        for level in module.levels.values():
+            convolutions = [block.conv1 for block in level.terms["task"].heads[0].blocks]
+            forms = [(conv.in_channels, conv.out_channels, conv.stride[0]) for conv in convolutions]
+            assert forms == FORMS[depth][module.plan.index]
+    check(stage, modules, tiny_batch(dtype=torch.float64), auglocal, config)
+
+
 @pytest.mark.parametrize("span", [1, 2, 4])
 def test_deinforeg_is_its_formula(span: int) -> None:
     weights = {"independent_weight": 0.5, "cascade_weight": 0.25, "final_loss": "local"}
@@ -159,6 +224,55 @@ def test_lopt_is_its_formula(span: int) -> None:
     modules = build_modules(plan, 0, blocks, Numerics(torch.device("cpu"), torch.float64, False), fresh=True)
     stage = Stage(modules, plan.schedules[0], BatchInlet(), Edges())
     check(stage, modules, Batch(x, labels, None), lopt, config)
+
+
+def test_the_pyramid_of_auglocal_is_the_published_one() -> None:
+    """ResNet-32, d = 3: 13 modules, the last of four blocks; the first head copies the blocks 5, 10 and 15."""
+    blocks = planned_blocks("resnet32", 3, 10)
+    model = {"name": "resnet32", "cuts": list(blocks)[1:13], "modules": 13}
+    config = dataclasses.replace(tiny_config("dgl", "plain", 1, 13, model=model), method=MethodConfig(name="auglocal"))
+    plan = make_plan(config, blocks, Classification(10, (3, 32, 32)), 1)
+    found = [without_memory(plan.level_builders(m)["independent"]).terms["task"].first.blocks for m in range(12)]
+    assert [len(copies) for copies in found] == [3] * 6 + [2] * 6
+    assert [[c.conv1.in_channels, c.conv1.out_channels, c.conv1.stride[0]] for c in found[0]] == [
+        [16, 16, 1],
+        [16, 32, 2],
+        [32, 64, 2],
+    ]
+    assert [block.index for block in chosen(plan.later[0][:-1], 3)] == [5, 10, 15]
+
+
+def test_torchvision_blocks_are_built_anew_for_another_width() -> None:
+    blocks = planned_blocks("resnet50", 3, 10)
+    model = {"name": "resnet50", "cuts": ["layer1.0"], "modules": 2}
+    config = dataclasses.replace(
+        tiny_config("dgl", "plain", 1, 2, model=model), method=MethodConfig(name="auglocal", depth=2)
+    )
+    plan = make_plan(config, blocks, Classification(10, (3, 64, 64)), 1)
+    level = plan.level_builders(0)["independent"]()
+    first, second = level.terms["task"].first.blocks
+    assert [(b.conv1.in_channels, b.conv2.stride[0], b.conv3.out_channels) for b in (first, second)] == [
+        (64, 2, 1024),
+        (1024, 2, 2048),
+    ]
+    assert level.logits(torch.randn(2, 64, 16, 16)).shape == (2, 10)
+
+
+def test_a_block_that_cannot_be_copied_is_refused_in_one_line() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    layers = OrderedDict(a=nn.Conv2d(3, 4, 1), b=Scaled(), c=nn.Sequential(nn.Flatten(), nn.Linear(256, CLASSES)))
+    config = dataclasses.replace(tiny_config("dgl", "plain", 1, 2), method=MethodConfig(name="auglocal"))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, cuts=("b",)))
+    plan = make_plan(config, layers, Classification(CLASSES, (3, 8, 8)), 1)
+    with pytest.raises(ConfigError, match="block 'b' into a head, but only its own constructor fills scale; use dgl"):
+        plan.level_builders(0)["independent"]()
 
 
 # --- heads ------------------------------------------------------------------------------------------------------------

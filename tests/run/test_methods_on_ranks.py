@@ -1,4 +1,4 @@
-"""Methods that are a file of their own: two ranks train the weights of one process, bit for bit."""
+"""Methods that are a file of their own: two and three ranks train the weights of one process, bit for bit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers_spawn import run_ranks
 from tiny import Batches, network
 from tiny_features import configured, feature_batches, transformer
@@ -14,10 +15,23 @@ from torch import nn
 from pipeline import LoaderData, train
 
 CASES: dict[str, tuple[Callable[[], nn.Sequential], Callable[[], Any], dict[str, dict[str, Any]]]] = {
+    "dgl, deepsup": (network, Batches, {"hierarchy": {"variant": "deepsup", "cascade_span": 4}}),
+    "dgl, sgr": (
+        network,
+        Batches,
+        {"method": {"reconciliation": 0.01}, "hierarchy": {"cascade_span": 1}, "schedule": {"micro_batches": 2}},
+    ),
+    "infopro, man++": (network, Batches, {"method": {"feature_dim": 8, "front": "man++", "average_every": 2}}),
+    "greedy, man, async": (
+        network, Batches, {"method": {"front": "man", "average": 0.5}, "schedule": {"kind": "async"}}
+    ),
+    "auglocal": (network, Batches, {"patches": {"grid": 2, "at_once": 1}}),
     "deinforeg": (network, Batches, {"method": {"feature_dim": 8}}),
-    "deinforeg, patches": (network, Batches, {"method": {"feature_dim": 8}, "patches": {"grid": 2}}),
+    "deinforeg, patches": (network, Batches, {"method": {"feature_dim": 8}, "patches": {"grid": 2, "at_once": 1}}),
     "lopt": (transformer, feature_batches, {}),
-    "lopt, parts, async": (transformer, feature_batches, {"patches": {"grid": 3}, "schedule": {"kind": "async"}}),
+    "lopt, parts, async": (
+        transformer, feature_batches, {"patches": {"grid": 3, "at_once": 1}, "schedule": {"kind": "async"}}
+    ),
 }
 
 
@@ -34,9 +48,15 @@ def trained(rank: int, folder: str) -> dict[str, str]:
     return found
 
 
-def test_the_weights_are_those_of_one_process_on_two_ranks(tmp_path: Path) -> None:
-    alone = trained(0, str(tmp_path / "1"))
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What one process trains."""
+    return trained(0, str(tmp_path_factory.mktemp("alone")))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_weights_are_those_of_one_process(alone: dict[str, str], ranks: int, tmp_path: Path) -> None:
     assert len(set(alone.values())) == len(CASES)
-    results = run_ranks(trained, 2, str(tmp_path / "2"), timeout_s=120)
-    assert [result.exit_code for result in results] == [0, 0], [result.stderr for result in results]
+    results = run_ranks(trained, ranks, str(tmp_path), timeout_s=120)
+    assert [result.exit_code for result in results] == [0] * ranks, [result.stderr for result in results]
     assert results[0].value == alone
