@@ -42,11 +42,12 @@ from pipeline import Config, LoaderData, LocalpipeError, load_config, read_metri
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("tests", "gradients", "ranks", "speed")
 HPFF = ("hierarchy.cascade_span=2", "patches.grid=2")
+ALL_AT_ONCE = ("hierarchy.levels=together", "patches.at_once=4")
 DGL, INFOPRO = ("method.name=dgl",), ("method.name=infopro", "method.head=1c2f")
 LEARNING = {
-    "DGL": DGL, "DGL + HPFF": (*DGL, *HPFF), "DGL + HPFF, levels together": (*DGL, *HPFF, "hierarchy.levels=together"),
+    "DGL": DGL, "DGL + HPFF": (*DGL, *HPFF), "DGL + HPFF, all at once": (*DGL, *HPFF, *ALL_AT_ONCE),
     "InfoPro": INFOPRO, "InfoPro + HPFF": (*INFOPRO, *HPFF),
-    "InfoPro + HPFF, levels together": (*INFOPRO, *HPFF, "hierarchy.levels=together"),
+    "InfoPro + HPFF, all at once": (*INFOPRO, *HPFF, *ALL_AT_ONCE),
 }  # fmt: skip
 BP = ("BP, eager", "BP, compiled", "BP, CUDA graph")
 RUN = ("runtime.threads=1", "optim.warmup_epochs=0", "optim.schedule=constant", "train.epochs=1", "data.augment=none",

@@ -29,9 +29,9 @@ SHOWN = {
         "DGL + HPFF", "InfoPro + HPFF, 2c2f", f"InfoPro + HPFF, 2c2f{ONE_BY_ONE}", "InfoPro, 1c2f"
     ),
     "compile": tuple(
-        f"{method}{levels}"
+        f"{method}{form}"
         for method in ("DGL + HPFF", "InfoPro + HPFF, 2c2f", "PredSim + HPFF")
-        for levels in ("", ", levels together")
+        for form in ("", ", all at once")
     ),
 }  # fmt: skip
 HEADS = ("CASCADE", "INDEPENDENT")

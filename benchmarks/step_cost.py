@@ -30,7 +30,7 @@ from pipeline import Config, LoaderData, StepCost, load_config, recipe_names, st
 
 LOCAL = ["model.modules=16", "model.cuts=even"]
 HPFF = ["model.modules=15", "model.cuts=even", "hierarchy.cascade_span=2", "patches.grid=2"]  # the cut of HPFF's K = 16
-TOGETHER = ["hierarchy.levels=together"]
+ALL_AT_ONCE = ["hierarchy.levels=together", "patches.at_once=4"]  # "auto" takes fewer where that needs much memory
 _SEPARATE = {
     "BP": ["model.modules=1"],
     "HPFF as released, 2c2f": [*HPFF, "method.name=infopro", "method.head=2c2f", "hierarchy.variant=released"],
@@ -41,7 +41,7 @@ _SEPARATE = {
     "DGL": [*LOCAL, "method.name=dgl"], "PredSim": [*LOCAL, "method.name=predsim"],
 }  # fmt: skip
 _FORMS = {
-    name: {name: own} | ({f"{name}, levels together": [*own, *TOGETHER]} if own[: len(HPFF)] == HPFF else {})
+    name: {name: own} | ({f"{name}, all at once": [*own, *ALL_AT_ONCE]} if own[: len(HPFF)] == HPFF else {})
     for name, own in _SEPARATE.items()
 }
 METHODS = {name: own for forms in _FORMS.values() for name, own in forms.items()}
@@ -51,7 +51,7 @@ TARGETS = {  # written before it was measured: operations to BP's, BP units in f
 }  # fmt: skip
 OF_FLOPS = 1.2
 """Target of every method: what is measured, to what is counted in FLOPs."""
-QUICK = ("BP", "DGL + HPFF", "DGL + HPFF, levels together")
+QUICK = ("BP", "DGL + HPFF", "DGL + HPFF, all at once")
 SHAPES = {"stl10": (3, 96, 96)}  # of the data sets with other images than IMAGE
 RUN = ["runtime.device=cpu", "runtime.threads=1", "optim.warmup_epochs=0", "optim.schedule=constant", "train.epochs=1"]
 RUN += ["log.curve=false"]

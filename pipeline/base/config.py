@@ -33,7 +33,7 @@ LARGEST_SEED = 2**63 - 1  # the largest integer of TOML
 class ModelConfig:
     """What is trained and where it is cut."""
 
-    name: str = key("resnet32", "backbone, one of ours, of torchvision or a registered one")
+    name: str = key("resnet32", 'backbone, one of ours, of torchvision, a registered one, or "timm/<name>"')
     modules: int = key(4, "K, the number of local modules; 1 is plain backpropagation", at_least=1, at_most=10_000)
     cuts: str | tuple[str, ...] = key(
         "auto",
@@ -45,6 +45,11 @@ class ModelConfig:
         "auto",
         "merged into the first module, its own module, or auto: as the cut table says",
         choices=("auto", "merged", "own"),
+    )
+    weights: str = key(
+        "",
+        "file to begin with, a state dict of the un-cut network (torchvision's or timm's names, .pth or .safetensors); "
+        "empty = weights drawn from the seed",
     )
 
 

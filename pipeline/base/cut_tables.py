@@ -1,7 +1,9 @@
 """Where the papers cut their networks: name of the table -> network -> K -> residual blocks of every local module.
 
-The stem is folded into the first module. Source: the released code of InfoPro and HPFF. InfoPro's K = 16 of ResNet-32
-is written with the stem as a module of its own: 0 residual blocks in module 0.
+The stem is folded into the first module. Source: the released code of InfoPro, HPFF and DGL. InfoPro's K = 16 of
+ResNet-32 is written with the stem as a module of its own: 0 residual blocks in module 0. Of VGGs, DGL's networks,
+convolutions are counted, and the first one is the stem. HPFF cuts three ImageNet networks by one table, made for
+ResNet-101, so the last module of ResNet-152 has as many blocks as two others.
 """
 
 EQUAL: dict[str, dict[int, tuple[int, ...]]] = {
@@ -19,6 +21,9 @@ EQUAL: dict[str, dict[int, tuple[int, ...]]] = {
         8: (5,) + (7,) * 7,
         16: (2,) + (3,) * 8 + (4,) * 7,
     },
+    "vgg13_bn": {4: (2, 3, 3, 1), 10: (0,) + (1,) * 9},
+    "vgg19_bn": {2: (7, 8), 4: (3, 4, 4, 4)},
+    "resnet152": {2: (25, 25)},
 }
 HPFF: dict[str, dict[int, tuple[int, ...]]] = {
     "resnet32": {8: EQUAL["resnet32"][8], 16: (1,) * 15},
@@ -26,9 +31,17 @@ HPFF: dict[str, dict[int, tuple[int, ...]]] = {
         32: (2, 1, 2, 1, 2, 2, 2, 2, 1, 2, 1) + (2, 1, 2, 1, 2, 2, 2, 2, 1, 2, 1) + (2, 2, 1, 2, 1, 2, 2, 2, 2, 2),
         55: (1,) * 54,
     },
+    "resnet34": {4: (4, 4, 5, 3)},
+    "resnet50": {4: (4, 4, 5, 3)},
+    "resnet101": {4: (8, 9, 8, 8), 8: (4, 5, 4, 4, 4, 4, 4, 4)},
+    "resnet152": {4: (12, 9, 8, 21), 8: (4, 9, 4, 4, 4, 4, 4, 17)},
+    "resnext101_32x8d": {4: (8, 9, 8, 8), 8: (4, 5, 4, 4, 4, 4, 4, 4)},
 }
 BALANCED: dict[str, dict[int, tuple[int, ...]]] = {
     "resnet110": {2: (15, 39), 3: (10, 11, 33), 4: (7, 8, 12, 27)},
+    "resnet101": {2: (4, 29)},
+    "resnet152": {2: (9, 41)},
+    "resnext101_32x8d": {2: (6, 27)},
 }
 BALANCED_STL10: dict[str, dict[int, tuple[int, ...]]] = {
     "resnet110": {2: (15, 39), 3: (9, 11, 34), 4: (7, 8, 12, 27)},

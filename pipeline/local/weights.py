@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from pipeline.base.config import Config
 from pipeline.local.local_module import LocalModule
-from pipeline.models.backbones import UncutModel, build_blocks
+from pipeline.models.backbones import Sides, UncutModel, build_blocks
 from pipeline.models.part import uncut_name
 
 BLOCKS, HEADS = "blocks.", "heads."
@@ -93,6 +93,10 @@ def _heads(index: int, state: State) -> State:
     return {f"module{index}.{name}": value for name, value in below(state, HEADS).items()}
 
 
-def load_model(config: Config, classes: int, in_channels: int = 3) -> nn.Module:
-    """The un-cut network of ``config.model.name``, into which a run's ``model.pt`` loads."""
-    return UncutModel(build_blocks(config.model.name, in_channels, classes))
+def load_model(config: Config, classes: int, in_channels: int = 3, sides: Sides | None = None) -> nn.Module:
+    """The un-cut network of ``config.model.name``, into which a run's ``model.pt`` loads.
+
+    Args:
+        sides: (H, W) of the images; matters to a vision transformer.
+    """
+    return UncutModel(build_blocks(config.model.name, in_channels, classes, sides))

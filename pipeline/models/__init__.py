@@ -1,3 +1,6 @@
 """What a network is made of: backbones in named blocks, auxiliary heads, losses, layers."""
 
-from pipeline.models import torchvision as torchvision  # registers its networks with the backbones
+# Each registers its networks with the backbones.
+from pipeline.models import densenet as densenet
+from pipeline.models import timm as timm
+from pipeline.models import torchvision as torchvision

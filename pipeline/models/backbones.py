@@ -1,7 +1,8 @@
 """Backbones as ordered, named blocks that can be cut anywhere.
 
 A backbone is one function ``(in_channels, classes) -> OrderedDict[name, block]``; register it with
-:func:`register_backbone`. A block is the smallest unit a network can be cut at; the last block ends in logits.
+:func:`register_backbone`. A block is the smallest unit a network can be cut at; the last block ends in logits. Some of
+other libraries are made for images of one size: their functions are told it as well.
 
     stem -> layer1.0 -> ... -> layer3.n -> classifier           (CIFAR ResNets, He et al. 2016, sec. 4.2)
     |________________________________|     |
@@ -13,39 +14,63 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 
 from pipeline.base.errors import ConfigError, suggest
 from pipeline.base.flow import Flow, passed
+from pipeline.models.part import uncut_name
 
 Blocks = OrderedDict[str, nn.Module]
 BackboneFunction = Callable[[int, int], Blocks]
+Sides = tuple[int, ...]
+"""(H, W) of the images."""
+SizedFunction = Callable[[int, int, Sides | None], Blocks]
+"""``(in_channels, classes, sides) -> blocks``; None: the size that the network was published for."""
 
-_BACKBONES: dict[str, BackboneFunction] = {}
+_BACKBONES: dict[str, SizedFunction] = {}
+_LIBRARIES: dict[str, Callable[[str], SizedFunction]] = {}
 
 
 def register_backbone(name: str, build: BackboneFunction) -> None:
     """Make ``build(in_channels, classes) -> OrderedDict[name, block]`` available as ``model.name = name``."""
+    register_sized(name, lambda in_channels, classes, sides: build(in_channels, classes))
+
+
+def register_sized(name: str, build: SizedFunction) -> None:
+    """:func:`register_backbone` of a network that is made for images of one size."""
     if name in _BACKBONES:
         raise ConfigError(f"backbone '{name}' is registered twice; choose another name")
     _BACKBONES[name] = build
 
 
+def register_library(library: str, find: Callable[[str], SizedFunction]) -> None:
+    """Make ``find("NAME")`` available as ``model.name = "library/NAME"``; it raises ConfigError for an unknown name."""
+    _LIBRARIES[library] = find
+
+
 def backbone_names() -> tuple[str, ...]:
-    """Names accepted as ``model.name``."""
+    """Names accepted as ``model.name``, besides those of libraries ("timm/...")."""
     return tuple(sorted(_BACKBONES))
 
 
-def build_blocks(name: str, in_channels: int, classes: int) -> Blocks:
+def build_blocks(name: str, in_channels: int, classes: int, sides: Sides | None = None) -> Blocks:
     """Build the named backbone.
 
+    Args:
+        sides: (H, W) of the images; matters to networks that take one size only, vision transformers among them. None:
+            the size that such a network was published for.
+
     Raises:
-        ConfigError: unknown name.
+        ConfigError: unknown name; a network that cannot take such images.
     """
+    library, slash, member = name.partition("/")
+    if slash and library in _LIBRARIES:
+        return _LIBRARIES[library](member)(in_channels, classes, sides)
     if name not in _BACKBONES:
         raise ConfigError(f"model.name = '{name}' is no known backbone; {suggest(name, _BACKBONES)}")
-    return _BACKBONES[name](in_channels, classes)
+    return _BACKBONES[name](in_channels, classes, sides)
 
 
 class BasicBlock(nn.Module):
@@ -116,11 +141,15 @@ def blocks_of(network: nn.Sequential) -> Blocks:
 
 
 class UncutModel(nn.Module):
-    """The whole network in one process. Its state-dict keys are ``<block>.<parameter>``, as a run saves them."""
+    """The whole network in one process. Its state-dict keys are ``<block>.<parameter>``, as a run saves them; those of
+    the network itself where it was cut by its traced forward."""
 
     def __init__(self, blocks: Blocks) -> None:
         super().__init__()
         self._order = tuple(blocks)
+        # torch has not annotated them
+        self.register_state_dict_post_hook(_name_as_uncut)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_name_as_cut)  # type: ignore[no-untyped-call]
         for name, block in blocks.items():
             parent: nn.Module = self
             *path, leaf = name.split(".")
@@ -134,6 +163,17 @@ class UncutModel(nn.Module):
         for name in self._order:
             x = passed(self.get_submodule(name)(x))
         return x
+
+
+def _name_as_uncut(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[prefix + uncut_name(key.removeprefix(prefix))] = state.pop(key)
+
+
+def _name_as_cut(model: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    for name in [name for name, _ in (*model.named_parameters(), *model.named_buffers())]:
+        if (key := prefix + uncut_name(name)) in state:
+            state[prefix + name] = state.pop(key)
 
 
 def initialise(module: nn.Module) -> None:

@@ -72,8 +72,8 @@ class _RowBatchNorm(torch.autograd.Function):
 class RowBatchNorm2d(nn.BatchNorm2d, Tuned):
     """``nn.BatchNorm2d`` that trains by rows where that is faster; the same function up to rounding.
 
-    Gains 1.02 to 1.08 on InfoPro's heads on whole features, nothing on patches at once, where it does not run
-    (``benchmarks/heads.py``, AVX-512, a busy machine); recorded results depend on its bits.
+    Gains 1.03 to 1.04 on InfoPro's heads on whole features and on patches one by one; on patches at once it does not
+    run (``benchmarks/heads.py``, AVX-512).
     """
 
     tuned = "batch-norm"
@@ -110,8 +110,7 @@ class RowBatchNorm2d(nn.BatchNorm2d, Tuned):
 class PointwiseConv2d(nn.Conv2d, Tuned):
     """A 1x1 convolution without bias; on channels-last maps one matrix product over all pixels.
 
-    Gains 1.10 to 1.16 on DGL's heads, 1.01 on a step of DGL + HPFF (``benchmarks/heads.py``, AVX-512, a busy machine);
-    recorded results depend on its bits.
+    Gains 1.14 on the heads of DGL + HPFF, 1.04 on a step (``benchmarks/heads.py``, AVX-512).
     """
 
     tuned = "pointwise"
@@ -181,8 +180,8 @@ def _split_pairs(pairs: Tensor) -> Tensor:
 class PairedConv2d(nn.Conv2d, Tuned):
     """A 3x3 convolution with zero padding and bias, two pixels at a time where that is faster.
 
-    Gains 1.05 to 1.22 on InfoPro's heads on whole features, nothing on patches at once, where it does not run
-    (``benchmarks/heads.py``, AVX-512, a busy machine); recorded results depend on its bits.
+    Gains 1.03 on InfoPro's heads on whole features and on patches one by one; on patches at once it does not run
+    (``benchmarks/heads.py``, AVX-512).
     """
 
     tuned = "paired"
@@ -233,8 +232,7 @@ class PoolTo2d(nn.AdaptiveAvgPool2d, Tuned):
     """``nn.AdaptiveAvgPool2d`` to ``sides``, one number or (height, width), with the cheapest exact operation for the
     size at hand.
 
-    Gains 1.23 to 1.34 on the heads of DGL + HPFF, 1.10 to 1.15 on those of InfoPro + HPFF (``benchmarks/heads.py``,
-    AVX-512, a busy machine).
+    Gains 1.35 on the heads of DGL + HPFF, 1.07 on those of InfoPro + HPFF (``benchmarks/heads.py``, AVX-512).
     """
 
     tuned = "pooling"

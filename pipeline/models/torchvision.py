@@ -1,22 +1,51 @@
-"""torchvision's ResNets as blocks, for images of ImageNet's size (the experiments of InfoPro and HPFF there).
+"""torchvision's networks as blocks, for images of ImageNet's size (the experiments of InfoPro, HPFF and DGL there).
 
-    stem -> layer1.0 -> ... -> layer4.n -> classifier
-    conv1, bn1, relu, maxpool              avgpool, flatten, fc
+    resnet   stem -> layer1.0 -> ... -> layer4.n -> classifier
+             conv1, bn1, relu, maxpool              avgpool, flatten, fc
+    vgg      features.0 -> features.3 -> features.6 -> features.10 -> ... -> features.34
+             conv bn relu  conv bn relu  maxpool conv bn relu                maxpool, avgpool, classifier
+    vit      conv_proj -> encoder.layers.encoder_layer_0 -> ... -> heads.head
+    swin     features.0.0 -> features.1.0 -> ... -> features.2.reduction -> features.3.0 -> ... -> head
+    deeplab  stem -> layer1.0 -> ... -> layer4.2 -> classifier
+             as of ResNet-101                       atrous pyramid, upsampling: class scores (B, classes, H, W)
 
-The modules are torchvision's own, so the cut network computes what theirs does, and an exported file loads into theirs
-under the names of :func:`torchvision_name`. No block changes its input in place: the in-place ReLUs work on what a
-BatchNorm or an addition has just made.
+The modules are torchvision's own, so the cut network computes what theirs does, and an exported file loads into theirs:
+under the names of :func:`torchvision_name` for ResNets and DeepLabV3, whose two ends we name; the others are cut by
+their traced forward, and keep all names and the weights that torchvision draws. No block changes its input in place:
+the in-place ReLUs work on what a BatchNorm or an addition has just made.
+
+VGGs are in DGL's layout: every convolution is a block, and a pooling begins the next one, so that a boundary has the
+map before it; there is no dropout.
+
+DeepLabV3 has output stride 8: stages 3 and 4 dilate by 2 and 4 in place of striding, their first blocks by half of it.
+The sides of its images are multiples of 8. It is for a task of one's own, which takes a network of one's own:
+``UncutModel(build_blocks("deeplabv3_resnet101", 3, 19))``.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
-from pipeline.models.backbones import BackboneFunction, Blocks, register_backbone
+from pipeline.base.errors import ConfigError
+from pipeline.models.backbones import (
+    BackboneFunction,
+    Blocks,
+    Sides,
+    SizedFunction,
+    register_backbone,
+    register_sized,
+)
+from pipeline.models.custom import network_blocks
 
-NAMES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext101_32x8d")
+VGGS = ("vgg13_bn", "vgg19_bn")
+TRANSFORMERS = ("vit_b_16", "swin_t")
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext101_32x8d")
+DEEPLAB = "deeplabv3_resnet101"
+_OUTPUT_STRIDE = 8
 _PARTS_OF_THEIR_OWN = ("stem.", "classifier.")  # torchvision has no names for these two blocks
 
 
@@ -30,16 +59,8 @@ def torchvision_resnet(name: str) -> BackboneFunction:
         from torchvision import models  # a second, which others do without
 
         network = models.get_model(name, weights=None, num_classes=classes)
-        first = network.conv1
-        if in_channels != first.in_channels:
-            first = nn.Conv2d(in_channels, first.out_channels, 7, 2, 3, bias=False)
-        blocks: Blocks = OrderedDict()
-        blocks["stem"] = nn.Sequential(
-            OrderedDict(conv1=first, bn1=network.bn1, relu=network.relu, maxpool=network.maxpool)
-        )
-        for stage in ("layer1", "layer2", "layer3", "layer4"):
-            for index, block in network.get_submodule(stage).named_children():
-                blocks[f"{stage}.{index}"] = block
+        _take_channels(network, in_channels)
+        blocks = _residual_blocks(network)
         blocks["classifier"] = nn.Sequential(
             OrderedDict(avgpool=network.avgpool, flatten=nn.Flatten(), fc=network.fc)
         )
@@ -48,16 +69,100 @@ def torchvision_resnet(name: str) -> BackboneFunction:
     return build
 
 
+def _residual_blocks(network: nn.Module) -> Blocks:
+    """Stem and stages of a ResNet."""
+    parts = {name: network.get_submodule(name) for name in ("conv1", "bn1", "relu", "maxpool")}
+    blocks: Blocks = OrderedDict(stem=nn.Sequential(OrderedDict(parts)))
+    for stage in ("layer1", "layer2", "layer3", "layer4"):
+        for index, block in network.get_submodule(stage).named_children():
+            blocks[f"{stage}.{index}"] = block
+    return blocks
+
+
+def torchvision_deeplab(in_channels: int, classes: int) -> Blocks:
+    """``torchvision.models.segmentation.deeplabv3_resnet101`` without its auxiliary classifier."""
+    from torchvision.models import segmentation
+
+    network = segmentation.deeplabv3_resnet101(weights=None, weights_backbone=None, num_classes=classes)
+    _take_channels(network, in_channels)
+    blocks = _residual_blocks(network.backbone)
+    upsample = nn.Upsample(scale_factor=_OUTPUT_STRIDE, mode="bilinear", align_corners=False)
+    blocks["classifier"] = nn.Sequential(OrderedDict(head=network.classifier, upsample=upsample))
+    return blocks
+
+
+def torchvision_vgg(name: str) -> BackboneFunction:
+    """The function that builds ``torchvision.models.<name>`` in DGL's layout, without dropout."""
+
+    def build(in_channels: int, classes: int) -> Blocks:
+        from torchvision import models
+
+        network = models.get_model(name, weights=None, num_classes=classes, dropout=0.0)
+        _take_channels(network, in_channels)
+        return network_blocks(network, tuple(_vgg_cuts(network.features)))
+
+    return build
+
+
+def _vgg_cuts(features: nn.Sequential) -> Iterator[str]:
+    """Every convolution but the first begins a block, with the pooling before it; so does the last pooling."""
+    before: nn.Module | None = None
+    for name, layer in features.named_children():
+        if isinstance(layer, nn.MaxPool2d) or (isinstance(layer, nn.Conv2d) and isinstance(before, nn.ReLU)):
+            yield f"features.{name}"
+        before = layer
+
+
+def torchvision_transformer(name: str) -> SizedFunction:
+    """The function that builds ``torchvision.models.<name>``, cut at its encoder blocks; a ViT for the images it
+    gets."""
+
+    def build(in_channels: int, classes: int, sides: Sides | None) -> Blocks:
+        from torchvision import models
+
+        options: dict[str, Any] = {}
+        if sides is not None and name.startswith("vit"):
+            if sides[0] != sides[1]:
+                raise ConfigError(f"{name} takes square images, not {sides[0]} x {sides[1]}; crop them, or use swin_t")
+            options["image_size"] = sides[0]
+        try:
+            network = models.get_model(name, weights=None, num_classes=classes, **options)
+        except AssertionError as error:
+            size = " x ".join(map(str, sides or ()))
+            raise ConfigError(f"{name} takes no images of {size} ({error}); use another size, or swin_t") from error
+        _take_channels(network, in_channels)
+        return network_blocks(network)
+
+    return build
+
+
+def _take_channels(network: nn.Module, channels: int) -> None:
+    """Give a network of RGB images a first convolution for others."""
+    path, first = next((path, m) for path, m in network.named_modules() if isinstance(m, nn.Conv2d))
+    if channels != first.in_channels:
+        options: dict[str, Any] = {name: getattr(first, name) for name in ("kernel_size", "stride", "padding")}
+        options["bias"] = first.bias is not None
+        network.set_submodule(path, nn.Conv2d(channels, first.out_channels, **options))
+
+
 def torchvision_name(backbone: str, key: str) -> str:
     """The state-dict key of torchvision's own network for a key of :class:`pipeline.UncutModel`.
 
-    ``stem.conv1.weight`` is ``conv1.weight`` there. Keys of other backbones stay as they are.
+    ``stem.conv1.weight`` is ``conv1.weight`` there. Keys of others than ResNets and DeepLabV3 stay.
     """
-    if backbone in NAMES:
+    if backbone in RESNETS:
         for part in _PARTS_OF_THEIR_OWN:
             key = key.removeprefix(part)
+    if backbone == DEEPLAB:
+        head = key.removeprefix("classifier.head.")
+        return f"backbone.{key.removeprefix('stem.')}" if head == key else f"classifier.{head}"
     return key
 
 
-for _name in NAMES:
+for _name in RESNETS:
     register_backbone(_name, torchvision_resnet(_name))
+for _name in VGGS:
+    register_backbone(_name, torchvision_vgg(_name))
+for _name in TRANSFORMERS:
+    register_sized(_name, torchvision_transformer(_name))
+register_backbone(DEEPLAB, torchvision_deeplab)

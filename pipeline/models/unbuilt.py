@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from pipeline.base.errors import LocalpipeError
-from pipeline.models.backbones import Blocks, build_blocks, initialise
+from pipeline.models.backbones import Blocks, Sides, build_blocks, initialise
+from pipeline.models.part import Part
 
 T = TypeVar("T")
 
@@ -42,17 +43,19 @@ def without_memory(build: Callable[[], T], seed: int = 0) -> T:
             return build()
 
 
-def real_blocks(name: str, in_channels: int, classes: int, seed: int) -> Blocks:
+def real_blocks(name: str, in_channels: int, classes: int, seed: int, sides: Sides | None = None) -> Blocks:
     """The whole named backbone with weights drawn from ``seed``. Raises ConfigError: unknown name."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_blocks(name, in_channels, classes)
+        return build_blocks(name, in_channels, classes, sides)
 
 
-def planned_blocks(name: str, in_channels: int, classes: int, seed: int = 0) -> Blocks:
+def planned_blocks(
+    name: str, in_channels: int, classes: int, seed: int = 0, sides: Sides | None = None
+) -> Blocks:
     """The named backbone on the meta device; with real weights from ``seed`` where that is not possible: it looks at
     values, or shares weights, which moving from the meta device would separate. Raises ConfigError: unknown name."""
-    blocks = without_memory(lambda: build_blocks(name, in_channels, classes), seed)
+    blocks = without_memory(lambda: build_blocks(name, in_channels, classes, sides), seed)
     uses = Counter(
         id(tensor)
         for block in blocks.values()
@@ -60,7 +63,7 @@ def planned_blocks(name: str, in_channels: int, classes: int, seed: int = 0) -> 
         for _, tensor in tensors
     )
     shares = any(count > 1 for count in uses.values())
-    return real_blocks(name, in_channels, classes, seed) if shares else blocks
+    return real_blocks(name, in_channels, classes, seed, sides) if shares else blocks
 
 
 def without_weights(
@@ -95,19 +98,25 @@ def is_planned(block: nn.Module) -> bool:
 def drawn_blocks(
     blocks: Blocks, names: Iterable[str], seed_of: Callable[[str], int], whole: Callable[[], Blocks]
 ) -> Blocks:
-    """The blocks ``names`` with fresh weights, those of each drawn from a seed of its own. No random state changes.
+    """The blocks ``names`` with fresh weights, those of each drawn from a seed of its own. Parts of a traced network
+    are taken out of a whole one instead, with the weights that its own library draws. No random state changes.
 
     Args:
         blocks: the network; planned blocks get memory on the CPU, real ones are drawn again where they are.
         names: of the blocks that are wanted.
         seed_of: name of a block -> its seed.
-        whole: builds the whole network; called only for a planned block that holds what :func:`initialise` leaves.
+        whole: builds the whole network; called only for parts of a traced one, and for a planned block that holds what
+            :func:`initialise` leaves.
     """
     built: Blocks | None = None
     drawn: Blocks = OrderedDict()
     with torch.random.fork_rng(devices=[]):
         for name in names:
             block, planned = blocks[name], is_planned(blocks[name])
+            if isinstance(block, Part):
+                built = built if built is not None else whole()
+                drawn[name] = built[name]
+                continue
             if planned:
                 _give_memory(block)
             torch.manual_seed(seed_of(name))

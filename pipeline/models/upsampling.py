@@ -107,7 +107,7 @@ class FactorisedConv2d(UpsampledConv2d, Tuned):
     Under autocast the 1x1 convolution runs in the autocast dtype and the interpolation in float32: its weights are no
     powers of two, and bf16 would round each of them.
 
-    Gains 1.26 to 1.41 on InfoPro's heads (``benchmarks/heads.py``, AVX-512, a busy machine).
+    Gains 1.24 to 1.33 on InfoPro's heads (``benchmarks/heads.py``, AVX-512).
     """
 
     tuned = "upsampling"

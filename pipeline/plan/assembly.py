@@ -27,6 +27,7 @@ from pipeline.local.task import Classification, Task, task_name
 from pipeline.models.backbones import Blocks
 from pipeline.models.boundaries import boundary_specs
 from pipeline.models.later import LaterBlock, later_blocks
+from pipeline.models.pretrained import PretrainedWeights
 from pipeline.models.unbuilt import drawn_blocks, real_blocks, without_memory
 from pipeline.plan.cut import Cut, make_cut
 from pipeline.plan.placement import place
@@ -238,15 +239,22 @@ def _delay(config: Config) -> int:
 
 
 def build_modules(
-    plan: Plan, rank: int, blocks: Blocks, numerics: Numerics, fresh: bool
+    plan: Plan,
+    rank: int,
+    blocks: Blocks,
+    numerics: Numerics,
+    fresh: bool,
+    pretrained: PretrainedWeights | None = None,
 ) -> list[LocalModule]:
     """The local modules of ``rank``. With ``fresh``, blocks are drawn from per-block seeds, planned ones made real; a
     user's own network keeps its weights. Heads are always drawn from a seed of their own, so that no weight depends on
-    the placement, and blocks of other ranks are never made real."""
+    the placement, and blocks of other ranks are never made real. ``pretrained``: what the blocks get afterwards."""
     seed = plan.config.train.seed
     late = lags(plan.modules, _delay(plan.config)).backward
     whole = functools.cache(
-        lambda: real_blocks(plan.config.model.name, plan.task.image_shape[0], plan.task.classes, seed)
+        lambda: real_blocks(
+            plan.config.model.name, plan.task.image_shape[0], plan.task.classes, seed, plan.task.image_shape[1:]
+        )
     )
     built = []
     for index in plan.stages[rank]:
@@ -255,6 +263,8 @@ def build_modules(
             mine = drawn_blocks(blocks, names, lambda name: stable_hash(seed, "block", name), whole)
         else:
             mine = OrderedDict((name, blocks[name]) for name in names)
+        if pretrained is not None:
+            pretrained.load_into(mine)
         levels: OrderedDict[str, Level] = OrderedDict()
         builders = plan.level_builders(index)
         with torch.random.fork_rng(devices=[]):

@@ -141,7 +141,7 @@ def step_cost(config: Config, image_shape: tuple[int, ...], classes: int) -> Ste
         ConfigError: the plan does not exist (see :func:`pipeline.plan.assembly.make_plan`).
     """
     task = Classification(classes, image_shape)
-    blocks = planned_blocks(config.model.name, image_shape[0], classes)
+    blocks = planned_blocks(config.model.name, image_shape[0], classes, sides=image_shape[1:])
     numerics = resolve_numerics(config.precision, torch.device("cpu"), blocks.values())
     config, _ = cut_by_cost(config, blocks, task)
     return planned_cost(make_plan(config, blocks, task, ranks=1), blocks, numerics)

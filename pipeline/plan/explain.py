@@ -190,7 +190,8 @@ class _Network:
 
     def __init__(self, config: Config) -> None:
         self.task = _task(config)
-        self.blocks: Blocks = planned_blocks(config.model.name, self.task.image_shape[0], self.task.classes)
+        channels, *sides = self.task.image_shape
+        self.blocks: Blocks = planned_blocks(config.model.name, channels, self.task.classes, sides=tuple(sides))
         device, _ = choose_device(config.runtime.device, 0, 1)
         self.numerics: Numerics = resolve_numerics(config.precision, device, self.blocks.values())
 

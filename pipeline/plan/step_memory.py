@@ -72,7 +72,7 @@ def step_memory(config: Config, image_shape: tuple[int, ...], classes: int, rank
         ConfigError: the plan does not exist (see :func:`pipeline.plan.assembly.make_plan`).
     """
     task = Classification(classes, image_shape)
-    blocks = planned_blocks(config.model.name, image_shape[0], classes)
+    blocks = planned_blocks(config.model.name, image_shape[0], classes, sides=image_shape[1:])
     numerics = resolve_numerics(config.precision, torch.device("cpu"), blocks.values())
     config, _ = cut_by_cost(config, blocks, task)
     config = dataclasses.replace(config, precision=dataclasses.replace(config.precision, compile=False))

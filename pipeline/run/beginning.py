@@ -23,6 +23,7 @@ from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.task import Classification, Task, refuse_unusable, task_name
 from pipeline.models.backbones import Blocks
 from pipeline.models.custom import network_blocks
+from pipeline.models.pretrained import PretrainedWeights, sha256_of
 from pipeline.models.unbuilt import planned_blocks
 from pipeline.plan.cost_cut import cut_by_cost
 from pipeline.plan.cut import BY_COST, make_cut
@@ -66,6 +67,8 @@ def refuse_early(config: Config, network: nn.Module | None, task: Task | None, r
     if config.partition.kind == "given":
         given(config.partition.stages, count, runtime.team.size)
     place(count, runtime.team.size)
+    if network is not None and config.model.weights:
+        raise ConfigError("model.weights is for networks with a name; load the file into your own and leave it empty")
     if config.precision.compile:
         refuse_without_compiler(runtime.device)
     return resolve_numerics(config.precision, runtime.device, blocks.values())
@@ -91,7 +94,7 @@ def begin(
         known = team.recall(Key.RUN_DIRECTORY())
         if known is not None:  # torchrun has restarted the workers
             run_dir = path_of(known)
-        name = f"{config.model.name}-{config.data.name}"
+        name = f"{config.model.name}-{config.data.name}".replace("/", "-")
         going_on = known is not None or resume == "auto"
         directory = RunDirectory.create(Path(run_dir) if run_dir is not None else None, name, going_on)
         lock = RunLock(directory.path.absolute())
@@ -150,6 +153,18 @@ def cut_network(
     return config, *blocks_and_task(config, network, data_spec, task), words
 
 
+def pretrained_weights(
+    config: Config, blocks: Blocks, task: Task, start: Start, team: Team
+) -> PretrainedWeights | None:
+    """What ``model.weights`` names, the same on all ranks; None where it names nothing, or the run goes on from a
+    checkpoint. Collective."""
+    path = config.model.weights
+    if not path or start.checkpoint is not None:
+        return None
+    team.agree("the file of model.weights", sha256_of(path))
+    return PretrainedWeights(path, config.model.name, blocks, task.classes)
+
+
 def blocks_and_task(
     config: Config, network: nn.Module | None, data_spec: DataSpec, task: Task | None = None
 ) -> tuple[Blocks, Task]:
@@ -166,7 +181,8 @@ def blocks_and_task(
     if network is None:
         if data_spec.classes == 0:
             raise ConfigError("your own loaders need your own network: pass network=..., an nn.Module")
-        blocks = planned_blocks(config.model.name, data_spec.image_shape[0], data_spec.classes, config.train.seed)
+        channels, *sides = data_spec.image_shape
+        blocks = planned_blocks(config.model.name, channels, data_spec.classes, config.train.seed, tuple(sides))
         return blocks, Classification(data_spec.classes, data_spec.image_shape)
     blocks = network_blocks(network, config.model.cuts, data_spec.image_shape)
     return blocks, Classification(data_spec.classes or _classes_of(blocks), data_spec.image_shape)

@@ -83,7 +83,7 @@ def evaluate(
         set_threads(config.runtime.threads, 1)
         shape = task.image_shape if len(task.image_shape) == 3 else None
         blocks = network_blocks(network, config.model.cuts, shape) if network is not None else (
-            build_blocks(config.model.name, task.image_shape[0], task.classes)
+            build_blocks(config.model.name, task.image_shape[0], task.classes, task.image_shape[1:])
         )
         device, _ = choose_device(config.runtime.device, 0, 1)
         if config.precision.compile:

@@ -38,6 +38,7 @@ from pipeline.run.beginning import (
     cut_network,
     named_after,
     open_source,
+    pretrained_weights,
     refuse_early,
     show_beginning,
 )
@@ -117,6 +118,7 @@ def train(
         source, data_spec = open_source(config, data, numerics, runtime, task)
         failures.progress(-1, -1, "placing the local modules")
         config, blocks, task, cut = cut_network(config, network, data_spec, task, start, team)
+        pretrained = pretrained_weights(config, blocks, task, start, team)
         spec, together = data_spec.inputs, start.levels_together
         plan, placement = placed_plan(config, blocks, task, numerics, runtime, spec, together)
         if team.leads:
@@ -131,8 +133,9 @@ def train(
         watch = Watch(failures.progress, before_action)
         modules: list[LocalModule] = []
         held.enter_context(explained_failures(runtime, plan, numerics, modules, watch))
-        modules += build_modules(plan, team.rank, blocks, numerics, fresh=network is None)
-        del blocks  # the other stages' blocks
+        modules += build_modules(plan, team.rank, blocks, numerics, network is None, pretrained)
+        begins = str(pretrained or "")
+        del blocks, pretrained  # of the other stages too
         saved = open_checkpoint(start, plan, data_spec)
         edges = connect_stage(plan, numerics, runtime)
         recorder = watch.recorder = tracing.attach(runtime, plan, edges) if trace else None
@@ -144,7 +147,7 @@ def train(
         if view is not None:
             goes_on = f"resumed from {start.checkpoint} (step {position.step})" if start.checkpoint else ""
             note = tracing.cannot_draw() if trace and draw else ""
-            about = [*describe(plan, numerics, devices or []), cut, placement, levels_line(plan)]
+            about = [*describe(plan, numerics, devices or []), cut, placement, levels_line(plan), begins]
             lines = [*about, goes_on, *start.lines, note, without_curve() if config.log.curve else ""]
             show_beginning(view, start.warnings, lines, plan.labels())
 

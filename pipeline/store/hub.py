@@ -25,7 +25,7 @@ from pipeline.base.version import VERSION
 from pipeline.data.catalogue import normalisation
 from pipeline.local.weights import HEADS
 from pipeline.models.backbones import UncutModel, build_blocks
-from pipeline.models.torchvision import NAMES, torchvision_name
+from pipeline.models.torchvision import RESNETS, torchvision_name
 from pipeline.store.checkpoint import Checkpoint
 from pipeline.store.run_directory import json_ready
 
@@ -149,14 +149,15 @@ def load_exported(directory: Path | str, *, network: nn.Module | None = None) ->
         raise ConfigError(f"'{directory}' is of a network of your own, which no name can rebuild; pass network=...")
     backbone = described["model"] if network is None else ""
     if network is None:
-        network = UncutModel(build_blocks(backbone, described["image_shape"][0], described["classes"]))
+        channels, *sides = described["image_shape"]
+        network = UncutModel(build_blocks(backbone, channels, described["classes"], tuple(sides)))
     try:
         state = load_file(directory / WEIGHTS)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise ConfigError(f"'{directory / WEIGHTS}' cannot be read ({_line(error)}); export it again") from error
     if described["heads"]:
         state = {name: value for name, value in state.items() if not _AUXILIARY.match(name)}
-    if backbone in NAMES:  # the file has torchvision's names
+    if backbone in RESNETS:  # the file has torchvision's names
         ours = {torchvision_name(backbone, name): name for name in network.state_dict()}
         state = {ours.get(name, name): value for name, value in state.items()}
     try:

@@ -1,4 +1,4 @@
-"""torchvision's ResNets, cut: the same network bit for bit, names that lead back, and local learning on it."""
+"""torchvision's networks, cut: the same network bit for bit, names that lead back, and local learning on it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from tiny import train_on
 from torch import nn
 from torchvision import models
 
-from pipeline import UncutModel, backbone_names, build_blocks
+from pipeline import ConfigError, UncutModel, backbone_names, build_blocks
 from pipeline.base.numerics import resolve_numerics
 from pipeline.base.validation import from_dict, validate
 from pipeline.edges.connect import Edges
 from pipeline.local.task import Classification
 from pipeline.local.weights import model_state, module_weights
-from pipeline.models.torchvision import NAMES, torchvision_name
+from pipeline.models.torchvision import DEEPLAB, RESNETS, TRANSFORMERS, VGGS, torchvision_name
+from pipeline.models.unbuilt import planned_blocks
 from pipeline.plan.assembly import build_modules, make_plan
 from pipeline.stage.inlet import Batch, BatchInlet
 from pipeline.stage.stage import Stage
@@ -35,7 +36,7 @@ BLOCKS = {
 METHODS: dict[str, dict[str, Any]] = {"dgl": {"name": "dgl"}, "infopro": {"name": "infopro", "head": "1c2f"}}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", RESNETS)
 def test_every_residual_block_is_a_block_and_none_changes_its_input(name: str) -> None:
     with torch.device("meta"):  # shapes need no numbers
         blocks = build_blocks(name, 3, 1000)
@@ -113,3 +114,86 @@ def test_two_local_modules_train_on_larger_images(method: str) -> None:
 def test_the_networks_are_there_whatever_is_imported_first() -> None:
     code = "from pipeline.models.backbones import backbone_names; assert 'resnet18' in backbone_names()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("name", [*RESNETS, *VGGS, *TRANSFORMERS])
+def test_a_network_has_the_parameters_that_torchvision_publishes(name: str) -> None:
+    blocks = planned_blocks(name, 3, 1000)
+    published = models.get_model_weights(name).DEFAULT.meta["num_params"]  # type: ignore[attr-defined]
+    assert sum(parameter.numel() for block in blocks.values() for parameter in block.parameters()) == published
+    with torch.device("meta"):
+        theirs = models.get_model(name, weights=None)
+    ours = UncutModel(blocks).state_dict()
+    assert {torchvision_name(name, key): value.shape for key, value in ours.items()} == {
+        key: value.shape for key, value in theirs.state_dict().items()
+    }
+
+
+def test_a_vgg_has_the_layout_of_dgl() -> None:
+    """A block per convolution, which begins with the pooling before it: boundaries carry maps before the pooling."""
+    blocks = planned_blocks("vgg13_bn", 3, 1000)
+    shapes = list(boundary_shapes(blocks, (3, 224, 224), entrances=list(blocks)[1:]).values())
+    sides = {64: 224, 128: 112, 256: 56, 512: 28}
+    boundaries = [(width, side, side) for width, side in sides.items() for _ in (0, 1)] + [(512, 14, 14)] * 2
+    assert shapes == [*boundaries, (1000,)]
+    assert not any(isinstance(m, nn.Dropout) and m.p > 0 for block in blocks.values() for m in block.modules())
+
+
+def test_transformers_are_cut_at_their_encoder_blocks() -> None:
+    layers = [f"encoder.layers.encoder_layer_{index}" for index in range(12)]
+    assert list(planned_blocks("vit_b_16", 3, 10)) == ["conv_proj", *layers, "heads.head"]
+    inside = [f"features.{stage}.{index}" for stage, n in {1: 2, 3: 2, 5: 6, 7: 2}.items() for index in range(n)]
+    found = list(planned_blocks("swin_t", 3, 10))
+    assert [name for name in found if name in inside] == inside
+    assert len(found) == len(inside) + 5  # the first, three mergings of patches, the classifier
+
+
+def test_a_vision_transformer_is_built_for_the_images_it_gets() -> None:
+    blocks = planned_blocks("vit_b_16", 1, 10, sides=(32, 32))
+    assert boundary_shapes(blocks, (1, 32, 32))["conv_proj"] == (5, 768)  # 4 patches and the class token
+    assert boundary_shapes(planned_blocks("swin_t", 1, 10, sides=(32, 48)), (1, 32, 48))["head"] == (10,)
+    with pytest.raises(ConfigError, match=r"vit_b_16 takes no images of 40 x 40 \(Input shape indivisible by patch"):
+        planned_blocks("vit_b_16", 3, 10, sides=(40, 40))
+    with pytest.raises(ConfigError, match="vit_b_16 takes square images, not 32 x 48; crop them, or use swin_t"):
+        planned_blocks("vit_b_16", 3, 10, sides=(32, 48))
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_transformer_computes_what_torchvision_computes(name: str) -> None:
+    torch.manual_seed(1)
+    ours = UncutModel(build_blocks(name, 3, 10, (32, 32))).eval()
+    nn.init.normal_([*ours.parameters()][-2])  # a ViT's classifier begins with zeros
+    with torch.device("meta"):
+        theirs = models.get_model(name, weights=None, num_classes=10, **({"image_size": 32} if "vit" in name else {}))
+    theirs = theirs.to_empty(device="cpu").eval()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        found = ours(x)
+        assert torch.equal(found, theirs(x)) and found.std() > 0.1
+
+
+def test_deeplab_has_output_stride_8_and_the_names_of_torchvision() -> None:
+    blocks = planned_blocks(DEEPLAB, 3, 19)
+    assert len(blocks) == 1 + 3 + 4 + 23 + 3 + 1
+    shapes = boundary_shapes(blocks, (3, 128, 256), entrances=list(blocks)[1:])
+    assert shapes["layer2.3"] == (512, 16, 32) and shapes["layer3.12"] == (1024, 16, 32)
+    assert shapes["layer4.2"] == (2048, 16, 32) and shapes["classifier"] == (19, 128, 256)
+    dilations = [m.dilation[0] for m in blocks["layer4.0"].modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
+    assert sorted(set(dilations)) == [1, 2]  # the first of a stage as the stage before
+    with torch.device("meta"):
+        theirs = models.segmentation.deeplabv3_resnet101(weights=None, weights_backbone=None, num_classes=19)
+    ours = UncutModel(blocks).state_dict()
+    assert {torchvision_name(DEEPLAB, key): value.shape for key, value in ours.items()} == {
+        key: value.shape for key, value in theirs.state_dict().items()
+    }
+
+
+def test_deeplab_computes_what_torchvision_computes() -> None:
+    torch.manual_seed(1)
+    theirs = models.segmentation.deeplabv3_resnet101(weights=None, weights_backbone=None, num_classes=5).eval()
+    ours, weights = UncutModel(build_blocks(DEEPLAB, 3, 5)).eval(), theirs.state_dict()
+    ours.load_state_dict({key: weights[torchvision_name(DEEPLAB, key)] for key in ours.state_dict()})
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert torch.equal(ours(x), theirs(x)["out"])

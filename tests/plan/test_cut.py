@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 
 from pipeline.base.config import ModelConfig
 from pipeline.base.errors import ConfigError
-from pipeline.models.backbones import backbone_names, build_blocks
+from pipeline.models.backbones import backbone_names
+from pipeline.models.unbuilt import planned_blocks
 from pipeline.plan.cut import TABLES, make_cut
+
+
+@functools.cache
+def names_of(name: str) -> tuple[str, ...]:
+    """Of its blocks."""
+    return tuple(planned_blocks(name, 3, 10))
 
 
 def ends(name: str, modules: int, cuts: str = "auto", stem: str = "auto") -> list[str]:
     """Last block of every module but the last."""
-    blocks = build_blocks(name, 3, 10)
-    cut = make_cut(list(blocks), ModelConfig(name, modules, cuts, stem))
-    assert [block for names in cut.modules for block in names] == list(blocks)
+    cut = make_cut(names_of(name), ModelConfig(name, modules, cuts, stem))
+    assert tuple(block for names in cut.modules for block in names) == names_of(name)
     return [names[-1] for names in cut.modules[:-1]]
 
 
@@ -40,6 +48,26 @@ def test_the_papers_cut_points() -> None:
     assert ends("resnet110", 3, "balanced-stl10") == short("1.8", "2.1")
 
 
+def test_the_papers_cut_points_of_imagenet() -> None:
+    assert ends("resnet101", 4, "hpff") == ends("resnet152", 4, "hpff") == short("3.0", "3.9", "3.17")
+    assert ends("resnext101_32x8d", 4) == short("3.0", "3.9", "3.17")
+    eight = short("2.0", "3.1", "3.5", "3.9", "3.13", "3.17", "3.21")
+    assert ends("resnet101", 8) == ends("resnet152", 8, "hpff") == ends("resnext101_32x8d", 8, "hpff") == eight
+    assert ends("resnet34", 4) == ends("resnet50", 4, "hpff") == short("2.0", "3.0", "3.5")
+    assert ends("resnet101", 2, "balanced") == short("2.0")
+    assert ends("resnet152", 2, "balanced") == short("2.5")
+    assert ends("resnext101_32x8d", 2, "balanced") == short("2.2")
+    assert ends("resnet152", 2) == short("3.13")  # DGL: the stem and 25 blocks
+
+
+def test_the_cut_points_of_dgl_for_vggs() -> None:
+    """Convolutions of every local module; the classifier is in the last."""
+    for name, modules, counts in (("vgg13_bn", 10, [1] * 10), ("vgg13_bn", 4, [3, 3, 3, 1]), ("vgg19_bn", 2, [8, 8])):
+        *others, last = make_cut(names_of(name), ModelConfig(name, modules)).modules
+        assert [*map(len, others), len(last) - 1] == counts
+    assert ends("vgg19_bn", 4) == [names_of("vgg19_bn")[index] for index in (3, 7, 11)]
+
+
 def test_the_stem_variants_of_sixteen_modules() -> None:
     own = ends("resnet32", 16)
     assert own[0] == "stem" and len(own) == 15
@@ -51,7 +79,7 @@ def test_the_stem_variants_of_sixteen_modules() -> None:
 
 @pytest.mark.parametrize("name", backbone_names())
 def test_any_number_of_modules_up_to_one_per_block(name: str) -> None:
-    blocks = list(build_blocks(name, 3, 10))
+    blocks = names_of(name)
     for modules in range(1, len(blocks) + 1):
         cut = make_cut(blocks, ModelConfig(name, modules, "even"))
         assert len(cut) == modules
@@ -69,4 +97,4 @@ def test_every_table_fits_its_network() -> None:
 
 def test_a_table_without_this_k_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"model.cuts = 'balanced' has 2, 3, 4 for resnet110, not model.modules = 5"):
-        make_cut(list(build_blocks("resnet110", 3, 10)), ModelConfig("resnet110", 5, "balanced"))
+        make_cut(names_of("resnet110"), ModelConfig("resnet110", 5, "balanced"))

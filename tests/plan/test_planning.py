@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers_shapes import RealTensors
 from rich.console import Console
 
 from pipeline import load_config
@@ -275,3 +276,22 @@ def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
     assert command_line(monkeypatch, option, tmp_path / "nowhere" / "x") == 2
     error = capsys.readouterr().err
     assert "there is no directory" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "parameters"),
+    [
+        ("vit_b_16", "stl10", 85_683_466),  # torchvision's number for 224 x 224 and 1000 classes: 160 positions less
+        ("swin_t", "cifar10", 27_527_044),
+        ("vgg13_bn", "cifar10", 128_997_706),
+        ("densenet-bc-100-12", "cifar10", 769_162),
+    ],
+)
+def test_a_network_by_name_is_planned_without_data_and_without_memory(name: str, data: str, parameters: int) -> None:
+    settings = (f"model.name={name}", f"data.name={data}", "method.name=greedy", "hierarchy.cascade_span=1")
+    chosen = config(*settings, "model.modules=2", "patches.grid=1", "patches.at_once=1", "partition.kind=count")
+    batch = chosen.data.batch_size
+    with RealTensors() as real:
+        report = explain(chosen, 2, Profile((COST,) * 2, batch, batch))
+    assert sum(module.parameters for module in report.modules) == parameters
+    assert [rank.modules for rank in report.ranks] == [(0, 0), (1, 1)] and not real.found
