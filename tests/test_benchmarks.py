@@ -114,7 +114,7 @@ def test_a_plan_predicts_steps_of_a_plausible_length(tmp_path: Path) -> None:
 def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> Quick:
     """Quick runs of the benchmarks that need one core."""
     return side_by_side(tmp_path_factory, step_cost=[], precision=[], operations=["--method", "BP", "DGL + HPFF"],
-                        gpu=["--device", "cpu"], heads=[], memory=[])  # fmt: skip
+                        gpu=["--device", "cpu"], heads=[])  # fmt: skip
 
 
 OF_ONE_PROCESS = [pytest.param("precision", marks=pytest.mark.alone), "step_cost"]  # the first one runs all
@@ -158,14 +158,15 @@ def test_what_a_gpu_is_measured_by_runs_without_one(of_one_process: Quick) -> No
     assert "| resnet32 | DGL | 16 |" in page
 
 
-def test_memory_is_counted_in_one_process_and_on_the_fullest_rank(of_one_process: Quick) -> None:
-    result, page = of_one_process["memory"]
+@pytest.mark.slow
+def test_memory_is_counted_in_one_process_and_on_the_fullest_rank(tmp_path: Path) -> None:
+    result, page = quick("memory", tmp_path)
     rows = {(row["system"], row["ranks"]): row for row in result["rows"]}
     assert {name for name, ranks in rows if ranks == 1} == {
         "BP", "BP, checkpointing", "BP, counted here", "DGL", "DGL + HiLo", "DGL + HPFF"
     }  # fmt: skip
     assert [target["met"] for target in result["targets"]] == [True]  # two ways to count backpropagation agree
-    assert rows["BP, checkpointing", 1]["ratio"] < rows["torch 1F1B, M = 2", 2]["ratio"] + 0.5 < 1.2
+    assert rows["BP, checkpointing", 1]["ratio"] < 0.9 > rows["torch 1F1B, M = 2", 2]["ratio"] > 0.3
     for (system, ranks), row in rows.items():
         assert row["gpu"] is row["paper_gb"] is None and row["peak"] > 0
         if row["work"] is not None:
