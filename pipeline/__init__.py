@@ -21,6 +21,7 @@ from pipeline.ranks.command import command
 from pipeline.report.loggers import refuse_missing_loggers
 
 if TYPE_CHECKING:
+    from pipeline.base.alive import Alive
     from pipeline.base.flow import TensorSpec
     from pipeline.data.loader_source import LoaderData
     from pipeline.doctor.diagnose import diagnose
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from pipeline.plan.cost import StepCost, step_cost
     from pipeline.plan.cost_profile import Profile
     from pipeline.plan.explain import explain, measure
+    from pipeline.plan.step_memory import StepMemory, step_memory
     from pipeline.report.compare import Comparison, compare
     from pipeline.report.compare_view import plot_comparison, show_comparison
     from pipeline.report.curve import plot_curve
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     from pipeline.store.run_directory import read_metrics
 
 __all__ = [
+    "Alive",
     "AuxiliaryHead",
     "Classification",
     "Comparison",
@@ -68,6 +71,7 @@ __all__ = [
     "Profile",
     "SteadyState",
     "StepCost",
+    "StepMemory",
     "Task",
     "TaskHead",
     "TensorSpec",
@@ -107,6 +111,7 @@ __all__ = [
     "show_verdict",
     "steady_state",
     "step_cost",
+    "step_memory",
     "to_toml",
     "train",
     "weights_sha256",
@@ -114,6 +119,7 @@ __all__ = [
 
 _NEED_TORCH = {
     "pipeline.data.loader_source": ("LoaderData",),
+    "pipeline.base.alive": ("Alive",),
     "pipeline.base.flow": ("TensorSpec",),
     "pipeline.doctor.diagnose": ("diagnose",),
     "pipeline.doctor.finding": ("Diagnosis", "Finding"),
@@ -127,6 +133,7 @@ _NEED_TORCH = {
     "pipeline.plan.cost": ("StepCost", "step_cost"),
     "pipeline.plan.cost_profile": ("Profile",),
     "pipeline.plan.explain": ("explain", "measure"),
+    "pipeline.plan.step_memory": ("StepMemory", "step_memory"),
     "pipeline.report.compare": ("Comparison", "compare"),
     "pipeline.report.compare_view": ("plot_comparison", "show_comparison"),
     "pipeline.report.curve": ("plot_curve",),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ Quick = dict[str, tuple[dict[str, Any], str]]
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
-bursts, networks, ranks, runner, tables, throughput, virtual = map(
+bursts, memory, networks, ranks, runner, tables, throughput, virtual = map(
     importlib.import_module,
-    ("bursts", "networks", "ranks", "runner", "tables", "throughput", "virtual"),
+    ("bursts", "memory", "networks", "ranks", "runner", "tables", "throughput", "virtual"),
 )
 ROW_KEYS = set(tables.make_row(1.0, [1.0], method="bp"))
 
@@ -155,6 +156,41 @@ def test_what_a_gpu_is_measured_by_runs_without_one(of_one_process: Quick) -> No
         assert row["kernels"] is row["busy"] is row["peak_mib"] is None  # there is no GPU that could tell
     assert [target["met"] for target in result["targets"]] == [True]  # the gradients
     assert "| resnet32 | DGL | 16 |" in page
+
+
+@pytest.mark.slow
+def test_memory_is_counted_in_one_process_and_on_the_fullest_rank(tmp_path: Path) -> None:
+    result, page = quick("memory", tmp_path)
+    rows = {(row["system"], row["ranks"]): row for row in result["rows"]}
+    assert {name for name, ranks in rows if ranks == 1} == {
+        "BP", "BP, checkpointing", "BP, counted here", "DGL", "DGL + HiLo", "DGL + HPFF"
+    }  # fmt: skip
+    assert [target["met"] for target in result["targets"]] == [True]  # two ways to count backpropagation agree
+    assert rows["BP, checkpointing", 1]["ratio"] < 0.9 > rows["torch 1F1B, M = 2", 2]["ratio"] > 0.3
+    for (system, ranks), row in rows.items():
+        assert row["gpu"] is row["paper_gb"] is None and row["peak"] > 0
+        if row["work"] is not None:
+            assert row["peak"] == sum(row[part] for part in ("weights", "heads", "optimiser", "messages", "work"))
+            assert (row["messages"] > 0) == (ranks > 1), system
+    ours = [rows[f"DGL + HPFF{parts}", 3]["peak"] for parts in ("", ", M = 2")]
+    assert ours == sorted(ours, reverse=True)
+    assert "| resnet20 | DGL + HPFF, M = 2 | 3 | 3 |" in page
+
+
+SIZES = [(100, 0, 0), (1100, 80, 8), (12345, 1200, 32), (10**6, 99968, 312)]
+
+
+@pytest.mark.parametrize(("limit", "rows", "side"), SIZES)
+def test_the_largest_that_has_room_is_found_in_a_few_counts(limit: int, rows: int, side: int) -> None:
+    asked = []
+
+    def need(size: int, power: int) -> int:
+        asked.append(size)
+        return 300 + max(10 * size**power, 100)
+
+    assert memory.largest(partial(need, power=1), limit, 8) == rows
+    assert memory.largest(partial(need, power=2), limit, 8, power=2) == side
+    assert len(asked) < 16
 
 
 def test_what_a_tuned_layer_gains_is_told_of_each_that_runs(of_one_process: Quick) -> None:

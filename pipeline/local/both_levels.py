@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.local.methods import Level
 from pipeline.models.heads import Given
 from pipeline.models.patches import Autocast, PatchedHead, backward_together
+from pipeline.models.spread import Gradient, whole
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,19 @@ class BothLevels:
 
     def backward(
         self, feature: Tensor, given: Given, scale: float, autocast: Autocast
-    ) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+    ) -> dict[str, tuple[Gradient, dict[str, Tensor]]]:
         """:meth:`pipeline.local.methods.Level.backward` of every level, by its name."""
-        gradients: dict[str, Tensor | None] = dict.fromkeys(self._levels)
+        gradients: dict[str, Gradient | None] = dict.fromkeys(self._levels)
         losses: dict[str, dict[str, Tensor]] = {name: {} for name in self._levels}
         for term in self._terms:
-            weights, before = [scale * weight for weight in term.weights], [gradients[name] for name in term.levels]
+            weights = [scale * weight for weight in term.weights]
+            before = [None if (known := gradients[name]) is None else whole(known) for name in term.levels]
             if term.alike and term.heads[0].groups(feature, given):
                 found = backward_together(term.heads, feature, given, weights, before, autocast)
             else:
-                found = [
-                    head.backward(feature, given, weight, gradient, autocast)
-                    for head, weight, gradient in zip(term.heads, weights, before, strict=True)
-                ]
-            for name, (gradient, loss) in zip(term.levels, found, strict=True):
-                gradients[name], losses[name][term.name] = gradient, loss
+                found = []
+                for head, weight, gradient in zip(term.heads, weights, before, strict=True):
+                    found += backward_together([head], feature, given, [weight], [gradient], autocast)
+            for name, (result, loss) in zip(term.levels, found, strict=True):
+                gradients[name], losses[name][term.name] = result, loss
         return {name: (gradient, losses[name]) for name, gradient in gradients.items() if gradient is not None}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,12 +33,14 @@ from pipeline.local.losses import Losses
 from pipeline.local.methods import Level
 from pipeline.local.micro_batch import BatchKey, InFlight, MicroBatch
 from pipeline.local.optimiser import Optimiser
+from pipeline.local.output_gradients import OutputGradients, summed
 from pipeline.local.roles import ModulePlan
 from pipeline.local.sgr import reconcile
 from pipeline.local.stashes import Stashes
 from pipeline.local.task import Task
 from pipeline.local.upstream import FlatWeights, Mailbox, shapes_of
 from pipeline.models.heads import IMAGE, INPUTS, Given
+from pipeline.models.spread import Gradient, whole
 
 
 @dataclass(frozen=True)
@@ -177,8 +179,10 @@ class LocalModule:
         item = self.in_flight[key]
         if self.plan.reconciles:
             self._reconcile("independent", item, key[0])
-        else:
-            item.independent = self._run_level("independent", item, key[0])
+            return
+        item.independent = self._run_level("independent", item, key[0])
+        if item.relayed and item.own is not None:  # no message needs it alone any more
+            item.independent, item.own = summed([item.independent, item.own], used_up=True), None
 
     def final(self, key: BatchKey) -> None:
         """The last module's loss: that of the task on its output, which is the network's."""
@@ -203,11 +207,10 @@ class LocalModule:
         """Activation-only backward: the gradients of x_m that travel on under ``message_key``. Keeps the graph."""
         item = self.in_flight[key]
         own = item.own if message_key == self.plan.own_key else None
-        outputs, gradients = _gradients_of(item.outputs, [own], [item.received.get(message_key)])
+        start = OutputGradients(item.outputs, [own], [item.received.get(message_key)], keep=True)
         inputs = _differentiable(item.batch.inputs)
-        upstream = torch.autograd.grad(
-            outputs, list(inputs.values()), gradients, retain_graph=True, allow_unused=len(inputs) > 1
-        )
+        upstream = start.upstream(list(inputs.values()))
+        item.relayed = item.relayed or own is not None
         return self._boundary(
             {
                 name: torch.zeros_like(x) if gradient is None else gradient
@@ -219,12 +222,13 @@ class LocalModule:
         """Full backward into the parameters; frees the graph. Returns the message upstream where it is `merged`."""
         item = self.in_flight.pop(key)
         received = [item.received[message_key] for message_key in self.plan.incoming]
-        outputs, gradients = _gradients_of(item.outputs, [item.independent, item.own], received)
+        keep = self.plan.reconciles  # the next module may have a_m too
+        start = OutputGradients(item.outputs, [item.independent, item.own], received, keep)
         merged = self.plan.merged
         inputs = _differentiable(item.batch.inputs) if merged else {}
         leaves = [weight for weight in item.weights if weight.requires_grad] + list(inputs.values())
-        if leaves and outputs:
-            torch.autograd.backward(outputs, gradients, inputs=leaves)
+        del item, received  # so that nobody but the graph holds what is in it
+        start.backward(leaves)
         if not merged:
             return None
         upstream = {name: torch.zeros_like(x) if x.grad is None else x.grad for name, x in inputs.items()}
@@ -273,13 +277,13 @@ class LocalModule:
             flow = passed(block(flow))
         return flow
 
-    def _run_level(self, name: str, item: InFlight, step: int) -> Tensor:
+    def _run_level(self, name: str, item: InFlight, step: int) -> Gradient:
         heads = self.levels[name]
         return self._run_heads(name, item, step, lambda *arguments: {name: heads.backward(*arguments)})[name]
 
     def _run_heads(
-        self, name: str, item: InFlight, step: int, run: Callable[..., dict[str, tuple[Tensor, dict[str, Tensor]]]]
-    ) -> dict[str, Tensor]:
+        self, name: str, item: InFlight, step: int, run: Callable[..., dict[str, tuple[Gradient, dict[str, Tensor]]]]
+    ) -> dict[str, Gradient]:
         """The gradients by level; ``name`` is that of their random numbers."""
         seed_rng(stable_hash(item.rng_seed, name), self.numerics.device)
         batch, given = item.batch, self._given(item, step)
@@ -288,7 +292,7 @@ class LocalModule:
         losses = {f"{level}.{term}": loss for level, (_, terms) in found.items() for term, loss in terms.items()}
         self.losses.add(step, losses, batch.scale)
         turned = self._maps.output
-        return {level: channels_last(gradient) if turned else gradient for level, (gradient, _) in found.items()}
+        return {level: channels_last(whole(gradient)) if turned else gradient for level, (gradient, _) in found.items()}
 
     def _reconcile(self, name: str, item: InFlight, step: int) -> None:
         """The loss of the level ``name``, or of the task, with SGR's: a_m, and what the next module is told."""
@@ -366,29 +370,3 @@ class LocalModule:
 def _differentiable(tensors: Tensors) -> Tensors:
     """Those through which gradients flow."""
     return {name: x for name, x in tensors.items() if x.requires_grad}
-
-
-def _gradients_of(
-    outputs: Tensors, on_main: Sequence[Tensor | None], received: Sequence[Tensors | None]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs that have a graph and a gradient, and that gradient: the sum, in order, of what the module's own
-    heads say of "x" and of what has been received."""
-    roots, gradients = [], []
-    for name, h in _differentiable(outputs).items():
-        terms = [term for term in (on_main if name == MAIN else ()) if term is not None]
-        terms += [tensors[name] for tensors in received if tensors is not None and name in tensors]
-        if name != MAIN and not terms:
-            continue
-        roots.append(h)
-        gradients.append(_sum(terms, like=h))
-    return roots, gradients
-
-
-def _sum(terms: list[Tensor], like: Tensor) -> Tensor:
-    """Sum in the given order, in the dtype of ``like``; zeros where there is nothing."""
-    if not terms:
-        return torch.zeros_like(like)
-    total, *others = terms
-    for term in others:
-        total = total + term
-    return total.to(like.dtype)

@@ -39,7 +39,8 @@ from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given
 from pipeline.models.later import LaterBlock
 from pipeline.models.layers import VectorInput
 from pipeline.models.losses import full
-from pipeline.models.patches import Autocast, PatchedHead, patch_shape
+from pipeline.models.patches import Autocast, PatchedHead, backward_together, patch_shape
+from pipeline.models.spread import Gradient, whole
 from pipeline.models.tuned import use_plain
 
 DEFAULT_HEADS = {"dgl": "mlp-sr", "greedy": "0c1f", "infopro": "1c2f", "infopro-contrast": "1c2f", "predsim": ""}
@@ -126,7 +127,7 @@ class Level(nn.Module):
         given: Given,
         scale: float,
         autocast: Autocast = contextlib.nullcontext,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Gradient, dict[str, Tensor]]:
         """Run all heads and their backward passes on a detached feature (B, ...).
 
         Returns:
@@ -138,18 +139,19 @@ class Level(nn.Module):
         with torch.enable_grad(), autocast():
             y = self.front(leaf)
         gradient, losses = self._backward_of_heads(y.detach(), given, scale, autocast)
-        y.backward(gradient)
+        y.backward(whole(gradient))
         assert leaf.grad is not None
         return leaf.grad, losses
 
     def _backward_of_heads(
         self, feature: Tensor, given: Given, scale: float, autocast: Autocast
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        gradient: Tensor | None = None
+    ) -> tuple[Gradient, dict[str, Tensor]]:
+        gradient: Gradient | None = None
         losses = {}
         for name, head in self.heads():
-            weight = scale * self.weights[name]
-            gradient, losses[name] = head.backward(feature, given, weight, gradient, autocast)
+            before = None if gradient is None else whole(gradient)
+            weights = [scale * self.weights[name]]
+            ((gradient, losses[name]),) = backward_together([head], feature, given, weights, [before], autocast)
         return torch.zeros_like(feature) if gradient is None else gradient, losses
 
     def _fronted(self, feature: Tensor) -> Tensor:

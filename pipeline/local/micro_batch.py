@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from pipeline.base.flow import Tensors
+from pipeline.models.spread import Gradient
 
 BatchKey = tuple[int, int]
 """(step, micro-batch)"""
@@ -39,8 +40,9 @@ class InFlight:
         outputs: (b, ...), with their graph.
         weights: the leaves of the graph that get weight gradients.
         rng_seed: of its random numbers.
-        own: c_m, the gradient of "x" of the outputs from the cascade level.
+        own: c_m, the gradient of "x" of the outputs from the cascade level; None once ``independent`` holds it too.
         independent: a_m, likewise from the independent level or the last loss.
+        relayed: c_m has gone upstream.
         received: key -> gradients of the outputs from module m+1.
         local_gradient: of "x" of the outputs from the local loss alone, for module m+1 where it reconciles.
     """
@@ -49,7 +51,8 @@ class InFlight:
     outputs: Tensors
     weights: list[Tensor]
     rng_seed: int
-    own: Tensor | None = None
-    independent: Tensor | None = None
+    own: Gradient | None = None
+    independent: Gradient | None = None
+    relayed: bool = False
     received: dict[int, Tensors] = field(default_factory=dict)
     local_gradient: Tensor | None = None

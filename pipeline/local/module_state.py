@@ -25,6 +25,7 @@ from pipeline.local.local_module import LocalModule
 from pipeline.local.micro_batch import BatchKey, InFlight, MicroBatch
 from pipeline.local.to_host import to_host
 from pipeline.local.weights import State, below, live_weights, weights_of
+from pipeline.models.spread import whole
 
 STRIDES = "@strides"  # in which a tensor of four dimensions lies decides which kernels work on it, so on the last bits
 BUSY = "busy_s"
@@ -60,7 +61,9 @@ def module_state(module: LocalModule) -> State:
     for (step, micro_batch), item in module.in_flight.items():
         prefix = f"late.{step}.batch.{micro_batch}"
         batch = item.batch
-        kept = {"labels": batch.labels, "image": batch.image, "own": item.own, "independent": item.independent}
+        kept: dict[str, Tensor | None] = {"labels": batch.labels, "image": batch.image}
+        for what, said in (("own", item.own), ("independent", item.independent)):
+            kept[what] = None if said is None else whole(said)
         kept |= _flat("x", batch.inputs)
         for key, gradients in item.received.items():
             kept |= _flat(f"received.{key}", gradients)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given, Patches
+from pipeline.models.spread import Gradient, Spread, whole
 
 Autocast = Callable[[], contextlib.AbstractContextManager[None]]
 Patch = tuple[slice, ...]
@@ -121,7 +122,7 @@ class PatchedHead(nn.Module):
             loss (float64 scalar, detached).
         """
         ((found, loss),) = backward_together([self], feature, given, [weight], [gradient], autocast)
-        return found, loss
+        return whole(found), loss
 
     def loss(self, feature: Tensor, given: Given) -> Tensor:
         """The loss of all patches, one after another, in one graph with ``feature``."""
@@ -235,23 +236,22 @@ def backward_together(
     weights: Sequence[float],
     gradients: Sequence[Tensor | None],
     autocast: Autocast = contextlib.nullcontext,
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[tuple[Gradient, Tensor]]:
     """:meth:`PatchedHead.backward` of W heads of one structure on the same feature, one weight and gradient for each;
-    more than one may be asked only if it :meth:`PatchedHead.groups`."""
+    more than one may be asked only if it :meth:`PatchedHead.groups`. A gradient that is the same all over a window is
+    not spread over it."""
     first = heads[0]
     window = first.window(feature)
     if window == (1, 1):
-        return _run(heads, feature, given, weights, gradients, autocast, pooled=False)
+        return [*_run(heads, feature, given, weights, gradients, autocast, pooled=False)]
     means = F.avg_pool2d(feature, window)
     nothing: list[Tensor | None] = [None] * len(heads)
-    results = []
+    results: list[tuple[Gradient, Tensor]] = []
     for (found, loss), gradient in zip(
         _run(heads, means, given, weights, nothing, autocast, pooled=True), gradients, strict=True
     ):
-        spread = _spread(found, window)
-        if not feature.is_contiguous(memory_format=torch.channels_last):
-            spread = spread.contiguous()
-        results.append((spread if gradient is None else gradient.add_(spread), loss))
+        spread = Spread.of(found, window, feature)
+        results.append((spread if gradient is None else gradient.add_(spread.whole()), loss))
     return results
 
 
@@ -362,12 +362,3 @@ def _dense(patch: Tensor) -> Tensor:
     """A copy of a slice (B, C, h, w) of a map, or of another feature, without gaps, in its layout."""
     nhwc = patch.dim() == 4 and patch.stride(1) == 1
     return patch.clone(memory_format=torch.channels_last if nhwc else torch.contiguous_format)
-
-
-def _spread(means_gradient: Tensor, window: tuple[int, int]) -> Tensor:
-    """The gradient of a map (B, C, H, W), channels last, from that of its means over windows (B, C, h, w)."""
-    batch, channels, h, w = means_gradient.shape
-    share = (means_gradient / (window[0] * window[1])).permute(0, 2, 3, 1)
-    lines = share[:, :, :, None].expand(-1, -1, -1, window[1], -1).reshape(batch, h, 1, -1)
-    full = lines.expand(-1, -1, window[0], -1).reshape(batch, h * window[0], w * window[1], channels)
-    return full.permute(0, 3, 1, 2)

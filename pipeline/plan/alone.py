@@ -62,9 +62,9 @@ class Stands:
     weights_out: None = None
 
 
-def random_batch(plan: Plan, modules: Sequence[LocalModule], numerics: Numerics) -> Batch:
-    """One micro-batch at the entrance of the first of ``modules``."""
-    index, rows, task = modules[0].plan.index, plan.micro_batch_rows, plan.task
+def random_batch(plan: Plan, modules: Sequence[LocalModule], numerics: Numerics, parts: int = 1) -> Batch:
+    """So many micro-batches at the entrance of the first of ``modules``."""
+    index, rows, task = modules[0].plan.index, parts * plan.micro_batch_rows, plan.task
     generator = torch.Generator().manual_seed(index)
     x = _random(plan.given(index), rows, generator, numerics)
     labels = _random_target(task, rows, generator).to(numerics.device)
@@ -105,19 +105,23 @@ def _random(specs: Specs, rows: int, generator: torch.Generator, numerics: Numer
     return tensors
 
 
+def stands(plan: Plan, stage: range, gradients: Tensors) -> Stands:
+    """In place of the edges of a rank that owns the local modules ``stage``; ``gradients`` come from the next one."""
+    return Stands(
+        activation_out=Nobody() if stage[-1] + 1 < len(plan.modules) else None,
+        gradient_in=Pretender(payload(gradients, GRADIENT)),
+        gradient_out=Nobody() if stage[0] > 0 else None,
+    )
+
+
 def stage_alone(plan: Plan, module: LocalModule, batch: Batch, gradients: Tensors, watch: Watch) -> Stage:
     """A stage that owns ``module`` alone and trains it on ``batch`` in every step of one micro-batch, nothing late."""
     index = module.plan.index
-    edges = Stands(
-        activation_out=Nobody() if index + 1 < len(plan.modules) else None,
-        gradient_in=Pretender(payload(gradients, GRADIENT)),
-        gradient_out=Nobody() if index > 0 else None,
-    )
     return Stage(
         [module],
         stage_schedule(plan.modules, range(index, index + 1), 1),
         BatchInlet(batch),
-        edges,
+        stands(plan, range(index, index + 1), gradients),
         gradient_order=[(0, (index, 0, key)) for key in module.plan.incoming],
         watch=watch,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -57,6 +57,15 @@ class Tally(Watch):
             self.operations[action.module, kind] += counted.calls / len(actions)
             self.launches[action.module, kind] += counted.launches / len(actions)
             self.flops[action.module, kind] += counted.flops / len(actions)
+
+
+class Reads(Watch):
+    """Lets a stage without values do its updates, and counts nothing."""
+
+    @contextmanager
+    def working(self, actions: Sequence[Action], step: int, waited: Callable[[], float]) -> Iterator[None]:
+        with _Operations(reads=True) if actions[0].kind is Kind.UPDATE else nullcontext():
+            yield
 
 
 class _Operations(TorchDispatchMode):

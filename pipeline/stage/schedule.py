@@ -10,8 +10,8 @@ Schedule `exact`, one module per stage, two micro-batches (k = 2; R sends the ca
 A stage with several modules interleaves them, so that at most k modules hold a graph. Updates come last, those that
 wait for the next stage after the others: updates side by side are done together, in one call (see local.updates):
 
-    F(m) C(m) R(m)  B(m-1)  I(m)   F(m+1) ...   U(m) U(m+1) ...   |   B(last) U(last)
-    |_________________________________________________________|   waits for the gradient of the next stage
+    F(m) C(m) R(m)  I(m-1) B(m-1)   F(m+1) ...   I(last)   U(m) U(m+1) ...   |   B(last) U(last)
+    |____________________________________________________________________|   waits for the gradient of the next stage
 
 Schedule `async`, delay d = 1: a module that receives a gradient does its backward and its update one step late, on the
 weights that its forward used. What it waits for was sent a whole step ago, so nobody waits. "@-1" is the batch of the
@@ -212,7 +212,14 @@ class _StageBuilder:
         # Relays come first: somebody waits for them. A module's own backward waits for its independent level too.
         self._sweep(micro_batch)
         if plan.independent and not plan.together:
-            emit(Action(Kind.INDEPENDENT, module, micro_batch))
+            independent = Action(Kind.INDEPENDENT, module, micro_batch)
+            # What it gives waits for the backward as well: where the next module here comes first, it comes after that;
+            # but not where that module is told its gradient.
+            waits = bool(plan.incoming) and module != self._modules[-1] and not self._lag.backward[module]
+            if waits and not plan.reconciles:
+                self._pending.append(independent)
+            else:
+                emit(independent)
         key = plan.outgoing[0] if plan.merged else None
         self._pending.append(Action(Kind.BACKWARD, module, micro_batch, key, self._lag.backward[module]))
         self._sweep(micro_batch)
@@ -262,6 +269,8 @@ class _StageBuilder:
         if action.lag:
             return False
         plan = self._plans[action.module]
+        if action.kind is Kind.INDEPENDENT:  # right before its backward
+            return {(action.module, action.micro_batch, key) for key in plan.incoming} <= self._there
         if not set(messages_needed(action, plan)) <= self._there:
             return False
         if action.kind is Kind.BACKWARD:  # the relays need the graph that the full backward frees
@@ -272,8 +281,9 @@ class _StageBuilder:
         return True
 
 
-def _urgency(action: Action) -> tuple[bool, int, int]:
-    return (action.kind is Kind.BACKWARD, -action.module, action.key or 0)
+def _urgency(action: Action) -> tuple[bool, int, bool, int]:
+    """Relays first, the last module's first; then module by module the independent level and the backward."""
+    return (action.kind is not Kind.RELAY, -action.module, action.kind is Kind.BACKWARD, action.key or 0)
 
 
 def together(actions: Iterable[Action]) -> Iterator[tuple[Action, ...]]:

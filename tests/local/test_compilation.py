@@ -30,6 +30,7 @@ from pipeline.local.methods import levels_of
 from pipeline.local.task import Classification
 from pipeline.local.weights import module_weights
 from pipeline.models.heads import Given
+from pipeline.models.spread import whole
 
 
 def one_step(compile_it: bool) -> tuple[list[LocalModule], dict[str, torch.Tensor | None]]:
@@ -67,9 +68,9 @@ def test_compiled_heads_of_all_patches_and_both_levels_give_the_same_on_maps_of_
         compile_parts(role, [], compiled.values(), late=True)
         feature, batch = torch.randn(8, *shape), tiny_batch()
         given = Given(batch.labels, batch.image)
-        results = [
-            BothLevels(levels).backward(feature, given, 0.5, contextlib.nullcontext) for levels in (plain, compiled)
-        ]
+        both = BothLevels(plain), BothLevels(compiled)
+        found = [levels.backward(feature, given, 0.5, contextlib.nullcontext) for levels in both]
+        results = [{name: (whole(gradient), losses) for name, (gradient, losses) in each.items()} for each in found]
         torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
         for name, level in plain.items():
             pairs = list(zip(compiled[name].parameters(), level.parameters(), strict=True))

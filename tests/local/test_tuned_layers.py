@@ -17,6 +17,7 @@ from pipeline.local.task import Classification
 from pipeline.local.term import Term
 from pipeline.models.heads import Given
 from pipeline.models.layers import PointwiseConv2d, PoolTo2d
+from pipeline.models.spread import whole
 from pipeline.models.tuned import Tuned, use_plain
 
 Choice = str | list[str]
@@ -47,7 +48,7 @@ def ran(level: Level, shape: tuple[int, ...], task: Classification) -> list[Tens
     found: list[Tensor] = []
     for step in range(2):
         gradient, losses = level.backward(feature * (step + 1), given, 0.3)
-        found += [gradient, *losses.values()]
+        found += [whole(gradient), *losses.values()]
     found += [parameter.grad for parameter in level.parameters() if parameter.grad is not None]
     assert len(found) == 2 * (1 + len(losses)) + len(list(level.parameters()))
     return [*found, *level.buffers()]

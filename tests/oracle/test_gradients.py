@@ -13,6 +13,7 @@ from tiny import METHODS, VARIANTS, gradients, tiny_batch, tiny_config, tiny_sta
 from pipeline.local.weights import model_state, module_weights
 from pipeline.models.backbones import UncutModel
 from pipeline.models.heads import Given
+from pipeline.models.spread import whole
 
 pytestmark = pytest.mark.long
 
@@ -63,7 +64,7 @@ def test_the_oracle_notices_a_leak_of_the_independent_gradient() -> None:
         leaky.independent(micro_batch)
         item = leaky.in_flight[micro_batch]
         assert item.own is not None and item.independent is not None
-        item.own = item.own + item.independent
+        item.own = whole(item.own) + whole(item.independent)
 
     leaky.cascade = cascade_and_independent  # type: ignore[method-assign]
     train_on(without_updates(stage), 0, 0, batch)

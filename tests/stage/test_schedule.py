@@ -35,6 +35,12 @@ def test_two_micro_batches_fill_the_wait_for_the_gradient() -> None:
     )
 
 
+def test_an_independent_level_waits_for_its_backward_where_the_next_module_is_on_the_same_stage() -> None:
+    """The activation leaves earlier, and one gradient less is there at the fullest moment."""
+    assert text(4, 2, range(0, 2), 1) == "F0.0 F1.0 C1.0 R1.0->0 I0.0 B0.0 I1.0 U0 B1.0 U1"
+    assert text(4, 1, range(0, 2), 1) == "F0.0 I0.0 B0.0 F1.0 I1.0 B1.0 U0 U1"
+
+
 def test_a_stage_of_several_modules_keeps_two_graphs_at_most() -> None:
     actions = stage_schedule(plans(8, 2), range(0, 8), 1)
     open_graphs: set[int] = set()
