@@ -249,6 +249,7 @@ def _modules(
         builders = plan.level_builders(role.index)
         heads = sum(p.numel() for build in builders.values() for p in without_memory(build).parameters())
         kinds = {action.kind for action in plan.schedules[rank_of[role.index]] if action.module == role.index}
+        kinds -= {Kind.SHARE, Kind.ADOPT}  # a copy of a block: no work to speak of
         names = plan.cut.modules[role.index]
         cost = cost.in_role(role)
         rows.append(
@@ -284,6 +285,9 @@ def _ranks(
             down = plan.config.schedule.micro_batches * plan.activation_spec(rank, *wire).nbytes
         if rank > 0 and plan.gradient_order(rank):
             up = len(plan.gradient_order(rank)) * plan.gradient_spec(rank, *wire).nbytes
+        if rank > 0 and plan.upstream is not None:
+            weights = plan.upstream.spec(stage[0] - 1, numerics.weight_dtype)
+            up += weights.nbytes // plan.upstream.declared.every if weights is not None else 0
         rows.append(
             PlannedRank(
                 rank=rank,
