@@ -145,7 +145,7 @@ def test_counting_needs_no_memory(computed: list[str], monkeypatch: pytest.Monke
     """A network of 4 TB of weights, and as much again for gradients and momentum."""
     wide, sizes = 10**6, [3 * 16 * 16, 10**6, 10**6, 10]
 
-    def build(channels: int, classes: int) -> Blocks:
+    def build(channels: int, classes: int, sides: object) -> Blocks:
         layers = [nn.Sequential(nn.Flatten(), nn.Linear(sizes[0], wide)), nn.Linear(wide, wide), nn.Linear(wide, 10)]
         return OrderedDict((f"layer{i}", layer) for i, layer in enumerate(layers))
 
@@ -165,7 +165,7 @@ class Chooses(nn.Module):
 
 
 def test_a_network_that_looks_at_values_is_computed(computed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(channels: int, classes: int) -> Blocks:
+    def build(channels: int, classes: int, sides: object) -> Blocks:
         layers = [nn.Conv2d(3, 8, 3), Chooses(), nn.Sequential(nn.Flatten(), nn.Linear(8 * 14 * 14, 10))]
         return OrderedDict((f"layer{i}", layer) for i, layer in enumerate(layers))
 
