@@ -77,3 +77,7 @@ def test_the_table_shows_time_and_memory_of_each(report: PlanReport, width: int)
         (row,) = [row for row in rows if row.strip("* ").split()[:2] == [str(form.at_once), form.levels]]
         assert ("*" in row) == form.configured and f"{form.operations:,}" in row
         assert mebibytes(max(form.memory_bytes)) in row.split()
+
+
+def test_levels_behind_the_copies_of_man_have_one_form_only() -> None:
+    assert planned("method.name=greedy", "method.front=man", "hierarchy.cascade_span=2", "patches.grid=1").forms == ()
