@@ -36,6 +36,7 @@ class BothLevels:
 
     def __init__(self, levels: OrderedDict[str, Level]) -> None:
         self._levels = tuple(levels)
+        self._fronts = any(level.front is not None for level in levels.values())
         self._terms = []
         for term in dict.fromkeys(term for level in levels.values() for term, _ in level.heads()):
             having = {name: head for name, level in levels.items() for other, head in level.heads() if other == term}
@@ -45,11 +46,11 @@ class BothLevels:
             self._terms.append(_Term(term, tuple(having), heads, weights, alike))
 
     def pays(self, feature: Tensor, given: Given) -> bool:
-        """Whether heads of two levels are done at once on such a feature, and no head may draw random numbers, which
-        would be others. Nothing is computed."""
+        """Whether heads of two levels are done at once on such a feature, which they then share, and no head may draw
+        random numbers, which would be others. Nothing is computed."""
         heads = [head for term in self._terms for head in term.heads]
         joined = any(term.alike and term.heads[0].groups(feature, given) for term in self._terms)
-        return joined and all(head.first.takes_patches(feature.dim()) for head in heads)
+        return joined and not self._fronts and all(head.first.takes_patches(feature.dim()) for head in heads)
 
     def backward(
         self, feature: Tensor, given: Given, scale: float, autocast: Autocast

@@ -215,8 +215,8 @@ def build_level(
 
 
 def at_once(config: Config, grid: int) -> int:
-    """Patches that a head works on together."""
-    wanted = config.patches.at_once
+    """Patches that a head works on together; SGR has the loss of all in one graph, one after another."""
+    wanted = 1 if config.method.reconciliation > 0 else config.patches.at_once
     return grid * grid if isinstance(wanted, str) else wanted
 
 

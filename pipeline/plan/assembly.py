@@ -91,7 +91,7 @@ class Plan:
     def with_patches_at_once(self, at_once: int | str, blocks: Blocks) -> Plan:
         """The same plan with ``patches.at_once`` of this value; ``blocks``: the network, which stays as it is."""
         memory = None
-        if at_once == "auto" and self.config.patches.grid > 1:
+        if at_once == "auto" and self.config.patches.grid > 1 and not self.modules[0].reconciles:
             parts = [[blocks[name] for name in names] for names in self.cut.modules]
             largest = largest_backward(zip(parts, (self.inputs, *self.boundaries), strict=False))
             memory = HeadMemory(largest, self.task)
@@ -302,10 +302,10 @@ def describe(plan: Plan, numerics: Numerics, devices: list[str]) -> list[str]:
     if len(plan.modules) == 1:
         parts = ["backpropagation (one module)"]
     else:
-        if hierarchy.cascade_span > 1:
-            parts.append(f"cascade span {hierarchy.cascade_span} ({hierarchy.variant})")
         if hierarchy.variant == "deepsup":
-            parts[1:] = ["every loss through the whole network (deepsup)"]
+            parts.append("every loss through the whole network (deepsup)")
+        elif hierarchy.cascade_span > 1:
+            parts.append(f"cascade span {hierarchy.cascade_span} ({hierarchy.variant})")
         if config.method.reconciliation > 0:
             parts.append(f"gradient reconciliation {config.method.reconciliation:g}")
         if grid > 1:

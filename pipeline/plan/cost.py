@@ -16,28 +16,27 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from pipeline.base.config import Config, ModelConfig
 from pipeline.base.errors import LocalpipeError
-from pipeline.base.numerics import Numerics, resolve_numerics
+from pipeline.base.numerics import Numerics
 from pipeline.edges.connect import Edges
 from pipeline.local.local_module import LocalModule
-from pipeline.local.task import Classification
 from pipeline.models.backbones import Blocks
 from pipeline.models.layers import PairedConv2d
 from pipeline.models.tuned import use_plain
-from pipeline.models.unbuilt import no_values, planned_blocks
+from pipeline.models.unbuilt import no_values
 from pipeline.plan.alone import random_batch
 from pipeline.plan.assembly import Plan, make_plan
 from pipeline.plan.blank import blank_modules, real_modules
-from pipeline.plan.cost_cut import cut_by_cost
 from pipeline.plan.counting import Part, Tally
 from pipeline.plan.module_flops import IMAGES, counted_step
+from pipeline.plan.named import plan_of_name
+from pipeline.ranks.runtime import threads_restored
 from pipeline.stage.inlet import BatchInlet
 from pipeline.stage.schedule import Kind
 from pipeline.stage.stage import Stage
@@ -140,11 +139,7 @@ def step_cost(config: Config, image_shape: tuple[int, ...], classes: int) -> Ste
     Raises:
         ConfigError: the plan does not exist (see :func:`pipeline.plan.assembly.make_plan`).
     """
-    task = Classification(classes, image_shape)
-    blocks = planned_blocks(config.model.name, image_shape[0], classes, sides=image_shape[1:])
-    numerics = resolve_numerics(config.precision, torch.device("cpu"), blocks.values())
-    config, _ = cut_by_cost(config, blocks, task)
-    return planned_cost(make_plan(config, blocks, task, ranks=1), blocks, numerics)
+    return planned_cost(*plan_of_name(config, image_shape, classes, ranks=1))
 
 
 def planned_cost(plan: Plan, blocks: Blocks, numerics: Numerics) -> StepCost:
@@ -195,24 +190,14 @@ def _is_small(plan: Plan, blocks: Blocks) -> bool:
     return parameters + max(maps) <= SMALL
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Waiting for others takes longer than the work of two images."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _count(plan: Plan, blocks: Blocks, numerics: Numerics) -> _Counts:
     """What cannot do without values, as a network that decides by them, is computed; a small one on a CPU as well."""
     plan = counted_step(plan)
     cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         if numerics.device.type == "cpu" and _is_small(plan, blocks):
-            with _one_thread():
+            with threads_restored():
+                torch.set_num_threads(1)  # waiting for others takes longer than the work of two images
                 return _counts_of(plan, real_modules(plan, blocks, numerics), numerics)
         try:
             with no_values():

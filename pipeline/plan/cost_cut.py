@@ -148,7 +148,7 @@ def _counted(config: Config, blocks: Blocks, task: Task, inputs: Specs) -> tuple
             model=cut,
             hierarchy=hierarchy,
             method=dataclasses.replace(config.method, reconciliation=0.0),  # its passes are about in proportion
-            patches=PatchesConfig(config.patches.grid),
+            patches=PatchesConfig(config.patches.grid, at_once=config.patches.grid**2),  # whatever memory allows
             precision=PrecisionConfig(compute="fp32"),
         )
         return make_plan(everywhere, blocks, task, 1, inputs)

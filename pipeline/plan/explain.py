@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, resolve_numerics
@@ -38,7 +36,7 @@ from pipeline.plan.profiling import profile_modules, work_of
 from pipeline.plan.rank_memory import rank_memory, refuse_too_large
 from pipeline.plan.report import Placement, PlannedForm, PlannedModule, PlannedRank, PlanReport
 from pipeline.plan.simulate import ModuleCost
-from pipeline.ranks.runtime import choose_device, keep_freed_memory, ranks_per_device, set_threads
+from pipeline.ranks.runtime import choose_device, keep_freed_memory, ranks_per_device, set_threads, threads_restored
 from pipeline.stage.events import SteadyState
 from pipeline.stage.schedule import Kind
 
@@ -231,13 +229,10 @@ def _task(config: Config) -> Task:
 @contextmanager
 def _threads_of_a_rank(config: Config, ranks: int, numerics: Numerics) -> Iterator[None]:
     """On a CPU every rank has its share of the cores."""
-    before = torch.get_num_threads()
-    if numerics.device.type == "cpu":
-        set_threads(config.runtime.threads, ranks)
-    try:
+    with threads_restored():
+        if numerics.device.type == "cpu":
+            set_threads(config.runtime.threads, ranks)
         yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _modules(

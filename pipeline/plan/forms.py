@@ -87,7 +87,8 @@ def _others(plan: Plan, blocks: Blocks) -> Iterator[Plan]:
     """Plans with one key changed, on the ranks of ``plan``."""
     config = plan.config
     if config.patches.grid > 1:
-        yield from (plan.with_patches_at_once(at_once, blocks) for at_once in ("auto", 1))
+        others = [at_once for at_once in ("auto", 1) if at_once != config.patches.at_once]
+        yield from (plan.with_patches_at_once(at_once, blocks) for at_once in others)
     if together := joinable(plan):
         forms: dict[str, frozenset[int]] = {"separate": frozenset(), "together": together}
         for levels, modules in forms.items():

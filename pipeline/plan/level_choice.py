@@ -32,8 +32,6 @@ SAME = 1.0 + 1e-9
 
 def joinable(plan: Plan) -> frozenset[int]:
     """The local modules that have both levels, with heads of the same shape that can be done at once."""
-    if plan.config.method.front != "none":  # one for both levels, which each of them would change
-        return frozenset()
     return frozenset(role.index for role in plan.modules if _has_both(role) and _pays(plan, role.index))
 
 

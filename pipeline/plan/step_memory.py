@@ -16,15 +16,14 @@ from torch import nn
 
 from pipeline.base.alive import Alive
 from pipeline.base.config import Config
-from pipeline.base.numerics import Numerics, resolve_numerics
-from pipeline.local.task import Classification
+from pipeline.base.numerics import Numerics
 from pipeline.models.backbones import Blocks
-from pipeline.models.unbuilt import no_values, planned_blocks, without_memory
+from pipeline.models.unbuilt import no_values, without_memory
 from pipeline.plan.alone import random_batch, random_gradients, stands
-from pipeline.plan.assembly import Plan, make_plan
+from pipeline.plan.assembly import Plan
 from pipeline.plan.blank import blank_modules
-from pipeline.plan.cost_cut import cut_by_cost
 from pipeline.plan.counting import Reads
+from pipeline.plan.named import plan_of_name
 from pipeline.plan.rank_memory import rank_memory
 from pipeline.plan.simulate import ModuleCost
 from pipeline.stage.inlet import BatchInlet
@@ -71,12 +70,8 @@ def step_memory(config: Config, image_shape: tuple[int, ...], classes: int, rank
     Raises:
         ConfigError: the plan does not exist (see :func:`pipeline.plan.assembly.make_plan`).
     """
-    task = Classification(classes, image_shape)
-    blocks = planned_blocks(config.model.name, image_shape[0], classes, sides=image_shape[1:])
-    numerics = resolve_numerics(config.precision, torch.device("cpu"), blocks.values())
-    config, _ = cut_by_cost(config, blocks, task)
     config = dataclasses.replace(config, precision=dataclasses.replace(config.precision, compile=False))
-    plan = make_plan(config, blocks, task, ranks)
+    plan, blocks, numerics = plan_of_name(config, image_shape, classes, ranks)
     messages = rank_memory(plan, [ModuleCost()] * len(plan.modules), numerics)
     known: dict[str, StepMemory] = {}
     found = []

@@ -18,6 +18,7 @@ import ctypes.util
 import functools
 import os
 import signal
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -86,6 +87,16 @@ def set_threads(threads: int, local_world_size: int) -> int:
         ):  # refused once parallel work has started (embedded in other code)
             torch.set_num_interop_threads(1)
     return count
+
+
+@contextlib.contextmanager
+def threads_restored() -> Iterator[None]:
+    """Whatever changes the number of intra-op threads in it has done so for as long as it lasts."""
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def keep_freed_memory() -> None:

@@ -36,7 +36,7 @@ from pipeline.models.backbones import Blocks, build_blocks
 from pipeline.models.boundaries import blank
 from pipeline.models.custom import network_blocks
 from pipeline.plan.assembly import Plan, build_modules, make_plan
-from pipeline.ranks.runtime import choose_device, set_threads
+from pipeline.ranks.runtime import choose_device, set_threads, threads_restored
 from pipeline.report.exits import ALL, PREFIX, Evaluation, ExitRow
 from pipeline.stage.inlet import Batch
 from pipeline.store.checkpoint import Checkpoint, open_checkpoint
@@ -78,8 +78,7 @@ def evaluate(
     config = load_config(file=saved.path / CONFIG, assignments=assignments)
     task = _task_of(saved, task)
     _refuse_what_is_missing(saved, config, network, data)
-    threads = torch.get_num_threads()
-    try:
+    with threads_restored():
         set_threads(config.runtime.threads, 1)
         shape = task.image_shape if len(task.image_shape) == 3 else None
         blocks = network_blocks(network, config.model.cuts, shape) if network is not None else (
@@ -100,8 +99,6 @@ def evaluate(
         work = _operations(plan, blocks)
         modules = _restored(saved, plan, blocks, numerics)
         statistics, count = count_exits(modules, images.test(), task)
-    finally:
-        torch.set_num_threads(threads)
     return Evaluation(
         checkpoint=str(saved.path),
         step=saved.step,

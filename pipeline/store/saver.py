@@ -91,8 +91,8 @@ class Saver:
         self.join()
         self._error = None
         self._step, self._awaited = step, None
-        self._thread = threading.Thread(target=self._write, args=(step, states, document, arrival), name="saver")
-        self._thread.daemon = True
+        work = (step, states, document, arrival)
+        self._thread = threading.Thread(target=self._write, args=work, name="saver", daemon=True)
         self._thread.start()
 
     def join(self) -> None:

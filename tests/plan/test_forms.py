@@ -81,3 +81,8 @@ def test_the_table_shows_time_and_memory_of_each(report: PlanReport, width: int)
 
 def test_levels_behind_the_copies_of_man_have_one_form_only() -> None:
     assert planned("method.name=greedy", "method.front=man", "hierarchy.cascade_span=2", "patches.grid=1").forms == ()
+
+
+def test_patches_of_reconciled_heads_have_one_form_only() -> None:
+    one = ["method.name=greedy", "method.reconciliation=0.1", "hierarchy.cascade_span=1", "patches.grid=2"]
+    assert planned(*one).forms == ()
