@@ -28,7 +28,7 @@ from tables import Column, K, P, Row, Table
 from pipeline import Config, LoaderData, StepMemory, load_config, step_memory, train
 
 MIB = 2**20
-PAPERS = Path(__file__).with_name("papers_memory.toml")
+PAPERS = Path(__file__).with_name("papers.toml")
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def on_gpu(case: Case, steps: int = 3) -> int | None:
 
 def papers() -> dict[tuple[str, str], tuple[float, str]]:
     """GB and source by network and system."""
-    tables = tomllib.loads(PAPERS.read_text(encoding="utf-8"))["rows"]
+    tables = tomllib.loads(PAPERS.read_text(encoding="utf-8"))["memory"]
     return {
         (network, system): (value, table["source"])
         for table in tables

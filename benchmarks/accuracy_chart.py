@@ -1,0 +1,59 @@
+"""The chart of benchmarks/accuracy.py: error by epoch, and error by exit."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from runner import DASHED, INK
+from tables import Row
+
+BLACK = "#111111"
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Left: test error by epoch, of the largest budget that most rows have. Right: what the exits of each get wrong, by
+    the share of the modules up to them; the last is the network's output."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import colormaps, pyplot
+
+    budget = max((row["epochs"] for row in rows), key=lambda epochs: (sum(r["epochs"] == epochs for r in rows), epochs))
+    shown = [row for row in rows if row["epochs"] == budget]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 4.6), dpi=150, layout="constrained", sharey=True)
+    colours = iter(colormaps["tab20"].colors)  # type: ignore[attr-defined]
+    for row in shown:
+        alone = row["modules"] == 1
+        style = {"color": BLACK if alone else next(colours), "linewidth": 2.0 if alone else 1.3,
+                 "linestyle": "-" if alone or row["modules"] > 8 else DASHED, "marker": "o", "markersize": 3}  # fmt: skip
+        label = row["title"] if alone else f"{row['title']}, K = {row['modules']}"
+        left.plot(*_mean_curve(row), label=label, **style)
+        right.plot(*_mean_exits(row), **style)
+    for axes, title, label in ((left, "test error %", "epoch"), (right, "of every exit", "depth: modules / K")):
+        axes.set_title(title, loc="left", fontsize=10, color=INK)
+        axes.set_xlabel(label, fontsize=8, color=INK)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(colors=INK, length=0, labelsize=8)
+        axes.grid(color="#d9dce1", linewidth=0.7)
+    left.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=7.5, frameon=False)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _mean_curve(row: Row) -> tuple[list[int], list[float]]:
+    curves = [dict(run["curve"]) for run in row["runs"]]
+    epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
+    return epochs, [statistics.fmean(curve[epoch] for curve in curves) for epoch in epochs]
+
+
+def _mean_exits(row: Row) -> tuple[list[float], list[float]]:
+    """Of the deepest level that an exit has."""
+    found: dict[int, list[float]] = {}
+    for run in row["runs"]:
+        for module, error in {each["module"]: each["error"] for each in run["exits"]}.items():
+            found.setdefault(module, []).append(error)
+    modules = sorted(found)
+    return [(module + 1) / row["modules"] for module in modules], [statistics.fmean(found[m]) for m in modules]
