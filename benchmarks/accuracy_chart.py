@@ -26,8 +26,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     colours = iter(colormaps["tab20"].colors)  # type: ignore[attr-defined]
     for row in shown:
         alone = row["modules"] == 1
-        style = {"color": BLACK if alone else next(colours), "linewidth": 2.0 if alone else 1.3,
-                 "linestyle": "-" if alone or row["modules"] > 8 else DASHED, "marker": "o", "markersize": 3}  # fmt: skip
+        style = {"color": BLACK if alone else next(colours), "linewidth": 2.0 if alone else 1.3, "marker": "o",
+                 "markersize": 3, "linestyle": "-" if alone or row["modules"] > 8 else DASHED}  # fmt: skip
         label = row["title"] if alone else f"{row['title']}, K = {row['modules']}"
         left.plot(*_mean_curve(row), label=label, **style)
         right.plot(*_mean_exits(row), **style)

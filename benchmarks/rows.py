@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pipeline import Config, ConfigError, load_config, recipe_names, recipes
 
@@ -85,7 +86,8 @@ def _recipe_of(name: str, wanted: str) -> tuple[str, list[str]]:
         return wanted, []
     if found is not None:
         start, modules, end = found.groups()
-        same = [recipe for recipe in recipe_names() if re.fullmatch(rf"{re.escape(start)}-k\d+-{re.escape(end)}", recipe)]
+        alike = re.compile(rf"{re.escape(start)}-k\d+-{re.escape(end)}")
+        same = [recipe for recipe in recipe_names() if alike.fullmatch(recipe)]
         keys = [f"model.modules={modules}", "model.cuts=auto"]
         if same:
             return max(same, key=_modules), keys
@@ -106,7 +108,7 @@ def _published(name: str) -> Iterator[tuple[float, float | None, str]]:
     for recipe in recipes():
         if recipe.name == name and recipe.test_error is not None:
             yield recipe.test_error, None, recipe.table
-    for table in _papers():
+    for table in papers("errors"):
         if name in table:
             value = table[name]
             mean, spread = value if isinstance(value, list) else (value, None)
@@ -114,6 +116,7 @@ def _published(name: str) -> Iterator[tuple[float, float | None, str]]:
 
 
 @cache
-def _papers() -> list[dict[str, float | list[float] | str]]:
-    tables: list[dict[str, float | list[float] | str]] = tomllib.loads(PAPERS.read_text(encoding="utf-8"))["errors"]
+def papers(kind: str) -> list[dict[str, Any]]:
+    """The tables of papers.toml, "errors" or "memory"."""
+    tables: list[dict[str, Any]] = tomllib.loads(PAPERS.read_text(encoding="utf-8"))[kind]
     return tables

@@ -41,8 +41,9 @@ class TrainingRun:
 
     def command(self, ranks: int) -> list[str]:
         """What starts it, or lets it go on."""
-        words = ["train", "--config", str(self.config_file), "--run-dir", str(self.folder), "--resume", "auto", "--quiet"]
-        return [sys.executable, "-m", "pipeline", *words, *(["--nproc", str(ranks)] if ranks > 1 else [])]
+        words = ["train", "--config", str(self.config_file), "--run-dir", str(self.folder), "--resume", "auto"]
+        words += ["--quiet", *(["--nproc", str(ranks)] if ranks > 1 else [])]
+        return [sys.executable, "-m", "pipeline", *words]
 
     @property
     def config_file(self) -> Path:
