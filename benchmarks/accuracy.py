@@ -21,7 +21,7 @@ from pathlib import Path
 
 from accuracy_chart import draw
 from image_subset import subset
-from rows import TableRow, row_of
+from rows import TableRow, expanded, row_of
 from runner import Report, Target, main, option
 from tables import Column, Row, Table
 from training_runs import STOP, TrainingRun, run_all
@@ -49,7 +49,7 @@ NEAR_BP = 1.5
 
 @dataclass(frozen=True)
 class Settings:
-    rows: tuple[str, ...] = option(SHIPPED, "of the tables; default: HPFF's of ResNet-32, K = 16, and K = 4", "NAME")
+    rows: tuple[str, ...] = option(SHIPPED, "or groups of them; default: HPFF's of ResNet-32, K = 16 and 4", "NAME")
     root: str = option("runs/accuracy", "where the run directories are", "DIR")
     data: str = option("", "in place of the recipe's data set: a folder train/CLASS, test/CLASS, or digits", "DIR")
     train_images: int = option(0, "so many of the training images, evenly by class; 0: all", "N", above=-1)
@@ -84,7 +84,7 @@ def plan(settings: Settings) -> list[Planned]:
     Raises:
         ConfigError: no such row, no such data, a value out of range.
     """
-    rows = [row_of(name) for name in dict.fromkeys(settings.rows)]
+    rows = [row_of(name) for name in expanded(settings.rows)]
     of_folder = settings.data not in ("", DIGITS)
     if settings.train_images and not of_folder:
         raise ConfigError("--train-images needs --data DIR, a folder of images of which it can take some")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from runner import DASHED, INK
 from tables import Row
@@ -57,3 +58,54 @@ def _mean_exits(row: Row) -> tuple[list[float], list[float]]:
             found.setdefault(module, []).append(error)
     modules = sorted(found)
     return [(module + 1) / row["modules"] for module in modules], [statistics.fmean(found[m]) for m in modules]
+
+
+def draw_local_to_global(rows: Sequence[Row], path: Path) -> None:
+    """Left: error against the time of a step, the area of a point is memory, a line per K, k beside each point. Right:
+    error against time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import colormaps, pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.5, 4.8), dpi=150, layout="constrained", sharey=True)
+    largest = max(row["bytes"] for row in rows)
+    keys = list(dict.fromkeys(_line_of(row) for row in rows))
+    shades = colormaps["viridis"]
+    local = [key for key in keys if not key.startswith("BP")]
+    for key in keys:
+        of = sorted((row for row in rows if _line_of(row) == key), key=lambda row: row["span"])
+        place = local.index(key) / max(1, len(local) - 1) if key in local else 0.0
+        colour = shades(0.85 * place) if key in local else BLACK
+        left.plot([row["units"] for row in of], [row["error"] for row in of], color=colour, linewidth=0.8, alpha=0.6)
+        sizes = [30 + 600 * row["bytes"] / largest for row in of]
+        left.scatter([row["units"] for row in of], [row["error"] for row in of], s=sizes, color=colour, alpha=0.55,
+                     linewidths=0)  # fmt: skip
+        for row in of:
+            text = row["system"] if row["modules"] == 1 else f"k = {row['span']}"
+            left.annotate(text, (row["units"], row["error"]), (0, 11), textcoords="offset points", fontsize=6.5,
+                          color=INK, ha="center")  # fmt: skip
+        for index, row in enumerate(of):
+            right.plot(*zip(*row["reached"], strict=True), color=colour, linewidth=1.3, marker="o", markersize=3,
+                       label=key if index == 0 else None, linestyle=_dashes(key, row["span"]))  # fmt: skip
+    left.set_xlabel("time of a step, to backpropagation on one device; area: memory", fontsize=8, color=INK)
+    right.set_xlabel("time, in epochs of backpropagation on one device", fontsize=8, color=INK)
+    for axes in (left, right):
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.tick_params(colors=INK, length=0, labelsize=8)
+        axes.grid(color="#d9dce1", linewidth=0.7)
+        axes.set_axisbelow(True)
+    left.set_title("test error %", loc="left", fontsize=10, color=INK)
+    left.margins(0.15)
+    figure.legend(loc="outside right upper", fontsize=7.5, frameon=False)
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _dashes(key: str, span: int) -> Any:
+    """Pipelines of backpropagation are told apart, and cascades from what is plain."""
+    return {"BP, 1F1B": DASHED, "BP, ZBV": ":"}.get(key, "-" if span == 1 else DASHED)
+
+
+def _line_of(row: Row) -> str:
+    return row["system"] if row["modules"] == 1 else f"{row['system'].split(' + cascade')[0]}, K = {row['modules']}"

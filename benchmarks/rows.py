@@ -4,6 +4,7 @@
     cifar10-resnet32-k16-dgl-hilo                     a recipe with something else at its end (ENDINGS)
     cifar10-resnet32-k4-dgl-hpff                      a recipe with another K
     cifar10-resnet32-k16-dgl-hpff,optim.lr=0.2        any of these with more keys
+    hpff-table-1, local-to-global                     many of them (groups)
 """
 
 from __future__ import annotations
@@ -61,6 +62,28 @@ class TableRow:
         return load_config(self.recipe, assignments=[*assignments, *self.keys])
 
 
+def expanded(names: Sequence[str]) -> list[str]:
+    """The names with groups in place, each once: ``hpff-table-1`` (any table of which there are recipes) and
+    ``local-to-global``, DGL with K = 2, 4, 8, 16 and cascades of k = 1 ... K modules."""
+    groups = {"local-to-global": local_to_global()}
+    for recipe in recipes():
+        if recipe.table:
+            groups.setdefault(recipe.table.lower().replace(", ", "-").replace(" ", "-"), []).append(recipe.name)
+    return list(dict.fromkeys(row for name in names for row in groups.get(name, [name])))
+
+
+def local_to_global(start: str = "cifar10-resnet32") -> list[str]:
+    """From plain local learning to a gradient that flows through everything, and backpropagation."""
+    names = [f"{start}-bp"]
+    for modules in (2, 4, 8, 16):
+        names.append(f"{start}-k{modules}-dgl")
+        names += [
+            f"{start}-k{modules}-dgl-hilo" + (f",hierarchy.cascade_span={span}" if span > 2 else "")
+            for span in (2, 4, 8, 16) if span <= modules
+        ]  # fmt: skip
+    return names
+
+
 def row_of(name: str) -> TableRow:
     """The row of a name.
 
@@ -76,7 +99,8 @@ def row_of(name: str) -> TableRow:
     title = BP if found is None else METHODS.get(found[3], found[3]) + suffix
     recipe, other = _recipe_of(name, stem + below)
     keys = [*other, *keys, *more]
-    return TableRow(name, ", ".join([title, *more]), recipe, tuple(keys), tuple(_published(name)))
+    said = [assignment.replace("hierarchy.cascade_span=", "k = ") for assignment in more]
+    return TableRow(name, ", ".join([title, *said]), recipe, tuple(keys), tuple(_published(name)))
 
 
 def _recipe_of(name: str, wanted: str) -> tuple[str, list[str]]:
