@@ -9,7 +9,8 @@
 
 The independent gradient a_m and messages that end here never go upstream. The order of summation is fixed, so the
 result does not depend on timing or placement. x_m and h_m are named sets of tensors (see base.flow); heads stand on
-"x", gradients from m+1 come for every tensor of floating point.
+"x", gradients from m+1 come for every tensor of floating point. An action is a method of its name; what it computes,
+which may be a CUDA graph (see local.graphs), is the method with an underscore.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from pipeline.base.flow import MAIN, Flow, Specs, Tensors, bare, channels_first,
 from pipeline.base.numerics import Numerics, seed_rng, stable_hash
 from pipeline.local.both_levels import BothLevels
 from pipeline.local.compilation import compile_parts
+from pipeline.local.graphs import BACKWARD, FORWARD, Capture, Eagerly, Graphs
 from pipeline.local.guard import FiniteGuard
 from pipeline.local.losses import Losses
 from pipeline.local.methods import Level
@@ -36,7 +38,7 @@ from pipeline.local.optimiser import Optimiser
 from pipeline.local.output_gradients import OutputGradients, summed
 from pipeline.local.roles import ModulePlan
 from pipeline.local.sgr import reconcile
-from pipeline.local.stashes import Stashes
+from pipeline.local.stashes import Stash, Stashes
 from pipeline.local.task import Task
 from pipeline.local.upstream import FlatWeights, Mailbox, shapes_of
 from pipeline.models.heads import IMAGE, INPUTS, Given
@@ -76,6 +78,7 @@ class LocalModule:
         lag: steps between a forward and the backward and update of its batch (schedule `async`).
         mailbox: of the weights of module m+1, where its heads get any.
         maps: those that its heads see as (B, C, H, W) though they are not.
+        capture: where its actions become CUDA graphs; None: they do not.
 
     Attributes:
         asks: what its heads ask for, see :class:`pipeline.models.heads.Given`.
@@ -96,6 +99,7 @@ class LocalModule:
         lag: int = 0,
         mailbox: Mailbox | None = None,
         maps: Maps = Maps(),
+        capture: Capture | None = None,
     ) -> None:
         self.plan = plan
         self.blocks = blocks
@@ -126,6 +130,21 @@ class LocalModule:
         skips, on_gpu = config.train.nonfinite == "skip", numerics.device.type == "cuda"
         self._counts_steps_itself = config.schedule.kind == "free"
         self.guard = FiniteGuard(self.losses, buffers, skips, on_gpu, self._not_finite)
+        self._buffers = buffers
+        self._actions = Eagerly() if capture is None else self._graphs(capture, lag > 0)
+
+    def _graphs(self, capture: Capture, late: bool) -> Graphs:
+        name, image = f"local module {self.plan.index} ({self.label})", IMAGE in self.asks
+        graphs = Graphs(name, capture, self.in_flight, self._trained, self._forward_again, late, image)
+        if self.mailbox is not None and any(level.front is None for level in self.levels.values()):
+            graphs.give_up("its heads may keep weights of the next module in other tensors from step to step")
+        return graphs
+
+    @property
+    def label(self) -> str:
+        """Its first and its last block."""
+        names = list(self.blocks)
+        return names[0] if len(names) == 1 else f"{names[0]}-{names[-1]}"
 
     def _imitate_repeated_evaluations(self) -> list[nn.modules.batchnorm._BatchNorm]:
         """The released code evaluates a module n times a step, which moves BatchNorm statistics n times: momentum
@@ -146,65 +165,100 @@ class LocalModule:
         if self.plan.needs_input_gradient:
             for x in inputs.values():
                 x.requires_grad_(x.is_floating_point())
+        stash: Stash | None = None
+        weights: list[Tensor] = list(self.parameters)
+        if self.stashes is not None:
+            if key[0] not in self.stashes.open:
+                self.guard.mend_buffers()  # its first updates are a few forwards away
+            stash = self.stashes.take(key[0])
+            weights = stash.leaves()
+        kept = MicroBatch(inputs, batch.labels, batch.image, batch.scale, batch.local_gradient)
         seed = stable_hash(self._seed, "step", self.plan.index, *key)
+        self.in_flight[key] = InFlight(self._actions.enter(key, kept, stash), {}, weights, seed)
         seed_rng(seed, self.numerics.device)
         self._set_training(True)
+        return self._actions.run(key, FORWARD, self._forward)
+
+    def _forward(self, key: BatchKey) -> Tensors:
+        item = self.in_flight[key]
         with torch.enable_grad(), self.numerics.autocast():
-            if self.stashes is not None:
-                if key[0] not in self.stashes.open:
-                    self.guard.mend_buffers()  # its first updates are a few forwards away
-                weights = self.stashes.take(key[0]).leaves()
-                h = self.stashes.run(key[0], bare(inputs))
-            else:
-                weights, h = list(self.parameters), self._run_blocks(bare(inputs))
+            flow = bare(item.batch.inputs)
+            h = self._run_blocks(flow) if self.stashes is None else self.stashes.run(key[0], flow)
         for batchnorm in self._repeated:
             if batchnorm.num_batches_tracked is not None:
                 batchnorm.num_batches_tracked += self.plan.evaluations - 1
-        outputs = named(h)
-        kept = MicroBatch(inputs, batch.labels, batch.image, batch.scale, batch.local_gradient)
-        self.in_flight[key] = InFlight(kept, outputs, weights, seed)
-        return self._boundary(outputs)
+        item.outputs = named(h)
+        return self._boundary(item.outputs)
+
+    @torch.no_grad()
+    def _forward_again(self, key: BatchKey) -> None:
+        """The graph of a micro-batch in flight anew; statistics stay as they are."""
+        before = [buffer.clone() for buffer in self._buffers]
+        seed_rng(self.in_flight[key].rng_seed, self.numerics.device)
+        self._forward(key)
+        for buffer, value in zip(self._buffers, before, strict=True):
+            buffer.data.copy_(value)
 
     def cascade(self, key: BatchKey) -> None:
         """Run the cascade level: c_m. Where both levels go together, a_m as well."""
+        self._add_losses(key, "cascade", self._cascade)
+
+    def _cascade(self, key: BatchKey) -> Tensors:
         item = self.in_flight[key]
         if self._both is None:
-            item.own = self._run_level("cascade", item, key[0])
+            item.own, losses = self._run_level("cascade", item, key[0])
         else:
-            found = self._run_heads("cascade", item, key[0], self._both.backward)
+            found, losses = self._run_heads(item, key[0], self._both.backward)
             item.own, item.independent = found["cascade"], found["independent"]
+        return losses
 
     def independent(self, key: BatchKey) -> None:
         """Run the independent level: a_m."""
+        self._add_losses(key, "independent", self._independent)
+
+    def _independent(self, key: BatchKey) -> Tensors:
         item = self.in_flight[key]
         if self.plan.reconciles:
-            self._reconcile("independent", item, key[0])
-            return
-        item.independent = self._run_level("independent", item, key[0])
+            return self._reconcile("independent", item, key[0])
+        item.independent, losses = self._run_level("independent", item, key[0])
         if item.relayed and item.own is not None:  # no message needs it alone any more
             item.independent, item.own = summed([item.independent, item.own], used_up=True), None
+        return losses
 
     def final(self, key: BatchKey) -> None:
         """The last module's loss: that of the task on its output, which is the network's."""
+        self._add_losses(key, "final", self._final)
+
+    def _final(self, key: BatchKey) -> Tensors:
         item = self.in_flight[key]
         if self.plan.reconciles:
-            self._reconcile("final", item, key[0])
-            return
+            return self._reconcile("final", item, key[0])
         leaf = item.outputs[MAIN].detach().requires_grad_()
         with torch.enable_grad():
             loss = self.task.loss(leaf, item.batch.labels)
             loss.backward()
-        self.losses.add(key[0], {"final": loss.detach()}, item.batch.scale)
         total = (self.plan.final_local + self.plan.final_cascade) * item.batch.scale
         assert leaf.grad is not None
         item.independent = leaf.grad if total == 1.0 else leaf.grad * total
+        return {"final": loss.detach()}
+
+    def _add_losses(self, key: BatchKey, name: str, action: Callable[[BatchKey], Tensors]) -> None:
+        """Do an action that gives losses; ``name`` is that of its random numbers too."""
+        item, step = self.in_flight[key], key[0]
+        seed_rng(stable_hash(item.rng_seed, name), self.numerics.device)
+        with self.stashes.heads_of(step) if self.stashes is not None else contextlib.nullcontext():
+            losses = self._actions.run(key, name, action)
+        self.losses.add(step, self._actions.lasting(losses), item.batch.scale)
 
     def receive(self, key: BatchKey, message_key: int, gradients: Tensors) -> None:
         """Take gradients of h_m (b, ...) that module m+1 sent under ``message_key``."""
-        self.in_flight[key].received[message_key] = gradients
+        self.in_flight[key].received[message_key] = self._actions.received(key, message_key, gradients)
 
     def relay(self, key: BatchKey, message_key: int) -> Tensors:
         """Activation-only backward: the gradients of x_m that travel on under ``message_key``. Keeps the graph."""
+        return self._actions.run(key, f"relay of {message_key}", lambda key: self._relay(key, message_key))
+
+    def _relay(self, key: BatchKey, message_key: int) -> Tensors:
         item = self.in_flight[key]
         own = item.own if message_key == self.plan.own_key else None
         start = OutputGradients(item.outputs, [own], [item.received.get(message_key)], keep=True)
@@ -220,6 +274,9 @@ class LocalModule:
 
     def backward(self, key: BatchKey) -> Tensors | None:
         """Full backward into the parameters; frees the graph. Returns the message upstream where it is `merged`."""
+        return self._actions.run(key, BACKWARD, self._backward)
+
+    def _backward(self, key: BatchKey) -> Tensors | None:
         item = self.in_flight.pop(key)
         received = [item.received[message_key] for message_key in self.plan.incoming]
         keep = self.plan.reconciles  # the next module may have a_m too
@@ -277,26 +334,24 @@ class LocalModule:
             flow = passed(block(flow))
         return flow
 
-    def _run_level(self, name: str, item: InFlight, step: int) -> Gradient:
+    def _run_level(self, name: str, item: InFlight, step: int) -> tuple[Gradient, Tensors]:
         heads = self.levels[name]
-        return self._run_heads(name, item, step, lambda *arguments: {name: heads.backward(*arguments)})[name]
+        found, losses = self._run_heads(item, step, lambda *arguments: {name: heads.backward(*arguments)})
+        return found[name], losses
 
     def _run_heads(
-        self, name: str, item: InFlight, step: int, run: Callable[..., dict[str, tuple[Gradient, dict[str, Tensor]]]]
-    ) -> dict[str, Gradient]:
-        """The gradients by level; ``name`` is that of their random numbers."""
-        seed_rng(stable_hash(item.rng_seed, name), self.numerics.device)
+        self, item: InFlight, step: int, run: Callable[..., dict[str, tuple[Gradient, dict[str, Tensor]]]]
+    ) -> tuple[dict[str, Gradient], Tensors]:
+        """The gradients by level, and the losses."""
         batch, given = item.batch, self._given(item, step)
-        with self.stashes.heads_of(step) if self.stashes is not None else contextlib.nullcontext():
-            found = run(self._feature(item.outputs).detach(), given, batch.scale, self.numerics.autocast)
+        found = run(self._feature(item.outputs).detach(), given, batch.scale, self.numerics.autocast)
         losses = {f"{level}.{term}": loss for level, (_, terms) in found.items() for term, loss in terms.items()}
-        self.losses.add(step, losses, batch.scale)
         turned = self._maps.output
-        return {level: channels_last(whole(gradient)) if turned else gradient for level, (gradient, _) in found.items()}
+        gradients = {n: channels_last(whole(gradient)) if turned else gradient for n, (gradient, _) in found.items()}
+        return gradients, losses
 
-    def _reconcile(self, name: str, item: InFlight, step: int) -> None:
+    def _reconcile(self, name: str, item: InFlight, step: int) -> Tensors:
         """The loss of the level ``name``, or of the task, with SGR's: a_m, and what the next module is told."""
-        seed_rng(stable_hash(item.rng_seed, name), self.numerics.device)
         leaf = item.outputs[MAIN].detach().requires_grad_()
         with torch.enable_grad():
             if name == "final":
@@ -314,9 +369,9 @@ class LocalModule:
             )
         if result.distance is not None:
             terms[f"{name}.reconciliation"] = result.distance
-        self.losses.add(step, terms, item.batch.scale)
         item.independent = result.own
         item.local_gradient = self.numerics.boundary(result.passed_on)
+        return terms
 
     def _given(self, item: InFlight, step: int) -> Given:
         """What heads see besides the feature."""
@@ -324,20 +379,19 @@ class LocalModule:
         if INPUTS in self.asks:
             maps = self._maps.inputs
             inputs = {n: channels_first(x.detach()) if n in maps else x.detach() for n, x in batch.inputs.items()}
-        return Given(batch.labels, batch.image if IMAGE in self.asks else None, inputs, step)
+        image = batch.image if IMAGE in self.asks else None
+        return Given(batch.labels, image, inputs, self._actions.shown(step))
 
     def _feature(self, outputs: Tensors) -> Tensor:
         """What heads stand on."""
         return channels_first(outputs[MAIN]) if self._maps.output else outputs[MAIN]
 
     def _not_finite(self, step: int, what: str, in_losses: bool) -> NonFiniteError:
-        names = list(self.blocks)
-        label = names[0] if len(names) == 1 else f"{names[0]}-{names[-1]}"
         if not in_losses:
             sender = f"the gradient that module {self.plan.index + 1} sent or " if self.plan.incoming else ""
             what = f"{what}: {sender}its own backward is not finite"
         return NonFiniteError(
-            f"module {self.plan.index} ({label}), batch of step {step}: {what}; look at that batch, lower optim.lr, or "
+            f"module {self.plan.index} ({self.label}), batch of step {step}: {what}; look at that batch, lower optim.lr, or "
             "leave such updates out with train.nonfinite=skip",
             0 if self._counts_steps_itself else step,
             self.plan.index,

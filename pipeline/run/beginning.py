@@ -20,6 +20,7 @@ from pipeline.data.image_source import ImageSource
 from pipeline.data.loader_source import LoaderData, LoaderSource
 from pipeline.data.source import DataSpec, Source
 from pipeline.local.compilation import refuse_without_compiler
+from pipeline.local.graphs import refuse_without_gpu
 from pipeline.local.task import Classification, Task, refuse_unusable, task_name
 from pipeline.models.backbones import Blocks
 from pipeline.models.custom import network_blocks
@@ -71,6 +72,8 @@ def refuse_early(config: Config, network: nn.Module | None, task: Task | None, r
         raise ConfigError("model.weights is for networks with a name; load the file into your own and leave it empty")
     if config.precision.compile:
         refuse_without_compiler(runtime.device)
+    if config.precision.cuda_graphs:
+        refuse_without_gpu(runtime.device)
     return resolve_numerics(config.precision, runtime.device, blocks.values())
 
 
