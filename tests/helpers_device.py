@@ -42,7 +42,7 @@ class OnDevice(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
     device = property(lambda self: CUDA)  # type: ignore[assignment]
     is_cuda = property(lambda self: True)  # type: ignore[assignment]
-    data = property(lambda self: self.detach(), torch.Tensor.data.__set__)  # type: ignore[attr-defined, assignment]
+    data = property(lambda self: _data_of(self), torch.Tensor.data.__set__)  # type: ignore[attr-defined, assignment]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -75,6 +75,13 @@ class OnDevice(torch.Tensor):
         given = {name: value for name, value in options.items() if value is not None}
         copied: torch.Tensor = torch.ops.aten._to_copy.default(self, **given)
         return copied
+
+
+def _data_of(tensor: OnDevice) -> torch.Tensor:
+    """The same memory, with a version counter of its own."""
+    with torch._C._DisableTorchDispatch():
+        alone = tensor.as_subclass(torch.Tensor).data
+    return _on_device(alone)
 
 
 _here = threading.local()
@@ -363,9 +370,11 @@ class Graph:
     def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
         assert clocks.current_stream() is not clocks.DEFAULT and capture_error_mode == "thread_local"
         _here.graph = self
+        self._random = torch.get_rng_state()  # draws of a capture are none
 
     def capture_end(self) -> None:
         _here.graph = None
+        torch.set_rng_state(self._random)
         with _beneath():
             for tensor, value in reversed(self._before):
                 tensor.copy_(value)

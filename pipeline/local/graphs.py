@@ -195,7 +195,7 @@ class Graphs(Eagerly):
             pool = self._capture.own_pool() if self._late else self._capture.shared
             place = self._places[where] = _Place(form, _buffers(batch), stash, pool)
         elif place.form != form:
-            self._tell_of_shapes(len(batch.labels), len(place.batch.labels))
+            self._tell_of_shapes(_rows(batch), _rows(place.batch))
             return self._own(batch)
         _copy(_tensors(place.batch), _tensors(batch))
         self._at_work[key] = place
@@ -284,7 +284,7 @@ class Graphs(Eagerly):
             self._capture.told_of_shapes = True
             warn(
                 f"{self._name} works without CUDA graphs on batches of other shapes than those it began with "
-                f"({rows} rows, not {captured}), and so do the others of this rank"
+                f"({rows} rows in a batch, not {captured}), and so do the others of this rank"
             )
 
 
@@ -311,6 +311,11 @@ def _launch(graph: _Graph) -> None:
 def _tensors(batch: MicroBatch) -> list[Tensor]:
     others = (batch.labels, batch.image, batch.local_gradient)
     return [*batch.inputs.values(), *(tensor for tensor in others if tensor is not None)]
+
+
+def _rows(batch: MicroBatch) -> int:
+    """Of the whole batch."""
+    return round(len(batch.labels) / batch.scale)
 
 
 def _form(batch: MicroBatch) -> object:

@@ -14,15 +14,16 @@ from tiny import tiny_batch, tiny_blocks, tiny_config, tiny_plan, train_on
 
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics
-from pipeline.base.validation import validate, with_values
 from pipeline.edges.connect import Edges
 from pipeline.local import graphs
 from pipeline.local.module_state import module_state
+from pipeline.local.to_host import arrival
 from pipeline.plan.assembly import build_modules
 from pipeline.stage.inlet import Batch, BatchInlet
 from pipeline.stage.stage import Stage
 
-STEPS = 6
+STEPS, LATE_STEPS = 4, 6
+"""Of a late module every second batch has the same stash."""
 State = dict[str, torch.Tensor]
 
 
@@ -36,24 +37,28 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
 def stage_on(method: str, variant: str, graphed: bool, dtype: torch.dtype = torch.float32, **sections: Any) -> Stage:
     """Three modules of the tiny network, with a cascade of two unless ``span`` says otherwise."""
     sections = dict(sections)
-    span, reconciliation = sections.pop("span", 2), sections.pop("reconciliation", 0.0)
-    config = tiny_config(method, variant, span, 3, **sections)
-    values = {"method.reconciliation": reconciliation, "precision.cuda_graphs": graphed}
-    plan = tiny_plan(validate(with_values(config, values)))
+    precision = {"compute": "fp32", "cuda_graphs": graphed}
+    plan = tiny_plan(tiny_config(method, variant, sections.pop("span", 2), 3, precision=precision, **sections))
     modules = build_modules(plan, 0, tiny_blocks(), Numerics(CUDA, dtype, True), fresh=True)
     return Stage(modules, plan.schedules[0], BatchInlet(micro_batches=plan.config.schedule.micro_batches), Edges())
 
 
-def train(stage: Stage, rows: dict[int, int] | None = None, steps: int = STEPS) -> State:
+def train_step(stage: Stage, step: int, rows: int = 8) -> None:
+    batch, dtype = tiny_batch(step, rows), stage.modules[0].numerics.dtype
+    assert isinstance(batch.x, torch.Tensor) and batch.image is not None
+    train_on(stage, 1, step, Batch(batch.x.to(CUDA, dtype), batch.labels.to(CUDA), batch.image.to(CUDA)))
+
+
+def train(stage: Stage, rows: dict[int, int] | None = None) -> State:
     """Weights, statistics, losses and optimiser after some steps, of which those in ``rows`` have other batches."""
+    steps = LATE_STEPS if any(action.lag for action in stage.schedule) else STEPS
     stage.begin_epoch(0, 0)
     for step in range(steps):
-        batch = tiny_batch(step, (rows or {}).get(step, 8))
-        assert isinstance(batch.x, torch.Tensor) and batch.image is not None
-        dtype = next(iter(stage.modules.values())).numerics.dtype
-        train_on(stage, 1, step, Batch(batch.x.to(CUDA, dtype), batch.labels.to(CUDA), batch.image.to(CUDA)))
+        train_step(stage, step, (rows or {}).get(step, 8))
     stage.end_epoch(1, steps)
-    return {f"{i}.{n}": value for i, module in stage.modules.items() for n, value in module_state(module).items()}
+    state = {f"{i}.{n}": value for i, module in stage.modules.items() for n, value in module_state(module).items()}
+    arrival(CUDA)()
+    return state
 
 
 def differing(one: State, other: State) -> list[str]:
@@ -65,12 +70,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("dgl", "plain", {"train": {"nonfinite": "skip"}, "optim": {"clip_norm": 1.0}}),
     ("predsim", "plain", {"optim": {"name": "adamw"}}),
     ("infopro", "hpff", {"schedule": {"micro_batches": 2}}),
-    ("infopro-contrast", "released", {}),
     ("infopro", "hpff", {"hierarchy": {"levels": "together"}}),
     ("dgl", "hpff", {"dtype": torch.bfloat16}),
-    ("dgl", "plain", {"schedule": {"kind": "async"}}),
     ("dgl", "hpff", {"schedule": {"kind": "async", "micro_batches": 2}}),
-    ("dgl", "plain", {"span": 1, "reconciliation": 0.1}),
     ("dgl", "plain", {"span": 1, "schedule": {"kind": "free"}}),
     ("dgl", "plain", {"span": 3, "hierarchy": {"variant": "deepsup"}}),
 ]
@@ -85,14 +87,13 @@ def test_replays_give_the_bits_of_the_eager_run(
     assert device.replays == 0
     graphed = train(stage_on(method, variant, True, **sections))
     assert differing(eager, graphed) == []
-    assert device.replays > 3 * STEPS and capsys.readouterr().err == ""
+    assert device.replays > 2 * STEPS and capsys.readouterr().err == ""
     assert device.races == []
 
 
 def test_every_action_is_one_launch_and_its_buffers_stay_where_they_are(device: Device) -> None:
     stage = stage_on("dgl", "plain", True)
-    train(stage, steps=2)
-    before, counted = device.replays, []
+    counted = []
     forward = stage.modules[1].forward
     outputs = []
 
@@ -102,13 +103,12 @@ def test_every_action_is_one_launch_and_its_buffers_stay_where_they_are(device: 
         return found
 
     stage.modules[1].forward = watched  # type: ignore[method-assign]
-    for step in range(2, 5):
-        batch = tiny_batch(step)
-        train_on(stage, 1, step, Batch(batch.x.to(CUDA), batch.labels.to(CUDA), batch.image.to(CUDA)))
-        counted.append(device.replays - before)
-        before = device.replays
-    actions = [action for action in stage.schedule if action.kind.value != "U"]
-    assert counted == [len(actions)] * 3 and len(set(outputs)) == 1
+    for step in range(4):
+        train_step(stage, step)
+        counted.append(device.replays)
+    actions = len([action for action in stage.schedule if action.kind.value != "U"])
+    assert counted == [0, actions, 2 * actions, 3 * actions]  # warm-up; captured and launched; launched
+    assert len(set(outputs[1:])) == 1
 
 
 def test_dropout_draws_what_it_draws_without_a_graph(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,12 +122,12 @@ def test_dropout_draws_what_it_draws_without_a_graph(device: Device, monkeypatch
 def test_a_short_batch_goes_without_graphs_and_says_so_once(
     device: Device, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    eager = train(stage_on("infopro", "hpff", False, schedule={"micro_batches": 2}), {3: 7, 5: 6})
-    graphed = train(stage_on("infopro", "hpff", True, schedule={"micro_batches": 2}), {3: 7, 5: 6})
+    eager = train(stage_on("infopro", "hpff", False, schedule={"micro_batches": 2}), {2: 7})
+    graphed = train(stage_on("infopro", "hpff", True, schedule={"micro_batches": 2}), {2: 7})
     assert differing(eager, graphed) == []
     (line,) = capsys.readouterr().err.splitlines()
     assert "local module 0 (stem-a) works without CUDA graphs on batches of other shapes" in line
-    assert "(4 rows, not 4)" not in line
+    assert "(7 rows in a batch, not 8)" in line
 
 
 def test_gradients_that_are_there_already_are_added_to(device: Device) -> None:
@@ -135,20 +135,17 @@ def test_gradients_that_are_there_already_are_added_to(device: Device) -> None:
     found = []
     for graphed in (False, True):
         stage = stage_on("dgl", "plain", graphed)
-        train(stage, steps=3)
-        updating, stage.schedule = stage.schedule, tuple(a for a in stage.schedule if a.kind.value != "U")
-        for step in range(3, 6):
-            stage.schedule = updating if step == 5 else stage.schedule
-            batch = tiny_batch(step)
-            train_on(stage, 1, step, Batch(batch.x.to(CUDA), batch.labels.to(CUDA), batch.image.to(CUDA)))
+        updating, gathering = stage.schedule, tuple(a for a in stage.schedule if a.kind.value != "U")
+        for step in range(5):
+            stage.schedule = gathering if step == 2 else updating
+            train_step(stage, step)
         weights = [p for module in stage.modules.values() for p in module.optimiser.weights]
         found.append({str(number): weight.parameter.detach() for number, weight in enumerate(weights)})
-    assert differing(*found) == []
+    assert differing(*found) == [] and device.replays > 0
 
 
 
-@pytest.mark.parametrize("kind", ["exact", "async"])
-@pytest.mark.parametrize("where", ["forward", "heads", "backward"])
+@pytest.mark.parametrize(("where", "kind"), [("forward", "exact"), ("heads", "async"), ("backward", "async")])
 def test_a_module_that_cannot_be_captured_goes_on_without(
     device: Device, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, where: str, kind: str
 ) -> None:

@@ -20,8 +20,10 @@ from helpers_spawn import run_ranks
 from mirror import mirror
 from tiny import Batches, network, tiny_config
 
+import pipeline.local.graphs
 import pipeline.ranks.runtime
 from pipeline import Config, LoaderData, train
+from pipeline.base.validation import with_values
 from pipeline.edges.wire import Slot
 from pipeline.stage.schedule import Action
 
@@ -30,7 +32,8 @@ LIMIT_S = 20.0
 """For a wait that ends when a payload has crossed, or never."""
 EXACT, LATE, FREE = "exact", "async, weights upstream", "free"
 BACKENDS = {"cuda": spinning.SPINNING, "cuda-shared": "gloo"}
-PRETENDED = ((EXACT, "cuda"), (LATE, "cuda"), (FREE, "cuda"), (EXACT, "cuda-shared"))
+GRAPHS = "cuda, graphs"
+PRETENDED = ((EXACT, "cuda"), (LATE, "cuda"), (FREE, "cuda"), (EXACT, "cuda-shared"), (EXACT, GRAPHS), (LATE, GRAPHS))
 
 
 def configs() -> dict[str, Config]:
@@ -55,12 +58,12 @@ def wait_for_the_device(step: int, action: Action) -> None:
 def run(name: str, way: str, run_dir: Path) -> str:
     """Digest of the weights."""
     summary = train(
-        configs()[name],
+        with_values(configs()[name], {"precision.cuda_graphs": way == GRAPHS}),
         network=network(),
         data=LoaderData(Batches(), Batches()),
         run_dir=run_dir,
         quiet=True,
-        before_action=wait_for_the_device if way == "cuda" else None,
+        before_action=wait_for_the_device if way.startswith("cuda,") or way == "cuda" else None,
     )
     return str(summary["weights_sha256"])
 
@@ -68,15 +71,17 @@ def run(name: str, way: str, run_dir: Path) -> str:
 def all_runs(rank: int, folder: str) -> dict[str, Any]:
     """Of every run the weights, the races and how often the host has waited within steps; and races without a gate."""
     found: dict[str, Any] = {f"{name}, cpu": run(name, "cpu", Path(folder) / name) for name in (EXACT, LATE)}
+    pipeline.local.graphs.WARM_UP = 1
     with helpers_device.pretended() as device:
         for name, way in (*PRETENDED, (LATE, "no gate")):
-            device.waits, device.waits_in_step, device.races = Counter(), Counter(), []
+            device.waits, device.waits_in_step, device.races, device.replays = Counter(), Counter(), [], 0
             backend = BACKENDS.get(way, spinning.SPINNING)
             pipeline.ranks.runtime.choose_device = lambda *request, to=backend: (helpers_device.CUDA, to)
             with patch.object(Slot, "settle", lambda slot: None) if way == "no gate" else nullcontext():
                 weights = run(name, way, Path(folder) / f"{name}, {way}")
             device.look_at_freed()
             found[f"{name}, {way}"] = weights, device.races, dict(device.waits_in_step), set(device.waits)
+            found[f"{name}, {way}, replays"] = device.replays
     found["launched"] = spinning.launched
     return found
 
@@ -91,6 +96,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("name", "way"), [each for each in PRETENDED if each[0] != FREE])
 def test_weights_are_those_of_the_cpu_to_the_bit(ranks: list[dict[str, Any]], name: str, way: str) -> None:
     assert ranks[0][f"{name}, {way}"][0] == ranks[0][f"{name}, cpu"]
+
+
+@pytest.mark.parametrize("name", [EXACT, LATE])
+def test_every_rank_captures_its_actions_and_launches_them_again(ranks: list[dict[str, Any]], name: str) -> None:
+    """While every rank waits for the whole device before every action."""
+    assert all(rank[f"{name}, {GRAPHS}, replays"] > 20 for rank in ranks)
+    assert all(rank[f"{name}, cuda, replays"] == 0 for rank in ranks)
 
 
 def test_the_replay_ring_ends_its_epochs_though_every_rank_waits_for_the_device(ranks: list[dict[str, Any]]) -> None:
