@@ -5,9 +5,9 @@
     replica 1, stage s    backward of m | ...
 
 torch does the summing: one coalesced all-reduce of all tensors of a dtype, in an order that depends on the ranks and
-the sizes alone, so that runs repeat. (Its DDP drives the same all-reduce from hooks on one forward and one backward of a
-module. A local module has several of both in a step: a head on each patch, an activation-only backward, a backward on
-stashed weights; so the stage, which knows when a module's gradients are complete, begins the sum itself.)
+the sizes alone, so that runs repeat. (DistributedDataParallel drives the same all-reduce from hooks on one forward and
+one backward of a module. A local module has several of both in a step: a head on each patch, an activation-only
+backward, a backward on stashed weights; so the stage, which knows when its gradients are complete, begins the sum.)
 
 On the host a sum is waited for with the patience of the team. What NCCL sums is waited for by the device, in the order
 of the stream; a twin that has died is noticed by the sentinel.
@@ -44,13 +44,14 @@ class Twins:
         name: of these sums, for the store.
 
     Attributes:
+        size: number of twins.
+        group: of them alone.
         wait_s: seconds that this rank has waited for sums.
-        bytes_summed: of the tensors that were summed.
     """
 
     def __init__(self, team: Team, grid: Grid, group: dist.ProcessGroup, name: str) -> None:
         self.wait_s = 0.0
-        self.bytes_summed = 0
+        self._bytes_summed = 0
         self.size = grid.replicas
         self.group = group
         self._team = team
@@ -59,6 +60,11 @@ class Twins:
         self._others = [rank for rank in grid.twins(grid.stage) if rank != grid.rank]
         self._begun = 0
 
+    @property
+    def bytes_sent(self) -> int:
+        """That an all-reduce round a ring has sent from this rank so far."""
+        return round(2 * (self.size - 1) / self.size * self._bytes_summed)
+
     def sum(self, tensors: Sequence[Tensor], what: str) -> Sum:
         """Begin to replace ``tensors``, dense ones, by their sums over the twins, all of which do the same.
 
@@ -66,7 +72,7 @@ class Twins:
             what: for messages, as ``"average the gradients of module 2"``.
         """
         self._begun += 1
-        self.bytes_summed += sum(tensor.nbytes for tensor in tensors)
+        self._bytes_summed += sum(tensor.nbytes for tensor in tensors)
         through_host = bool(tensors) and tensors[0].is_cuda and dist.get_backend(self.group) == dist.Backend.GLOO
         summed = [tensor.cpu() for tensor in tensors] if through_host else list(tensors)
         works = []

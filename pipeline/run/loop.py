@@ -121,7 +121,7 @@ class Loop:
             if directive is Directive.STOP:
                 self._save(epoch, self.step)
                 return Directive.STOP
-            sent = run.edges.bytes_sent()
+            sent = run.edges.bytes_sent() + run.stage.bytes_averaged()
             self._finished = epoch
             run.telemetry.post(epoch, run.stage, run.stage.take_counters(), wait_s, wall_s, sent)
             if directive is Directive.SAVE or self._due(epoch):

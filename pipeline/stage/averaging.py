@@ -32,6 +32,11 @@ class Averaging:
         """Seconds spent waiting for twins so far."""
         return self.twins.wait_s
 
+    @property
+    def bytes_sent(self) -> int:
+        """Bytes sent to twins so far."""
+        return self.twins.bytes_sent
+
     def begin_alike(self, modules: list[LocalModule]) -> None:
         """All twins take on the weights of the first replica: a user's network may be drawn anew in every process."""
         with torch.no_grad():

@@ -307,6 +307,10 @@ class Stage:
         averaging = 0.0 if self._averaging is None else self._averaging.wait_s
         return self.inlet.wait_s + averaging + sum(end.wait_s for end in ends if end is not None)
 
+    def bytes_averaged(self) -> int:
+        """Bytes sent to the twins in other replicas so far."""
+        return 0 if self._averaging is None else self._averaging.bytes_sent
+
     def wait_since_epoch(self) -> float:
         """Seconds spent waiting since ``begin_epoch``."""
         return self.wait_s() - self._waited_before_epoch

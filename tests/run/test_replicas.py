@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -63,15 +62,16 @@ class Images:
             yield images, torch.randint(CLASSES, (rows,), generator=generator)
 
 
-def run(folder: Path, replicas: int, norm: type[nn.Module] | None = None, seed: int = 7, **sections: Any) -> dict[str, Any]:
-    """A short run on this rank: its summary, and every loss of its last epoch."""
+def run(
+    folder: Path, replicas: int, norm: type[nn.Module] | None = None, seed: int = 7, **sections: Any
+) -> dict[str, Any]:
+    """A short run on this rank, and its summary."""
     sections["parallel"] = {"replicas": replicas, **sections.get("parallel", {})}
     sections.setdefault("train", {"epochs": 2})
     config = tiny_config("greedy", "plain", 2, 4, data={"batch_size": ROWS}, **sections)
+    data = LoaderData(Images(), Images((5, 12, 3)))
     with contextlib.redirect_stdout(io.StringIO()):
-        return train(
-            config, network=network(norm, seed), data=LoaderData(Images(), Images((5, 12, 3))), run_dir=folder, quiet=True
-        )
+        return train(config, network=network(norm, seed), data=data, run_dir=folder, quiet=True)
 
 
 FOUR = {"2 x 2": 2, "4 x 1": 4, "1 x 4": 1}
