@@ -154,7 +154,7 @@ class LoaderSource:
                 raise ConfigError(
                     f"the train loader gave {len(labels)} images, data.batch_size is {self._limit}; make them equal"
                 )
-            if 2 < least and len(labels) < least:
+            if len(labels) < least and least > 2:
                 many = f" and {self._share.of} replicas" if self._share.of > 1 else ""
                 raise ConfigError(
                     f"the train loader gave {len(labels)} images for schedule.micro_batches = {self._parts}{many}, "

@@ -51,7 +51,7 @@ def placed_plan(
     Raises:
         ConfigError: a placement that does not fit; a measured one that needs more memory than its device has.
     """
-    grid = grid or Grid(runtime.team.rank, 1, runtime.team.size)
+    grid = grid or Grid(0, 1, runtime.team.size)
     by_count = make_plan(config, blocks, task, grid.stages, inputs, grid.replicas)
     if config.partition.kind == "auto":
         placed, words = _placed_by_flops(by_count, blocks, numerics, runtime.team)
