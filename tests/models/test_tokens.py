@@ -223,7 +223,8 @@ def test_a_head_with_a_layer_norm_takes_parts_at_once(count: int) -> None:
         head.at_once = 1
     one_by_one = [head.backward(feature, Given(target), 1.0) for head in heads]
     torch.testing.assert_close(at_once, one_by_one, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(gradients, [[p.grad for p in head.parameters()] for head in heads], rtol=1e-9, atol=1e-12)
+    again = [[p.grad for p in head.parameters()] for head in heads]
+    torch.testing.assert_close(gradients, again, rtol=1e-9, atol=1e-12)
 
 
 def per_token(output: Tensor, target: Tensor) -> Tensor:
@@ -234,7 +235,7 @@ def per_token(output: Tensor, target: Tensor) -> Tensor:
     ("task", "words"),
     [
         (Classification(CLASSES, (3, 10, 10)), "tokens on a grid of squares of the image, but a local module ends in"),
-        (Classification(CLASSES, (LENGTH,)), r"'infopro' reconstructs images, or ids of a known number, but .* \(17,\)"),
+        (Classification(CLASSES, (LENGTH,)), r"'infopro' reconstructs images, or ids of a known number, but .*\(17,\)"),
     ],
 )
 def test_what_cannot_be_reconstructed_is_refused_in_one_line(task: Task, words: str) -> None:
