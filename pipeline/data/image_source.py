@@ -42,11 +42,8 @@ class ImageSource:
                 f"data.batch_size = {settings.batch_size} is larger than the {len(data.train)} training images of "
                 f"'{settings.name}'; use a smaller batch"
             )
-        if share.of > 1 and not drop_last and 0 < short < 2 * parts * share.of:
-            raise ConfigError(
-                f"the last batch of an epoch of '{settings.name}' has {short} images, too few for {share.of} replicas; "
-                "set data.drop_last=true, or use another data.batch_size"
-            )
+        if not drop_last:
+            share.check_short(settings.name, short, 2 * parts)
         normalise, seed = Normaliser(data.mean, data.std, numerics), config.train.seed
         self._train = ImageStream(data, settings.batch_size, seed, normalise, drop_last, share)
         self._test = ImageStream(data, settings.batch_size // (parts * share.of), seed, normalise, share=share)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.base.errors import ConfigError
+
 
 @dataclass(frozen=True)
 class Share:
@@ -23,6 +25,19 @@ class Share:
         least, rest = divmod(count, self.of)
         start = self.index * least + min(self.index, rest)
         return slice(start, start + least + (self.index < rest))
+
+    def check_short(self, name: str, rows: int, least: int) -> None:
+        """Whether the last batch of an epoch, of ``rows``, or 0 if it is as long as the others, gives every one of
+        several replicas ``least`` of them. It is not left out for that: the epoch would be another one.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        if self.of > 1 and 0 < rows < least * self.of:
+            raise ConfigError(
+                f"the last batch of an epoch of '{name}' has {rows} rows, too few for {self.of} replicas; set "
+                "data.drop_last=true, or use another data.batch_size"
+            )
 
     def batches(self, count: int) -> range:
         """Its batches of a test of ``count``."""
