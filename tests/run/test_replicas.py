@@ -14,10 +14,13 @@ from typing import Any
 import pytest
 import torch
 from helpers_spawn import run_ranks
-from tiny import CLASSES, tiny_config
+from tiny import CLASSES, IMAGE, tiny_blocks, tiny_config
 from torch import Tensor, nn
 
 from pipeline import ConfigError, LoaderData, train
+from pipeline.base.numerics import Numerics
+from pipeline.local.task import Classification
+from pipeline.plan.assembly import build_modules, make_plan
 from pipeline.ranks.grid import Grid, grid_of
 
 ROWS = 12
@@ -212,3 +215,19 @@ def test_what_does_not_go_with_replicas_is_refused(sections: dict[str, dict[str,
     parallel = {"replicas": 2} | sections.pop("parallel", {})
     with pytest.raises(ConfigError, match="^" + re.escape(line)):
         tiny_config(**{"data": {"batch_size": ROWS}, **sections, "parallel": parallel})
+
+
+def test_batch_norm_over_all_replicas_is_that_of_torch() -> None:
+    """It runs on GPUs only; here it is put in the place of every BatchNorm, on the same weights."""
+    group: Any = object()
+    parallel = {"replicas": 2, "sync_batch_norm": True}
+    config = tiny_config("dgl", "plain", 1, 3, parallel=parallel, runtime={"device": "auto"})
+    plan = make_plan(config, tiny_blocks(), Classification(CLASSES, IMAGE), 1, replicas=2)
+    blocks = tiny_blocks()
+    weights = [parameter for block in blocks.values() for parameter in block.parameters()]
+    numerics = Numerics(torch.device("cpu"), torch.float32, False)
+    modules = build_modules(plan, 0, blocks, numerics, False, None, 1, group)
+    layers = [layer for module in modules for part in (*module.blocks.values(), *module.levels.values())
+              for layer in part.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]  # fmt: skip
+    assert layers and all(type(layer) is nn.SyncBatchNorm and layer.process_group is group for layer in layers)
+    assert list(map(id, weights)) == [id(parameter) for module in modules for parameter in module.parameters]
