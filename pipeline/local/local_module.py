@@ -37,8 +37,13 @@ from pipeline.local.micro_batch import BatchKey, InFlight, MicroBatch
 from pipeline.local.optimiser import Optimiser
 from pipeline.local.output_gradients import OutputGradients, summed
 from pipeline.local.roles import ModulePlan
+<<<<<<< HEAD
 from pipeline.local.sgr import reconcile
 from pipeline.local.stashes import Stash, Stashes
+=======
+from pipeline.local.sgr import differentiable_twice, reconcile
+from pipeline.local.stashes import Stashes
+>>>>>>> main
 from pipeline.local.task import Task
 from pipeline.local.upstream import FlatWeights, Mailbox, shapes_of
 from pipeline.models.heads import IMAGE, INPUTS, Given
@@ -78,7 +83,11 @@ class LocalModule:
         lag: steps between a forward and the backward and update of its batch (schedule `async`).
         mailbox: of the weights of module m+1, where its heads get any.
         maps: those that its heads see as (B, C, H, W) though they are not.
+<<<<<<< HEAD
         capture: where its actions become CUDA graphs; None: they do not.
+=======
+        replica: of several that train on different rows, which draw different random numbers.
+>>>>>>> main
 
     Attributes:
         asks: what its heads ask for, see :class:`pipeline.models.heads.Given`.
@@ -99,7 +108,11 @@ class LocalModule:
         lag: int = 0,
         mailbox: Mailbox | None = None,
         maps: Maps = Maps(),
+<<<<<<< HEAD
         capture: Capture | None = None,
+=======
+        replica: int = 0,
+>>>>>>> main
     ) -> None:
         self.plan = plan
         self.blocks = blocks
@@ -111,7 +124,9 @@ class LocalModule:
         self.mailbox = mailbox
         self._maps = maps
         self._shared: FlatWeights | None = None
-        self._seed = config.train.seed
+        self._drawn: tuple[object, ...] = (config.train.seed, "step", plan.index)
+        if replica:
+            self._drawn = (config.train.seed, "replica", replica, plan.index)
         self._reconciliation = config.method.reconciliation
         parts = (*blocks.values(), *levels.values())
         for part in parts:
@@ -165,6 +180,7 @@ class LocalModule:
         if self.plan.needs_input_gradient:
             for x in inputs.values():
                 x.requires_grad_(x.is_floating_point())
+<<<<<<< HEAD
         stash: Stash | None = None
         weights: list[Tensor] = list(self.parameters)
         if self.stashes is not None:
@@ -184,6 +200,20 @@ class LocalModule:
         with torch.enable_grad(), self.numerics.autocast():
             flow = bare(item.batch.inputs)
             h = self._run_blocks(flow) if self.stashes is None else self.stashes.run(key[0], flow)
+=======
+        seed = stable_hash(*self._drawn, *key)
+        seed_rng(seed, self.numerics.device)
+        self._set_training(True)
+        twice = differentiable_twice() if self.plan.reconciles else contextlib.nullcontext()
+        with torch.enable_grad(), self.numerics.autocast(), twice:
+            if self.stashes is not None:
+                if key[0] not in self.stashes.open:
+                    self.guard.mend_buffers()  # its first updates are a few forwards away
+                weights = self.stashes.take(key[0]).leaves()
+                h = self.stashes.run(key[0], bare(inputs))
+            else:
+                weights, h = list(self.parameters), self._run_blocks(bare(inputs))
+>>>>>>> main
         for batchnorm in self._repeated:
             if batchnorm.num_batches_tracked is not None:
                 batchnorm.num_batches_tracked += self.plan.evaluations - 1
@@ -294,6 +324,12 @@ class LocalModule:
             upstream = upstream if share == 1.0 else {name: x * share for name, x in upstream.items()}
         return self._boundary(upstream)
 
+    def gradients(self, step: int) -> list[Tensor]:
+        """Those of the batch of ``step``, once its last backward is done: the tensors that its update will use."""
+        if self.stashes is None:
+            return self.optimiser.gradients()
+        return [gradient for gradient in self.stashes.gradients(step) if gradient is not None]
+
     def take_stashed_gradients(self, step: int) -> None:
         """Where the module is late: put the gradients of the batch of ``step`` where its optimiser looks for them."""
         if self.stashes is not None:
@@ -353,7 +389,7 @@ class LocalModule:
     def _reconcile(self, name: str, item: InFlight, step: int) -> Tensors:
         """The loss of the level ``name``, or of the task, with SGR's: a_m, and what the next module is told."""
         leaf = item.outputs[MAIN].detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiable_twice():
             if name == "final":
                 loss = self.task.loss(leaf, item.batch.labels)
                 terms = {name: loss.detach()}
