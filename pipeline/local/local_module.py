@@ -37,13 +37,8 @@ from pipeline.local.micro_batch import BatchKey, InFlight, MicroBatch
 from pipeline.local.optimiser import Optimiser
 from pipeline.local.output_gradients import OutputGradients, summed
 from pipeline.local.roles import ModulePlan
-<<<<<<< HEAD
-from pipeline.local.sgr import reconcile
-from pipeline.local.stashes import Stash, Stashes
-=======
 from pipeline.local.sgr import differentiable_twice, reconcile
-from pipeline.local.stashes import Stashes
->>>>>>> main
+from pipeline.local.stashes import Stash, Stashes
 from pipeline.local.task import Task
 from pipeline.local.upstream import FlatWeights, Mailbox, shapes_of
 from pipeline.models.heads import IMAGE, INPUTS, Given
@@ -83,11 +78,8 @@ class LocalModule:
         lag: steps between a forward and the backward and update of its batch (schedule `async`).
         mailbox: of the weights of module m+1, where its heads get any.
         maps: those that its heads see as (B, C, H, W) though they are not.
-<<<<<<< HEAD
-        capture: where its actions become CUDA graphs; None: they do not.
-=======
         replica: of several that train on different rows, which draw different random numbers.
->>>>>>> main
+        capture: where its actions become CUDA graphs; None: they do not.
 
     Attributes:
         asks: what its heads ask for, see :class:`pipeline.models.heads.Given`.
@@ -108,11 +100,8 @@ class LocalModule:
         lag: int = 0,
         mailbox: Mailbox | None = None,
         maps: Maps = Maps(),
-<<<<<<< HEAD
-        capture: Capture | None = None,
-=======
         replica: int = 0,
->>>>>>> main
+        capture: Capture | None = None,
     ) -> None:
         self.plan = plan
         self.blocks = blocks
@@ -153,6 +142,8 @@ class LocalModule:
         graphs = Graphs(name, capture, self.in_flight, self._trained, self._forward_again, late, image)
         if self.mailbox is not None and any(level.front is None for level in self.levels.values()):
             graphs.give_up("its heads may keep weights of the next module in other tensors from step to step")
+        if any(isinstance(layer, nn.SyncBatchNorm) for block in self.blocks.values() for layer in block.modules()):
+            graphs.give_up("its BatchNorm sends messages to other replicas")
         return graphs
 
     @property
@@ -180,7 +171,6 @@ class LocalModule:
         if self.plan.needs_input_gradient:
             for x in inputs.values():
                 x.requires_grad_(x.is_floating_point())
-<<<<<<< HEAD
         stash: Stash | None = None
         weights: list[Tensor] = list(self.parameters)
         if self.stashes is not None:
@@ -189,7 +179,7 @@ class LocalModule:
             stash = self.stashes.take(key[0])
             weights = stash.leaves()
         kept = MicroBatch(inputs, batch.labels, batch.image, batch.scale, batch.local_gradient)
-        seed = stable_hash(self._seed, "step", self.plan.index, *key)
+        seed = stable_hash(*self._drawn, *key)
         self.in_flight[key] = InFlight(self._actions.enter(key, kept, stash), {}, weights, seed)
         seed_rng(seed, self.numerics.device)
         self._set_training(True)
@@ -197,23 +187,10 @@ class LocalModule:
 
     def _forward(self, key: BatchKey) -> Tensors:
         item = self.in_flight[key]
-        with torch.enable_grad(), self.numerics.autocast():
-            flow = bare(item.batch.inputs)
-            h = self._run_blocks(flow) if self.stashes is None else self.stashes.run(key[0], flow)
-=======
-        seed = stable_hash(*self._drawn, *key)
-        seed_rng(seed, self.numerics.device)
-        self._set_training(True)
         twice = differentiable_twice() if self.plan.reconciles else contextlib.nullcontext()
         with torch.enable_grad(), self.numerics.autocast(), twice:
-            if self.stashes is not None:
-                if key[0] not in self.stashes.open:
-                    self.guard.mend_buffers()  # its first updates are a few forwards away
-                weights = self.stashes.take(key[0]).leaves()
-                h = self.stashes.run(key[0], bare(inputs))
-            else:
-                weights, h = list(self.parameters), self._run_blocks(bare(inputs))
->>>>>>> main
+            flow = bare(item.batch.inputs)
+            h = self._run_blocks(flow) if self.stashes is None else self.stashes.run(key[0], flow)
         for batchnorm in self._repeated:
             if batchnorm.num_batches_tracked is not None:
                 batchnorm.num_batches_tracked += self.plan.evaluations - 1

@@ -302,13 +302,8 @@ def build_modules(
         if plan.upstream is not None:
             mailbox = plan.upstream.mailbox(index, numerics)
         maps = Maps.of(plan.given(index), plan.boundaries[index])
-<<<<<<< HEAD
-        lag = late[index]
-        built.append(LocalModule(role, mine, levels, plan.task, plan.config, numerics, lag, mailbox, maps, capture))
-=======
-        settings = (plan.task, plan.config, numerics, late[index], mailbox, maps, replica)
+        settings = (plan.task, plan.config, numerics, late[index], mailbox, maps, replica, capture)
         built.append(LocalModule(role, mine, levels, *settings))
->>>>>>> main
     return built
 
 
