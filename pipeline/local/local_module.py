@@ -404,8 +404,8 @@ class LocalModule:
             sender = f"the gradient that module {self.plan.index + 1} sent or " if self.plan.incoming else ""
             what = f"{what}: {sender}its own backward is not finite"
         return NonFiniteError(
-            f"module {self.plan.index} ({self.label}), batch of step {step}: {what}; look at that batch, lower optim.lr, or "
-            "leave such updates out with train.nonfinite=skip",
+            f"module {self.plan.index} ({self.label}), batch of step {step}: {what}; look at that batch, lower "
+            "optim.lr, or leave such updates out with train.nonfinite=skip",
             0 if self._counts_steps_itself else step,
             self.plan.index,
             in_losses,
