@@ -21,6 +21,8 @@ METHODS = ["auglocal", "deinforeg", "dgl", "greedy", "infopro", "infopro-contras
 """Of ``method.name``; register_method adds to it."""
 DGL_HEADS = ("mlp-sr", "mlp", "cnn", "auglocal")
 XCYF = re.compile(r"([012])c([123])f")  # heads of InfoPro: X convolutions, Y linear layers
+IMAGENET_HEAD = "imagenet"  # of InfoPro and HPFF there
+DECODERS = ("cifar", "imagenet", "imagenet-hpff")
 TUNED_LAYERS = ("batch-norm", "pointwise", "paired", "pooling", "upsampling")  # of heads, see models.tuned
 LOGGERS = ("tensorboard", "wandb")
 DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder")
@@ -58,7 +60,15 @@ class MethodConfig:
     """Which auxiliary heads and losses a module gets."""
 
     name: str = key("infopro", "the local loss", choices=METHODS)
-    head: str = key("", "dgl: mlp-sr, mlp, cnn or auglocal; infopro: 0c1f to 2c3f; empty = the method's default")
+    head: str = key(
+        "", "dgl: mlp-sr, mlp, cnn or auglocal; infopro: 0c1f to 2c3f, or imagenet; empty = the method's default"
+    )
+    decoder: str = key(
+        "cifar",
+        "of InfoPro's reconstruction: cifar = at once to the size of the image; imagenet = in steps, for large images; "
+        "imagenet-hpff = with HPFF's width",
+        choices=DECODERS,
+    )
     feature_dim: int = key(
         128, "width of hidden linear layers in XcYf heads and of deinforeg's projector", at_least=1, at_most=2**20
     )

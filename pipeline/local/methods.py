@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pipeline.base.config import DGL_HEADS, METHODS, TUNED_LAYERS, Config, MethodConfig
+from pipeline.base.config import DGL_HEADS, IMAGENET_HEAD, METHODS, TUNED_LAYERS, Config, MethodConfig
 from pipeline.base.errors import ConfigError, suggest
 from pipeline.base.flow import LABEL, Tensors
 from pipeline.local import auglocal, deinforeg, lopt, man
@@ -36,6 +36,7 @@ from pipeline.local.upstream import Upstream
 from pipeline.models import heads
 from pipeline.models.backbones import initialise
 from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given
+from pipeline.models.imagenet_heads import LAST_WIDTHS, StepwiseDecoderHead, imagenet_head
 from pipeline.models.later import LaterBlock
 from pipeline.models.layers import VectorInput
 from pipeline.models.losses import full
@@ -192,7 +193,7 @@ def build_level(
     front = man.front(config.method, later)
     if front is not None:
         shape, later = front.shape, later[1:]
-    terms = method_terms(config.method, task, position, later)
+    terms = method_terms(config.method, task, position, later, _stride(shape, task))
     if released and level == "independent":  # the released code keeps only the classification term, with weight 1
         terms = [Term(t.name, 1.0, t.make) for t in terms if t.name in ("task", "prediction")]
     built: dict[str, tuple[float, PatchedHead]] = {}
@@ -249,11 +250,16 @@ def looks_ahead(config: MethodConfig) -> bool:
     return config.name == "auglocal" or config.front != "none"
 
 
+def _stride(shape: FeatureShape, task: Task) -> float:
+    """Height of the images over that of a map; 1 where there is no such."""
+    return task.image_shape[1] / shape[1] if len(shape) == len(task.image_shape) == 3 else 1.0
+
+
 def method_terms(
-    config: MethodConfig, task: Task, position: float, later: Sequence[LaterBlock] = ()
+    config: MethodConfig, task: Task, position: float, later: Sequence[LaterBlock] = (), stride: float = 1.0
 ) -> list[Term]:
     """The terms of the method's local loss; ``position`` in [0, 1] interpolates InfoPro's weights, ``later`` are the
-    blocks behind the module.
+    blocks behind the module, ``stride`` is the height of the images over that of the module's output.
 
     Raises:
         ConfigError: a head that the method or the task does not have.
@@ -288,6 +294,8 @@ def method_terms(
     out = config.feature_dim if contrast else task.classes
 
     def network(size: FeatureShape) -> nn.Sequential:
+        if head == IMAGENET_HEAD:
+            return imagenet_head(size, out)
         return heads.xcyf(size, out, head, config.feature_dim, config.widen)
 
     def make_task(shape: FeatureShape) -> AuxiliaryHead:
@@ -306,7 +314,7 @@ def method_terms(
         Term(
             "reconstruction",
             first + (last - first) * position,
-            lambda shape: _decoder(shape, task.image_shape[0], config.widen),
+            lambda shape: _decoder(shape, task.image_shape[0], config, stride),
         ),
         Term("task", task_first + (task_last - task_first) * position, make_task),
     ]
@@ -332,9 +340,11 @@ def _refuse_what_the_task_lacks(config: MethodConfig, task: Task) -> None:
         )
 
 
-def _decoder(shape: FeatureShape, image_channels: int, widen: int) -> AuxiliaryHead:
+def _decoder(shape: FeatureShape, image_channels: int, config: MethodConfig, stride: float) -> AuxiliaryHead:
     _need_map(shape, "a reconstruction head (infopro)")
-    return heads.DecoderHead(shape[0], image_channels, widen)
+    if config.decoder in LAST_WIDTHS:
+        return StepwiseDecoderHead(shape[0], image_channels, stride, LAST_WIDTHS[config.decoder])
+    return heads.DecoderHead(shape[0], image_channels, config.widen)
 
 
 def _similarity(shape: FeatureShape, classes: int) -> AuxiliaryHead:
