@@ -22,6 +22,7 @@ METHODS = ["auglocal", "deinforeg", "dgl", "greedy", "infopro", "infopro-contras
 DGL_HEADS = ("mlp-sr", "mlp", "cnn", "auglocal")
 XCYF = re.compile(r"([012])c([123])f")  # heads of InfoPro: X convolutions, Y linear layers
 IMAGENET_HEAD = "imagenet"  # of InfoPro and HPFF there
+FCN_HEAD = "fcn"  # of a task with an output for every pixel, with any method that has such a head
 DECODERS = ("cifar", "imagenet", "imagenet-hpff")
 TUNED_LAYERS = ("batch-norm", "pointwise", "paired", "pooling", "upsampling")  # of heads, see models.tuned
 LOGGERS = ("tensorboard", "wandb")
@@ -50,8 +51,12 @@ class ModelConfig:
     )
     weights: str = key(
         "",
-        "file to begin with, a state dict of the un-cut network (torchvision's or timm's names, .pth or .safetensors); "
-        "empty = weights drawn from the seed",
+        "file to begin with, a state dict of the un-cut network (torchvision's or timm's names, .pth or .safetensors), "
+        "for a DeepLabV3 also one of its ResNet; empty = weights drawn from the seed",
+    )
+    aux_weight: float = key(
+        0.4, 'weight of the last loss on what the network gives as "aux" in training, as DeepLabV3 does',
+        at_least=0, at_most=10**6,
     )
 
 
@@ -61,7 +66,9 @@ class MethodConfig:
 
     name: str = key("infopro", "the local loss", choices=METHODS)
     head: str = key(
-        "", "dgl: mlp-sr, mlp, cnn or auglocal; infopro: 0c1f to 2c3f, or imagenet; empty = the method's default"
+        "",
+        "dgl: mlp-sr, mlp, cnn or auglocal; infopro: 0c1f to 2c3f, or imagenet; one class per pixel: fcn; empty = the "
+        "method's default",
     )
     decoder: str = key(
         "cifar",

@@ -25,7 +25,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pipeline.base.config import DGL_HEADS, IMAGENET_HEAD, METHODS, TUNED_LAYERS, Config, MethodConfig
+from pipeline.base.config import DGL_HEADS, FCN_HEAD, IMAGENET_HEAD, METHODS, TUNED_LAYERS, Config, MethodConfig
 from pipeline.base.errors import ConfigError, suggest
 from pipeline.base.flow import LABEL, Tensors
 from pipeline.local import auglocal, deinforeg, lopt, man
@@ -35,6 +35,7 @@ from pipeline.local.term import Term, Terms
 from pipeline.local.upstream import Upstream
 from pipeline.models import heads
 from pipeline.models.backbones import initialise
+from pipeline.models.dense_heads import FcnHead
 from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given
 from pipeline.models.imagenet_heads import LAST_WIDTHS, StepwiseDecoderHead, imagenet_head
 from pipeline.models.later import LaterBlock
@@ -272,6 +273,8 @@ def method_terms(
     _refuse_what_the_task_lacks(config, task)
     head = config.head or DEFAULT_HEADS[config.name]
     if config.name == "dgl":
+        if head == FCN_HEAD:
+            return [Term("task", 1.0, lambda shape: _fcn(shape, task))]
         if head not in DGL_HEADS:
             raise ConfigError(f"method.head = '{head}' is no head of dgl; {suggest(head, DGL_HEADS)}")
         return [
@@ -299,6 +302,8 @@ def method_terms(
         return heads.xcyf(size, out, head, config.feature_dim, config.widen)
 
     def make_task(shape: FeatureShape) -> AuxiliaryHead:
+        if head == FCN_HEAD:
+            return _fcn(shape, task)
         if not contrast:
             return task.head(shape, network)
         if len(shape) == 1:
@@ -333,7 +338,13 @@ def _refuse_what_the_task_lacks(config: MethodConfig, task: Task) -> None:
             f"method.name = '{config.name}' reconstructs images, but an input of {kind} is {task.image_shape}; "
             f"{alternatives}"
         )
-    if config.head and not isinstance(task, Classification):
+    if config.head == FCN_HEAD:
+        if len(task.output_shape) != 3:
+            raise ConfigError(
+                f"method.head = '{FCN_HEAD}' is for an output of every pixel, but that of {kind} is "
+                f"{task.output_shape}; remove method.head"
+            )
+    elif config.head and not isinstance(task, Classification):
         raise ConfigError(
             f"method.head = '{config.head}' is a network that classifies whole rows, {kind} brings its own head; "
             "remove method.head"
@@ -345,6 +356,11 @@ def _decoder(shape: FeatureShape, image_channels: int, config: MethodConfig, str
     if config.decoder in LAST_WIDTHS:
         return StepwiseDecoderHead(shape[0], image_channels, stride, LAST_WIDTHS[config.decoder])
     return heads.DecoderHead(shape[0], image_channels, config.widen)
+
+
+def _fcn(shape: FeatureShape, task: Task) -> AuxiliaryHead:
+    _need_map(shape, f"method.head = '{FCN_HEAD}'")
+    return FcnHead(shape, task.output_shape, task.loss)
 
 
 def _similarity(shape: FeatureShape, classes: int) -> AuxiliaryHead:

@@ -108,7 +108,7 @@ def quarters(x: Tensor) -> list[Tensor]:
 
 
 def local_loss(module: LocalModule, level: str, h: Tensor, batch: Batch, variant: str) -> Tensor:
-    """5 R + 0.75 T; HPFF's paper: the mean over the patches of both; its code: the sum of R's, cut behind the decoder."""
+    """5 R + 0.75 T; in HPFF's paper the mean over patches, in its code the sum of R over those of the decoder's output."""
     decoder, head = (
         dict(module.levels[level].terms[term].heads[0].named_parameters()) for term in ("reconstruction", "task")
     )
