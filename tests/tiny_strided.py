@@ -24,7 +24,11 @@ ROWS, BATCHES = 6, 2
 IGNORED = 255
 IMAGENET: dict[str, dict[str, dict[str, Any]]] = {
     "infopro": {},
-    "hpff": {"patches": {"grid": 2, "at_once": 4}, "hierarchy": {"cascade_span": 2}, "method": {"decoder": "imagenet-hpff"}},
+    "hpff": {
+        "patches": {"grid": 2, "at_once": 4},
+        "hierarchy": {"cascade_span": 2},
+        "method": {"decoder": "imagenet-hpff"},
+    },
     "released": {
         "hierarchy": {"variant": "released", "cascade_span": 2, "independent_weight": 0.0, "cascade_weight": 1.0},
         "method": {"decoder": "imagenet-hpff", "reconstruction": (20.0, 20.0)},
