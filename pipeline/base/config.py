@@ -238,8 +238,7 @@ class OptimConfig:
     weight_decay: float = key(1e-4, "of every parameter, heads included", at_least=0, at_most=10**6)
     schedule: str = key(
         "cosine",
-        "cosine to 0; cosine-peak: the same an epoch later, from the peak on; step: x 0.1 at 1/2 and 3/4 of the epochs; "
-        "constant",
+        "cosine to 0; cosine-peak: an epoch later, from the peak; step: x 0.1 at 1/2 and 3/4 of the epochs; constant",
         choices=("cosine", "cosine-peak", "step", "constant"),
     )
     warmup_epochs: int = key(10, "epochs of linear warm-up from warmup_lr", at_least=0, at_most=10**6)

@@ -27,7 +27,6 @@ from pipeline.base.validation import check_values, from_dict, validate
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 PAPERS = "papers.toml"
-FIGURES = ("test_error", "mean_iou")  # of a line of it
 DEFAULT_RECIPE = "digits-resnet32-k4-infopro-hpff"
 
 Layer = dict[str, Any]  # section -> key -> value, of one source
@@ -39,15 +38,13 @@ class Recipe:
 
     Attributes:
         name: as ``--recipe`` takes it.
-        test_error: the paper's figure, in %; None where it has none.
-        mean_iou: of a segmentation, in %, in place of it.
+        test_error: the paper's figure, in %; None where it is of no paper.
         table: the table it stands in, for example "HPFF, table 1".
         paper: title, place and year of the paper.
     """
 
     name: str
     test_error: float | None = None
-    mean_iou: float | None = None
     table: str = ""
     paper: str = ""
 
@@ -63,17 +60,13 @@ def recipes() -> list[Recipe]:
 
 
 def recipes_text() -> str:
-    """One line per recipe: its name, and the paper's figure with the table it stands in."""
+    """One line per recipe: its name, and the paper's test error with the table it stands in."""
     rows = []
     for recipe in recipes():
-        figure = "      -"
-        if recipe.test_error is not None:
-            figure = f"{recipe.test_error:5.2f} %  {recipe.table}"
-        elif recipe.mean_iou is not None:
-            figure = f"{recipe.mean_iou:5.2f} % mean IoU  {recipe.table}"
-        rows.append(f"{recipe.name:46}  {figure}")
+        error = f"{recipe.test_error:5.2f} %  {recipe.table}" if recipe.test_error is not None else "      -"
+        rows.append(f"{recipe.name:46}  {error}")
     papers = dict.fromkeys((recipe.table.partition(",")[0], recipe.paper) for recipe in recipes() if recipe.paper)
-    return "\n".join([*rows, "", "Test error, or what is said, in the paper:", *(f"{short}  {title}" for short, title in papers)])
+    return "\n".join([*rows, "", "Test error in the paper:", *(f"{short}  {title}" for short, title in papers)])
 
 
 def print_on_first_rank(line: str) -> None:
@@ -125,10 +118,9 @@ def _rows() -> dict[str, tuple[Recipe, Layer]]:
     rows = {}
     for table in read_toml(FOLDER / PAPERS).values():
         for name, line in table["recipes"].items():
-            layer = {key: value for key, value in line.items() if key not in FIGURES}
+            layer = {key: value for key, value in line.items() if key != "test_error"}
             layer["base"] = [*_names(table["base"], PAPERS), *_names(line["base"], PAPERS)]
-            figures = {key: line.get(key) for key in FIGURES}
-            rows[name] = (Recipe(name, **figures, table=table["table"], paper=table["paper"]), layer)
+            rows[name] = (Recipe(name, line["test_error"], table["table"], table["paper"]), layer)
     return rows
 
 
