@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -14,6 +15,7 @@ from own_tasks import Segmentation
 from tiny import CLASSES, tiny_config
 from torch import Tensor, nn
 
+from pipeline import LoaderData, train
 from pipeline.base.config import Config
 from pipeline.models import imagenet_heads
 from pipeline.models.backbones import BasicBlock
@@ -99,3 +101,24 @@ def images(step: int, dense: bool = False) -> tuple[Tensor, Tensor]:
     if dense:
         target[torch.rand(target.shape, generator=generator) < 0.1] = IGNORED
     return image, target
+
+
+CASES = (*IMAGENET, "cityscapes")
+
+
+@narrow_heads
+def trained_on_strided(rank: int, folder: str) -> dict[str, str]:
+    """The digest of the weights of every case."""
+    found = {}
+    for case in CASES:
+        dense = case == "cityscapes"
+        batches = [images(step, dense) for step in range(BATCHES)]
+        test = [(image, target % CLASSES) for image, target in batches[:1]]  # every pixel counts
+        run: dict[str, Any] = {"task": SCENES if dense else None, "data": LoaderData(batches, test)}
+        run["network"] = nn.Sequential(dense_blocks() if dense else imagenet_blocks())
+        generator = torch.Generator().manual_seed(2)
+        for parameter in run["network"].parameters():
+            nn.init.normal_(parameter, std=0.3, generator=generator)
+        config = dense_config() if dense else imagenet_config(case)
+        found[case] = train(config, run_dir=Path(folder) / case, quiet=True, **run)["weights_sha256"]
+    return found

@@ -26,7 +26,7 @@ FCN_HEAD = "fcn"  # of a task with an output for every pixel, with any method th
 DECODERS = ("cifar", "imagenet", "imagenet-hpff")
 TUNED_LAYERS = ("batch-norm", "pointwise", "paired", "pooling", "upsampling")  # of heads, see models.tuned
 LOGGERS = ("tensorboard", "wandb")
-DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder")
+DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder", "text")
 YEAR_MIN = 366 * 24 * 60
 MONTH_S = 31 * 24 * 3600
 LARGEST_SEED = 2**63 - 1  # the largest integer of TOML
@@ -36,7 +36,10 @@ LARGEST_SEED = 2**63 - 1  # the largest integer of TOML
 class ModelConfig:
     """What is trained and where it is cut."""
 
-    name: str = key("resnet32", 'backbone, one of ours, of torchvision, a registered one, or "timm/<name>"')
+    name: str = key(
+        "resnet32",
+        'backbone, one of ours, of torchvision, a registered one, "timm/<name>", "decoder/LAYERSxWIDTHxHEADS"',
+    )
     modules: int = key(4, "K, the number of local modules; 1 is plain backpropagation", at_least=1, at_most=10_000)
     cuts: str | tuple[str, ...] = key(
         "auto",
@@ -208,21 +211,40 @@ class PartitionConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """Pipelines side by side: processes = replicas x stages. Gradients are averaged over the replicas of a stage."""
+
+    replicas: int | str = key(
+        1,
+        "R, the number of pipelines, each on an equal part of every batch; auto: as many as parallel.stages allows",
+        choices=("auto",), at_least=1, at_most=65_536,
+    )
+    stages: int = key(0, "P, the processes of one pipeline; 0 = processes / R", at_least=0, at_most=10_000)
+    sync_batch_norm: bool = key(
+        False, "statistics of BatchNorm over the batch of all replicas (torch.nn.SyncBatchNorm); needs GPUs"
+    )
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where images come from."""
 
     name: str = key(
         "digits",
-        "the data set; folder: class directories of images; loader: given to train() as it is",
+        "the data set; folder: class directories of images; text: a file of bytes, of which the next is told; loader: "
+        "given to train() as it is",
         choices=(*DATA_SETS, "loader"),
     )
-    root: str = key("", "directory of the data set; for folder a directory or a tar file")
+    root: str = key("", "directory of the data set; for folder a directory or a tar file, for text a file")
     download: bool = key(False, "let torchvision fetch a missing data set")
-    batch_size: int = key(64, "images per step, over all micro-batches", at_least=1, at_most=2**20)
+    batch_size: int = key(64, "images per step, over all replicas and micro-batches", at_least=1, at_most=2**20)
     image_size: int = key(
         0, "folder: resize and crop to this many pixels; 0 = images have one size already", at_least=0, at_most=16_384
     )
-    augment: str = key("auto", "auto: as is usual for the data set", choices=("auto", "none"))
+    length: int = key(128, "text: bytes of a sequence", at_least=1, at_most=2**20)
+    augment: str = key(
+        "auto", "auto: as is usual for the data set; text: an epoch begins anywhere", choices=("auto", "none")
+    )
     drop_last: bool = key(False, "leave the short last batch of an epoch out")
     cache_gib: float = key(4.0, "keep decoded images in memory up to this size, in GiB", at_least=0, at_most=10**6)
 
@@ -348,6 +370,7 @@ class Config:
     patches: PatchesConfig = field(default_factory=PatchesConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

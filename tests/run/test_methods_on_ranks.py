@@ -1,23 +1,26 @@
-"""Methods that are a file of their own, and the heads for large images: two to four ranks train the weights of one
-process, bit for bit."""
+"""Methods that are a file of their own, heads on tokens, heads for large images: two and four ranks train the weights of
+one process, bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_strided
-import torch
 from helpers_spawn import run_ranks
-from tiny import CLASSES, Batches, network
-from tiny_features import configured, feature_batches, transformer
+from tiny import Batches, network
+from tiny_features import configured, feature_batches, image_batches, transformer, vision_transformer
+from tiny_strided import CASES as STRIDED_CASES
+from tiny_strided import trained_on_strided
+from tiny_text import CASES as TEXT_CASES
+from tiny_text import trained_on_text
 from torch import nn
 
 from pipeline import LoaderData, train
 
-CASES: dict[str, tuple[Callable[[], nn.Sequential], Callable[[], Any], dict[str, dict[str, Any]]]] = {
+CUT: dict[str, dict[str, Any]] = {"model": {"cuts": [f"encoder.layers.encoder_layer_{i}" for i in (1, 2, 3)]}}
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, dict[str, Any]]]] = {
     "dgl, deepsup": (network, Batches, {"hierarchy": {"variant": "deepsup", "cascade_span": 4}}),
     "dgl, sgr": (
         network,
@@ -35,55 +38,53 @@ CASES: dict[str, tuple[Callable[[], nn.Sequential], Callable[[], Any], dict[str,
     "lopt, parts, async": (
         transformer, feature_batches, {"patches": {"grid": 3, "at_once": 1}, "schedule": {"kind": "async"}}
     ),
+    "greedy, sgr, tokens": (
+        transformer, feature_batches, {"method": {"reconciliation": 0.01}, "hierarchy": {"cascade_span": 1}}
+    ),
+    "infopro, tokens": (
+        vision_transformer, image_batches, {"method": {"feature_dim": 8}, "patches": {"grid": 2, "at_once": 4}, **CUT}
+    ),
+    "predsim, tokens, async": (
+        vision_transformer, image_batches, {"patches": {"grid": 2, "at_once": 1}, "schedule": {"kind": "async"}, **CUT}
+    ),
+    "auglocal, tokens": (
+        vision_transformer, image_batches, {"patches": {"grid": 2, "at_once": 1}, "model": {"cuts": "even"}}
+    ),
 }
 
 
-STRIDED = (*tiny_strided.IMAGENET, "cityscapes")
-RANKS = {2: (*CASES, *STRIDED), 3: (*CASES, *STRIDED), 4: STRIDED}
-
-
-def seeded(network: nn.Module) -> nn.Module:
-    """The same weights everywhere."""
-    generator = torch.Generator().manual_seed(2)
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-    return network
-
-
-@tiny_strided.narrow_heads
-def trained(rank: int, folder: str, cases: Collection[str]) -> dict[str, str]:
-    """The digest of the weights of every case."""
-    found = {}
-    for case in [case for case in STRIDED if case in cases]:
-        dense = case == "cityscapes"
-        batches = [tiny_strided.images(step, dense) for step in range(tiny_strided.BATCHES)]
-        blocks = tiny_strided.dense_blocks() if dense else tiny_strided.imagenet_blocks()
-        config = tiny_strided.dense_config() if dense else tiny_strided.imagenet_config(case)
-        test = [(image, target % CLASSES) for image, target in batches[:1]]  # every pixel counts
-        task, data = tiny_strided.SCENES if dense else None, LoaderData(batches, test)
-        run = {"network": seeded(nn.Sequential(blocks)), "task": task, "data": data}
-        found[case] = train(config, run_dir=Path(folder) / case, quiet=True, **run)["weights_sha256"]
+def trained(rank: int, folder: str) -> dict[str, Any]:
+    """The digest of the weights of every case; of those on text the perplexity as well."""
+    on_strided = trained_on_strided(rank, folder)
+    on_text = trained_on_text(rank, Path(folder) / "text")
+    found: dict[str, Any] = {f"text, {case}": result for case, result in on_text.items()}
     for case, (build, batches, sections) in CASES.items():
-        if case not in cases:
-            continue
         method = {"name": case.split(",")[0], **sections.get("method", {})}
         rest = {name: section for name, section in sections.items() if name != "method"}
         config = configured(2, method, train={"epochs": 1}, checkpoint={"every_epochs": 0}, **rest)
         data = LoaderData(batches(), batches())
         summary = train(config, network=build(), data=data, run_dir=Path(folder) / case, quiet=True)
         found[case] = summary["weights_sha256"]
-    return found
+    return found | on_strided
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one process trains."""
-    return trained(0, str(tmp_path_factory.mktemp("alone")), RANKS[2])
+    return trained(0, str(tmp_path_factory.mktemp("alone")))
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_the_weights_are_those_of_one_process(alone: dict[str, str], ranks: int, tmp_path: Path) -> None:
-    assert len(set(alone.values())) == len(CASES) + len(STRIDED)
-    results = run_ranks(trained, ranks, str(tmp_path), RANKS[ranks], timeout_s=120)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_weights_are_those_of_one_process(alone: dict[str, Any], ranks: int, tmp_path: Path) -> None:
+    assert len(set(alone.values())) == len(CASES) + len(TEXT_CASES) + len(STRIDED_CASES)
+    results = run_ranks(trained, ranks, str(tmp_path), timeout_s=120)
     assert [result.exit_code for result in results] == [0] * ranks, [result.stderr for result in results]
-    assert results[0].value == {case: alone[case] for case in RANKS[ranks]}
+    assert results[0].value == alone
+
+
+def test_three_ranks_train_the_same_weights_with_heads_for_large_images(
+    alone: dict[str, Any], tmp_path: Path
+) -> None:
+    results = run_ranks(trained_on_strided, 3, str(tmp_path), timeout_s=120)
+    assert [result.exit_code for result in results] == [0] * 3, [result.stderr for result in results]
+    assert results[0].value == {case: alone[case] for case in STRIDED_CASES}
