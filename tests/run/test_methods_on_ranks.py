@@ -1,5 +1,5 @@
-"""Methods that are a file of their own, heads on tokens, heads for large images: two and four ranks train the weights of
-one process, bit for bit."""
+"""Methods that are a file of their own, heads on tokens, heads for large images: two and four ranks train the weights
+of one process, bit for bit."""
 
 from __future__ import annotations
 
