@@ -42,7 +42,7 @@ Work = Callable[[BatchKey], T]
 WARM_UP = 3
 """Batches of every place before the one that is captured: kernels are loaded, plans of libraries made, memory grown."""
 FORWARD, BACKWARD = "forward", "backward"
-_SAID = ("outputs", "own", "independent", "relayed", "local_gradient")
+_SAID = ("outputs", "own", "independent", "relayed", "local_gradient", "aux")
 """What actions leave in an InFlight."""
 
 
@@ -276,7 +276,7 @@ class Graphs(Eagerly):
             for each in place.graphs.values():  # what is used up is free for the graphs that come after
                 del each.said["outputs"]
                 if not self._late:  # else a checkpoint may come before the backward
-                    del each.said["own"], each.said["independent"]
+                    del each.said["own"], each.said["independent"], each.said["aux"]
         return found
 
     def _tell_of_shapes(self, rows: int, captured: int) -> None:
