@@ -44,7 +44,7 @@ def leave_failures_to_us(environment: MutableMapping[str, str], deadline_s: floa
 _CONSEQUENCES = {
     HANDLING: "NCCL ends a process whose transfer has failed before it can say which rank is gone",
     BLOCKING: "the host waits for every transfer, which takes the overlap with computing away",
-    HEARTBEAT: "NCCL may end a process within runtime.deadline_s = {deadline_s:g}, before it can say who waits for whom",
+    HEARTBEAT: "NCCL may end a process within runtime.deadline_s = {deadline_s:g}, before it can say who waits",
 }
 
 
