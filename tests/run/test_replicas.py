@@ -186,7 +186,7 @@ def test_gradients_on_their_way_are_saved_by_every_replica(runs: Runs) -> None:
         torch.testing.assert_close(runs.weights(name), runs.weights("late 1 x 2"), rtol=1e-4, atol=1e-5)
     saved = runs.folder / "late 2 x 2" / "checkpoints" / "step-00000002"
     parts = sorted(path.name for path in saved.glob("*replica*"))
-    assert parts == [f"module-00{module}.replica-1.safetensors" for module in range(3)]
+    assert parts == [f"module-00{module}.replica-1.safetensors" for module in range(2)]  # those that wait
 
 
 def test_running_statistics_are_the_same_on_all_replicas_so_one_saves_for_all(runs: Runs) -> None:
