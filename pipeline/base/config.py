@@ -24,6 +24,8 @@ XCYF = re.compile(r"([012])c([123])f")  # heads of InfoPro: X convolutions, Y li
 TUNED_LAYERS = ("batch-norm", "pointwise", "paired", "pooling", "upsampling")  # of heads, see models.tuned
 LOGGERS = ("tensorboard", "wandb")
 DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder")
+LevelWeight = float | tuple[float, ...]
+"""A number, or its values in the first and the last epoch."""
 YEAR_MIN = 366 * 24 * 60
 MONTH_S = 31 * 24 * 3600
 LARGEST_SEED = 2**63 - 1  # the largest integer of TOML
@@ -117,12 +119,17 @@ class HierarchyConfig:
         "module but the last, and every loss flows through the whole network",
         choices=("paper", "released", "deepsup"),
     )
-    independent_weight: float | None = key(
-        None, "level weight; default 1, 0.001 in the released variant, 0 in deepsup; 0 = no heads",
-        at_least=0, at_most=10**6,
+    independent_weight: LevelWeight | None = key(
+        None,
+        "level weight; two numbers: linear from the first to the last epoch; default 1, 0.001 in the released "
+        "variant, 0 in deepsup; 0 = no heads",
+        at_least=0, at_most=10**6, length=2,
     )
-    cascade_weight: float | None = key(
-        None, "level weight; default 1, or 0.999 in the released variant; 0 = no heads", at_least=0, at_most=10**6
+    cascade_weight: LevelWeight | None = key(
+        None,
+        "level weight; two numbers: linear from the first to the last epoch; default 1, or 0.999 in the released "
+        "variant; 0 = no heads",
+        at_least=0, at_most=10**6, length=2,
     )
     levels: str = key(
         "separate",

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.base.config import Config, ScheduleConfig, sections, settings
+from pipeline.base.config import Config, LevelWeight, ScheduleConfig, sections, settings
 from pipeline.base.errors import ConfigError, shown, suggest
 
 ALIASES = {
@@ -122,6 +122,13 @@ def check_combinations(config: Config) -> None:
         )
     if config.hierarchy.variant == "deepsup":
         _refuse_parts_of_the_network(config)
+    if config.hierarchy.variant == "released":
+        for name in ("independent_weight", "cascade_weight"):
+            if isinstance(value := getattr(config.hierarchy, name), tuple):
+                raise ConfigError(
+                    f"hierarchy.{name} = {shown(list(value))} with hierarchy.variant = 'released', whose last loss has "
+                    "constant shares of both levels; give one number"
+                )
     if config.method.front != "none" and config.hierarchy.levels != "separate":
         raise ConfigError(
             f"method.front = '{config.method.front}' with hierarchy.levels = '{config.hierarchy.levels}': the heads of "
@@ -203,5 +210,5 @@ def _refuse_free(config: Config) -> None:
         )
 
 
-def _default(value: float | None, default: float) -> float:
+def _default(value: LevelWeight | None, default: float) -> LevelWeight:
     return default if value is None else value

@@ -263,6 +263,11 @@ class LocalModule:
         """Use ``lr`` from the next update on."""
         self.optimiser.lr = lr
 
+    def set_level_weights(self, epoch: int, epochs: int) -> None:
+        """Use the levels' weights of ``epoch`` (1-based) of ``epochs`` from the next batch on."""
+        for level in self.levels.values():
+            level.begin_epoch(epoch, epochs)
+
     def take_losses(self) -> dict[str, float]:
         """Mean of every loss over the steps that were updated since the last call.
 

@@ -104,6 +104,7 @@ class Loop:
             rate = learning_rate(run.config.optim, epoch, settings.epochs)
             for module in run.stage.modules.values():
                 module.set_learning_rate(rate)
+                module.set_level_weights(epoch, settings.epochs)
             self._epoch_began = time.monotonic() - self._start_of_epoch(first)
             late = self.step == self._start.step > self._start.late_since
             directive = self._train(epoch, first, end) if self.step < end or late else Directive.GO
