@@ -221,9 +221,13 @@ class DataConfig:
 class OptimConfig:
     """One optimiser per local module."""
 
-    name: str = key("sgd", "SGD with (Nesterov) momentum, or AdamW", choices=("sgd", "adamw"))
+    name: str = key(
+        "sgd",
+        "SGD with (Nesterov) momentum, AdamW, or Muon for hidden matrices with AdamW for all else",
+        choices=("sgd", "adamw", "muon"),
+    )
     lr: float = key(0.1, "peak learning rate", above=0, at_most=10**6)
-    momentum: float = key(0.9, "of sgd", at_least=0, at_most=1)
+    momentum: float = key(0.9, "of sgd and muon", at_least=0, at_most=1)
     nesterov: bool = key(True, "Nesterov's form of the momentum")
     weight_decay: float = key(1e-4, "of every parameter, heads included", at_least=0, at_most=10**6)
     schedule: str = key(
@@ -236,6 +240,7 @@ class OptimConfig:
     clip_norm: float = key(
         0.0, "largest gradient norm of one local module with its heads; 0 = no clipping", at_least=0, at_most=10**9
     )
+    error_feedback: bool = key(False, "async: an update that comes late also makes up for those still under way")
 
 
 @dataclass(frozen=True)

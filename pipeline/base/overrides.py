@@ -142,6 +142,10 @@ def _nesterov(config: Config) -> tuple[bool, str] | None:
     return (False, "it needs momentum") if alone else None
 
 
+def _error_feedback(config: Config) -> tuple[bool, str] | None:
+    return (False, "it belongs to 'async'") if config.optim.error_feedback and config.schedule.kind != "async" else None
+
+
 def _rules() -> Iterator[Rule]:
     yield Rule(("model.modules", "model.name"), "model.cuts", _cuts)
     yield Rule(("model.cuts",), "model.modules", _modules)
@@ -154,6 +158,7 @@ def _rules() -> Iterator[Rule]:
     yield Rule(("partition.stages",), "partition.kind", _kind_with_stages)
     yield Rule(("model.modules",), "partition.kind", _kind_without_stages)
     yield Rule(("optim.momentum", "optim.name"), "optim.nesterov", _nesterov)
+    yield Rule(("schedule.kind",), "optim.error_feedback", _error_feedback)
 
 
 RULES = tuple(_rules())

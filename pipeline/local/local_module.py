@@ -32,6 +32,7 @@ from pipeline.local.guard import FiniteGuard
 from pipeline.local.losses import Losses
 from pipeline.local.methods import Level
 from pipeline.local.micro_batch import BatchKey, InFlight, MicroBatch
+from pipeline.local.muon import hidden_matrices
 from pipeline.local.optimiser import Optimiser
 from pipeline.local.output_gradients import OutputGradients, summed
 from pipeline.local.roles import ModulePlan
@@ -117,7 +118,7 @@ class LocalModule:
         self.parameters = [p for block in blocks.values() for p in block.parameters()]
         head_parameters = [p for level in levels.values() for p in level.parameters()]
         self._trained = self.parameters + head_parameters
-        self.optimiser = Optimiser(self._trained, config.optim)
+        self.optimiser = Optimiser(self._trained, config.optim, self._hidden(), lag)
         self._repeated = self._imitate_repeated_evaluations() if config.hierarchy.variant == "released" else []
         self.stashes = Stashes(blocks, head_parameters) if lag > 0 else None
         self.in_flight: dict[BatchKey, InFlight] = {}
@@ -126,6 +127,12 @@ class LocalModule:
         skips, on_gpu = config.train.nonfinite == "skip", numerics.device.type == "cuda"
         self._counts_steps_itself = config.schedule.kind == "free"
         self.guard = FiniteGuard(self.losses, buffers, skips, on_gpu, self._not_finite)
+
+    def _hidden(self) -> list[nn.Parameter]:
+        """What the optimiser takes for hidden matrices."""
+        heads = [head for level in self.levels.values() for _, patched in level.heads() for head in patched.heads]
+        fronts = [level.front for level in self.levels.values() if level.front is not None]
+        return hidden_matrices(self.blocks.values(), heads, fronts, self.plan.index == 0, self.plan.final)
 
     def _imitate_repeated_evaluations(self) -> list[nn.modules.batchnorm._BatchNorm]:
         """The released code evaluates a module n times a step, which moves BatchNorm statistics n times: momentum

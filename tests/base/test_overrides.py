@@ -48,6 +48,11 @@ CASES = [
         ],
     ),
     (
+        None, '[schedule]\nkind = "async"\n[optim]\nerror_feedback = true\n', "schedule.kind=exact",
+        {"optim.error_feedback": False},
+        ["optim.error_feedback = True gives way to False: it belongs to 'async', and schedule.kind = 'exact' is set"],
+    ),
+    (
         None, "[schedule]\nmicro_batches = 2\n", "schedule.kind=free", {"schedule.micro_batches": 1},
         ["schedule.micro_batches = 2 gives way to 1: the replay ring holds whole batches, and schedule.kind = 'free'"],
     ),

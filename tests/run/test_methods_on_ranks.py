@@ -25,6 +25,14 @@ CASES: dict[str, tuple[Callable[[], nn.Sequential], Callable[[], Any], dict[str,
     "greedy, man, async": (
         network, Batches, {"method": {"front": "man", "average": 0.5}, "schedule": {"kind": "async"}}
     ),
+    "greedy, level weights": (
+        network, Batches, {"hierarchy": {"cascade_span": 2, "cascade_weight": [1.0, 0.1]}, "train": {"epochs": 2}}
+    ),
+    "greedy, muon, async": (
+        network,
+        Batches,
+        {"optim": {"name": "muon", "lr": 0.01, "error_feedback": True}, "schedule": {"kind": "async"}},
+    ),
     "auglocal": (network, Batches, {"patches": {"grid": 2, "at_once": 1}}),
     "deinforeg": (network, Batches, {"method": {"feature_dim": 8}}),
     "deinforeg, patches": (network, Batches, {"method": {"feature_dim": 8}, "patches": {"grid": 2, "at_once": 1}}),
@@ -41,7 +49,7 @@ def trained(rank: int, folder: str) -> dict[str, str]:
     for case, (build, batches, sections) in CASES.items():
         method = {"name": case.split(",")[0], **sections.get("method", {})}
         rest = {name: section for name, section in sections.items() if name != "method"}
-        config = configured(2, method, train={"epochs": 1}, checkpoint={"every_epochs": 0}, **rest)
+        config = configured(2, method, **{"train": {"epochs": 1}, "checkpoint": {"every_epochs": 0}, **rest})
         data = LoaderData(batches(), batches())
         summary = train(config, network=build(), data=data, run_dir=Path(folder) / case, quiet=True)
         found[case] = summary["weights_sha256"]
