@@ -23,7 +23,7 @@ DGL_HEADS = ("mlp-sr", "mlp", "cnn", "auglocal")
 XCYF = re.compile(r"([012])c([123])f")  # heads of InfoPro: X convolutions, Y linear layers
 TUNED_LAYERS = ("batch-norm", "pointwise", "paired", "pooling", "upsampling")  # of heads, see models.tuned
 LOGGERS = ("tensorboard", "wandb")
-DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder")
+DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder", "text")
 LevelWeight = float | tuple[float, ...]
 """A number, or its values in the first and the last epoch."""
 YEAR_MIN = 366 * 24 * 60
@@ -35,7 +35,10 @@ LARGEST_SEED = 2**63 - 1  # the largest integer of TOML
 class ModelConfig:
     """What is trained and where it is cut."""
 
-    name: str = key("resnet32", 'backbone, one of ours, of torchvision, a registered one, or "timm/<name>"')
+    name: str = key(
+        "resnet32",
+        'backbone, one of ours, of torchvision, a registered one, "timm/<name>", "decoder/LAYERSxWIDTHxHEADS"',
+    )
     modules: int = key(4, "K, the number of local modules; 1 is plain backpropagation", at_least=1, at_most=10_000)
     cuts: str | tuple[str, ...] = key(
         "auto",
@@ -203,16 +206,20 @@ class DataConfig:
 
     name: str = key(
         "digits",
-        "the data set; folder: class directories of images; loader: given to train() as it is",
+        "the data set; folder: class directories of images; text: a file of bytes, of which the next is told; loader: "
+        "given to train() as it is",
         choices=(*DATA_SETS, "loader"),
     )
-    root: str = key("", "directory of the data set; for folder a directory or a tar file")
+    root: str = key("", "directory of the data set; for folder a directory or a tar file, for text a file")
     download: bool = key(False, "let torchvision fetch a missing data set")
     batch_size: int = key(64, "images per step, over all micro-batches", at_least=1, at_most=2**20)
     image_size: int = key(
         0, "folder: resize and crop to this many pixels; 0 = images have one size already", at_least=0, at_most=16_384
     )
-    augment: str = key("auto", "auto: as is usual for the data set", choices=("auto", "none"))
+    length: int = key(128, "text: bytes of a sequence", at_least=1, at_most=2**20)
+    augment: str = key(
+        "auto", "auto: as is usual for the data set; text: an epoch begins anywhere", choices=("auto", "none")
+    )
     drop_last: bool = key(False, "leave the short last batch of an epoch out")
     cache_gib: float = key(4.0, "keep decoded images in memory up to this size, in GiB", at_least=0, at_most=10**6)
 

@@ -36,7 +36,7 @@ from pipeline.local.muon import hidden_matrices
 from pipeline.local.optimiser import Optimiser
 from pipeline.local.output_gradients import OutputGradients, summed
 from pipeline.local.roles import ModulePlan
-from pipeline.local.sgr import reconcile
+from pipeline.local.sgr import differentiable_twice, reconcile
 from pipeline.local.stashes import Stashes
 from pipeline.local.task import Task
 from pipeline.local.upstream import FlatWeights, Mailbox, shapes_of
@@ -156,7 +156,8 @@ class LocalModule:
         seed = stable_hash(self._seed, "step", self.plan.index, *key)
         seed_rng(seed, self.numerics.device)
         self._set_training(True)
-        with torch.enable_grad(), self.numerics.autocast():
+        twice = differentiable_twice() if self.plan.reconciles else contextlib.nullcontext()
+        with torch.enable_grad(), self.numerics.autocast(), twice:
             if self.stashes is not None:
                 if key[0] not in self.stashes.open:
                     self.guard.mend_buffers()  # its first updates are a few forwards away
@@ -310,7 +311,7 @@ class LocalModule:
         """The loss of the level ``name``, or of the task, with SGR's: a_m, and what the next module is told."""
         seed_rng(stable_hash(item.rng_seed, name), self.numerics.device)
         leaf = item.outputs[MAIN].detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiable_twice():
             if name == "final":
                 loss = self.task.loss(leaf, item.batch.labels)
                 terms = {name: loss.detach()}

@@ -80,6 +80,12 @@ class Optimiser:
         for weight in self.weights:
             weight.parameter.grad = None
 
+    def kept_bytes(self) -> int:
+        """Of its state once all weights have been updated."""
+        fed_back = 1 if self.lag and self.config.error_feedback else 0
+        rest = (1 if self.config.momentum else 0) if self.config.name == "sgd" else 2
+        return sum(weight.parameter.nbytes * (fed_back + (1 if weight.hidden else rest)) for weight in self.weights)
+
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """``<index of the weight>.<name>`` and value, not copied: shaped like the weight, but for "step", ()."""
         for index, weight in enumerate(self.weights):

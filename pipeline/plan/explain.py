@@ -18,6 +18,7 @@ from pipeline.base.numerics import Numerics, resolve_numerics
 from pipeline.base.paths import path_of
 from pipeline.base.validation import validate
 from pipeline.data import CATALOGUE, open_data
+from pipeline.data.named import task_of
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.task import Classification, Task
 from pipeline.models.backbones import Blocks
@@ -216,8 +217,10 @@ def _measure(config: Config, ranks: int, network: _Network, plan: Plan) -> Profi
 
 
 def _task(config: Config) -> Task:
-    """Classes and image shape; only of an image folder they are not known without opening it."""
+    """What the data are for; only of an image folder that is not known without opening it."""
     data = config.data
+    if (task := task_of(config)) is not None:
+        return task
     if data.name in CATALOGUE:
         return Classification(CATALOGUE[data.name].classes, CATALOGUE[data.name].image_shape)
     root = Path(path_of(data.root)).expanduser()
