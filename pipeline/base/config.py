@@ -260,6 +260,11 @@ class TrainConfig:
     evaluate_every: int = key(
         1, "epochs between tests; the last epoch is always tested", at_least=1, at_most=10**6
     )
+    ema: float = key(
+        0.0,
+        "share of the moving average of all weights that an update keeps; tested and exported beside them; 0 = none",
+        at_least=0, at_most=1,
+    )
     nonfinite: str = key(
         "stop",
         "a module whose loss or gradient is NaN or infinite: stop the run, or skip its update",

@@ -141,7 +141,8 @@ def check_combinations(config: Config) -> None:
     if config.optim.error_feedback and (config.schedule.kind != "async" or config.schedule.delay == 0):
         raise ConfigError(
             f"optim.error_feedback = true with schedule.kind = '{config.schedule.kind}' and schedule.delay = "
-            f"{config.schedule.delay}: no update is late by declaration; use schedule.kind=async with a delay, or remove it"
+            f"{config.schedule.delay}: no update is late by declaration; use schedule.kind=async with a delay, or "
+            "remove it"
         )
     if (config.partition.kind == "given") != bool(config.partition.stages):
         stages = shown(list(config.partition.stages))

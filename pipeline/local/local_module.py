@@ -26,6 +26,7 @@ from pipeline.base.config import Config
 from pipeline.base.errors import NonFiniteError
 from pipeline.base.flow import MAIN, Flow, Specs, Tensors, bare, channels_first, channels_last, named, passed
 from pipeline.base.numerics import Numerics, seed_rng, stable_hash
+from pipeline.local.average import WeightAverage
 from pipeline.local.both_levels import BothLevels
 from pipeline.local.compilation import compile_parts
 from pipeline.local.guard import FiniteGuard
@@ -81,6 +82,7 @@ class LocalModule:
     Attributes:
         asks: what its heads ask for, see :class:`pipeline.models.heads.Given`.
         in_flight: micro-batches between their forward and their backward.
+        average: of its weights, in the order of their state, None where none is asked for.
         losses: of its heads.
         stashes: of a late module, None of others.
         guard: against updates that are not finite.
@@ -119,6 +121,8 @@ class LocalModule:
         head_parameters = [p for level in levels.values() for p in level.parameters()]
         self._trained = self.parameters + head_parameters
         self.optimiser = Optimiser(self._trained, config.optim, self._hidden(), lag)
+        weights = [weight for part in parts for weight in part.state_dict().values()]
+        self.average = WeightAverage(weights, config.train.ema) if config.train.ema else None
         self._repeated = self._imitate_repeated_evaluations() if config.hierarchy.variant == "released" else []
         self.stashes = Stashes(blocks, head_parameters) if lag > 0 else None
         self.in_flight: dict[BatchKey, InFlight] = {}
@@ -266,6 +270,10 @@ class LocalModule:
         weights = self.mailbox.take(step)
         for level in self.levels.values():
             level.receive_weights(weights, step)
+
+    def kept_tensors(self) -> list[Tensor]:
+        """What its updates keep besides the weights: momentum, moments, averages."""
+        return [value for _, value in self.optimiser.state()] + (self.average.values if self.average else [])
 
     def set_learning_rate(self, lr: float) -> None:
         """Use ``lr`` from the next update on."""

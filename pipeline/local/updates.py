@@ -4,7 +4,8 @@
     backwards
     update_together:  norms of all gradients in one call --> host        finite? per module
                       clipping per module, where it is asked for         (two operations for each)
-                      SGD or AdamW over the weights of all modules       without those that are left out
+                      one optimiser step for the weights of all modules  without those that are left out
+                      moving averages of the weights, where asked for
                       losses into the sums of the epoch
 
 What an update of one module does depends on no other module, so the result does not depend on what is done together.
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from pipeline.local.average import average_together
 from pipeline.local.guard import allowed, send_losses
 from pipeline.local.local_module import LocalModule
 from pipeline.local.losses import close_together
@@ -56,6 +58,7 @@ def update_together(due: Due) -> None:
             module.losses.skip(step)
         module.optimiser.clear()
         module.guard.mend_buffers()
+    average_together([module.average for module, _ in updated if module.average is not None])
 
 
 def _norms(gradients: Sequence[list[Tensor]], order: float) -> Tensor:

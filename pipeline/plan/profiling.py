@@ -162,10 +162,9 @@ def _with_both_forms(separate: ModuleCost, together: ModuleCost) -> ModuleCost:
 
 
 def _state_bytes(module: LocalModule) -> int:
-    """Parameters, their gradients, buffers and optimiser state."""
+    """Parameters, their gradients, buffers and what the updates keep."""
     parts = (*module.blocks.values(), *module.levels.values())
     parameters = [p for part in parts for p in part.parameters()]
     buffers = [b for part in parts for b in part.buffers()]
-    optimiser = [value for _, value in module.optimiser.state()]
     gradients = sum(p.nbytes for p in parameters if p.requires_grad)
-    return gradients + sum(tensor.nbytes for tensor in (*parameters, *buffers, *optimiser))
+    return gradients + sum(tensor.nbytes for tensor in (*parameters, *buffers, *module.kept_tensors()))

@@ -38,7 +38,7 @@ class StepMemory:
         modules: number of its local modules.
         weights: parameters and buffers of its blocks.
         heads: those of its auxiliary heads.
-        optimiser: momentum, moments.
+        optimiser: momentum, moments, averages of weights.
         messages: slots of its queues; a received activation or gradient is used where it is.
         work: the most that gradients, activations, a batch of the data and operations take besides, at one time.
     """
@@ -114,7 +114,7 @@ def _of_rank(plan: Plan, rank: int, blocks: Blocks, numerics: Numerics) -> StepM
             for step in range(steps):  # the first ones make what stays: states of the optimiser, constants of heads
                 alive.most = alive.now
                 alone.train_step(1, step)
-        optimiser = sum(value.nbytes for module in modules for _, value in module.optimiser.state())
+        optimiser = sum(value.nbytes for module in modules for value in module.kept_tensors())
         weights = _bytes_of(block for module in modules for block in module.blocks.values())
         heads = _bytes_of(level for module in modules for level in module.levels.values())
         data = 0

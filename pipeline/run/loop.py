@@ -176,7 +176,10 @@ class Loop:
 
     def _test(self, epoch: int) -> Directive:
         stage = self._run.stage
-        stage.test(epoch, self.step, self._run.data_spec.test_batches)
+        batches = self._run.data_spec.test_batches
+        stage.test(epoch, self.step, batches)
+        if self._run.config.train.ema and stage.directive is not Directive.STOP:
+            stage.test_averages(epoch, self.step, batches)
         return Directive.STOP if stage.directive is Directive.STOP else Directive.GO
 
     # --- saving -------------------------------------------------------------------------------------------------------

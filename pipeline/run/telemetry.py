@@ -36,6 +36,7 @@ class StageReport:
     tested: int
     test_metrics: dict[str, float]
     test_loss_sum: float
+    ema_metrics: dict[str, float]
 
 
 class Telemetry:
@@ -137,8 +138,21 @@ class Telemetry:
                 name: value for (*where, name), value in measured.items() if where == [index_of_last, "final"]
             },
             test_loss_sum=float(counters.test_loss_sum),
+            ema_metrics=self._of_averages(counters.averaged),
         )
         self._team.set(Key.EPOCH(epoch=epoch, rank=self._team.rank), json.dumps(dataclasses.asdict(report)))
+
+    def _of_averages(self, counters: Counters | None) -> dict[str, float]:
+        """The metrics and the loss of the network's output with averaged weights, where this rank has tested it."""
+        if counters is None or not counters.tested:
+            return {}
+        place = (len(self._plan.modules) - 1, "final")
+        found = {
+            metric.name: metric.of(counters.statistics[*place, metric.name], counters.tested)
+            for metric in self._plan.task.metrics
+            if (*place, metric.name) in counters.statistics
+        }
+        return found | {"loss": float(counters.test_loss_sum) / counters.tested} if found else {}
 
     def collect(self, epoch: int, wait: bool) -> list[StageReport] | None:
         """All ranks' reports of ``epoch`` (rank 0), or None if some are missing and ``wait`` is false. From any thread.
@@ -179,4 +193,5 @@ def merge(
         test_metrics={name: value for name, value in last.test_metrics.items() if name != ERROR.name},
         test_text=f"{metrics[0].title} {metrics[0].form.text(last.test_metrics.get(metrics[0].name))}",
         metric=metrics[0].form,
+        ema_metrics=last.ema_metrics,
     )

@@ -13,7 +13,7 @@ that schedule `async` has left late. The stage knows nothing of files or screens
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 
 import torch
@@ -260,6 +260,16 @@ class Stage:
                 self.test_step(epoch, number)
                 if self.directive is Directive.STOP:
                     return
+
+    def test_averages(self, epoch: int, step: int, batches: int) -> None:
+        """:meth:`test` with the averages of all weights in their place, counted apart."""
+        of_weights, self.counters = self.counters, Counters()
+        with ExitStack() as held:
+            for module in self.modules.values():
+                assert module.average is not None
+                held.enter_context(module.average.in_place())
+            self.test(epoch, step, batches)
+        of_weights.averaged, self.counters = self.counters, of_weights
 
     @torch.no_grad()
     def test_step(self, epoch: int, step: int) -> None:

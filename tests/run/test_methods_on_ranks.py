@@ -37,6 +37,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, dic
         Batches,
         {"optim": {"name": "muon", "lr": 0.01, "error_feedback": True}, "schedule": {"kind": "async"}},
     ),
+    "greedy, ema": (network, Batches, {"train": {"epochs": 1, "ema": 0.5}}),
     "auglocal": (network, Batches, {"patches": {"grid": 2, "at_once": 1}}),
     "deinforeg": (network, Batches, {"method": {"feature_dim": 8}}),
     "deinforeg, patches": (network, Batches, {"method": {"feature_dim": 8}, "patches": {"grid": 2, "at_once": 1}}),
@@ -60,7 +61,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, dic
 
 
 def trained(rank: int, folder: str) -> dict[str, Any]:
-    """The digest of the weights of every case; of those on text the perplexity as well."""
+    """The digest of the weights of every case, and what the test of their averages says; of text the perplexity."""
     on_text = trained_on_text(rank, Path(folder) / "text")
     found: dict[str, Any] = {f"text, {case}": result for case, result in on_text.items()}
     for case, (build, batches, sections) in CASES.items():
@@ -69,7 +70,7 @@ def trained(rank: int, folder: str) -> dict[str, Any]:
         config = configured(2, method, **{"train": {"epochs": 1}, "checkpoint": {"every_epochs": 0}, **rest})
         data = LoaderData(batches(), batches())
         summary = train(config, network=build(), data=data, run_dir=Path(folder) / case, quiet=True)
-        found[case] = summary["weights_sha256"]
+        found[case] = f"{summary['weights_sha256']} {summary['ema_metrics']}"
     return found
 
 

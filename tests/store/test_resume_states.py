@@ -1,5 +1,5 @@
-"""What a key makes a run keep from step to step is in its checkpoint: resumed in the middle of an epoch, the weights are
-those of the run that was never disturbed, bit for bit."""
+"""What a key makes a run keep from step to step is in its checkpoint: resumed in the middle of an epoch, the weights
+are those of the run that was never disturbed, bit for bit."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {  # cascade span, sec
     "muon, async": (
         2, {"optim": {"name": "muon", "lr": 0.01, "error_feedback": True}, "schedule": {"kind": "async"}}
     ),
+    "ema": (2, {"train": {"epochs": 2, "ema": 0.9}}),
+    "ema, async": (2, {"train": {"epochs": 2, "ema": 0.9}, "schedule": {"kind": "async"}}),
 }
 
 
@@ -34,3 +36,4 @@ def test_a_resume_in_the_middle_of_an_epoch_is_bit_for_bit(case: str, tmp_path: 
     resumed = run(case, tmp_path / "resumed", str(saved), seed=8, every_epochs=0)
     assert resumed["weights_sha256"] == alone["weights_sha256"]
     assert resumed["train_loss"] == alone["train_loss"]
+    assert resumed["ema_metrics"] == alone["ema_metrics"]
