@@ -3,9 +3,9 @@
     update       average <- decay average + (1 - decay) weights            after the first one: average <- weights
     test         once with the weights, once with the averages in their place
 
-As in torchvision's training references (AveragedModel with its buffers), BatchNorm's running statistics are averaged like
-parameters, so a test needs no pass over the data first; counters are copied. Heads are averaged with their module, so the
-average depends on no other rank.
+As in torchvision's training references (AveragedModel with its buffers), BatchNorm's running statistics are averaged
+like parameters, so a test needs no pass over the data first; counters are copied. Heads are averaged with their module,
+so the average depends on no other rank.
 """
 
 from __future__ import annotations
