@@ -275,6 +275,9 @@ class TrainConfig:
     evaluate_every: int = key(
         1, "epochs between tests; the last epoch is always tested", at_least=1, at_most=10**6
     )
+    accumulate: int = key(
+        1, "n: batches whose mean gradient makes one update; an epoch ends with what is left", at_least=1, at_most=65_536
+    )
     ema: float = key(
         0.0,
         "share of the moving average of all weights that an update keeps; tested and exported beside them; 0 = none",

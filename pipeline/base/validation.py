@@ -150,6 +150,11 @@ def check_combinations(config: Config) -> None:
             f"{config.schedule.delay}: no update is late by declaration; use schedule.kind=async with a delay, or "
             "remove it"
         )
+    if config.optim.error_feedback and config.train.accumulate > 1:
+        raise ConfigError(
+            f"optim.error_feedback = true with train.accumulate = {config.train.accumulate}: an update that comes late "
+            "by batches is not late by updates; remove one of them"
+        )
     if (config.partition.kind == "given") != bool(config.partition.stages):
         stages = shown(list(config.partition.stages))
         raise ConfigError(

@@ -26,6 +26,7 @@ from pipeline.base.config import Config
 from pipeline.base.errors import NonFiniteError
 from pipeline.base.flow import MAIN, Flow, Specs, Tensors, bare, channels_first, channels_last, named, passed
 from pipeline.base.numerics import Numerics, seed_rng, stable_hash
+from pipeline.local.accumulation import Accumulation
 from pipeline.local.average import WeightAverage
 from pipeline.local.both_levels import BothLevels
 from pipeline.local.compilation import compile_parts
@@ -83,6 +84,7 @@ class LocalModule:
     Attributes:
         asks: what its heads ask for, see :class:`pipeline.models.heads.Given`.
         in_flight: micro-batches between their forward and their backward.
+        accumulation: of the gradients of several batches, None where every batch has an update.
         average: of its weights, in the order of their state, None where none is asked for.
         losses: of its heads.
         stashes: of a late module, None of others.
@@ -125,6 +127,8 @@ class LocalModule:
         head_parameters = [p for level in levels.values() for p in level.parameters()]
         self._trained = self.parameters + head_parameters
         self.optimiser = Optimiser(self._trained, config.optim, self._hidden(), lag)
+        several = config.train.accumulate
+        self.accumulation = Accumulation(self.optimiser, several) if several > 1 else None
         weights = [weight for part in parts for weight in part.state_dict().values()]
         self.average = WeightAverage(weights, config.train.ema) if config.train.ema else None
         self._repeated = self._imitate_repeated_evaluations() if config.hierarchy.variant == "released" else []
@@ -282,8 +286,10 @@ class LocalModule:
             level.receive_weights(weights, step)
 
     def kept_tensors(self) -> list[Tensor]:
-        """What its updates keep besides the weights: momentum, moments, averages."""
-        return [value for _, value in self.optimiser.state()] + (self.average.values if self.average else [])
+        """What its updates keep besides the weights: momentum, moments, averages, sums of gradients."""
+        kept = [value for _, value in self.optimiser.state()]
+        kept += self.average.values if self.average is not None else []
+        return kept + (self.accumulation.sums if self.accumulation is not None else [])
 
     def set_learning_rate(self, lr: float) -> None:
         """Use ``lr`` from the next update on."""

@@ -2,6 +2,7 @@
 
     blocks...., heads....           parameters and buffers, see weights
     optimiser.<parameter>.<name>    momentum, moments, step counts
+    accumulated.<weight>, .seen, .good      sums of the gradients of batches whose common update is still to come
     average.<name of a weight>      its moving average, once there is one
     losses.<term>, losses.steps     sums of the epoch so far            losses.skipped    updates left out
     open.<step>.<term>              losses of a step whose update is still to come
@@ -30,7 +31,7 @@ from pipeline.models.spread import whole
 
 STRIDES = "@strides"  # in which a tensor of four dimensions lies decides which kernels work on it, so on the last bits
 BUSY = "busy_s"
-OPTIMISER = "optimiser."
+OPTIMISER, ACCUMULATED = "optimiser.", "accumulated."
 
 
 def module_state(module: LocalModule) -> State:
@@ -46,6 +47,8 @@ def module_state(module: LocalModule) -> State:
     for name, value in live_weights(module).items():
         state[name] = to_host(value)
     state |= {OPTIMISER + name: to_host(value) for name, value in module.optimiser.state()}
+    if module.accumulation is not None:
+        state |= {ACCUMULATED + name: to_host(value) for name, value in module.accumulation.state()}
     if module.average is not None and module.average.values:
         named = zip(live_weights(module), module.average.values, strict=True)
         state |= {AVERAGE + name: to_host(value) for name, value in named}
@@ -114,6 +117,8 @@ def restore_module(module: LocalModule, state: State) -> None:
             value.data.copy_(state[name])
     module.guard.mend_buffers()
     module.optimiser.restore(below(state, OPTIMISER))
+    if module.accumulation is not None:
+        module.accumulation.restore(below(state, ACCUMULATED))
     averages = below(state, AVERAGE)
     if module.average is not None and averages:
         module.average.restore([averages[name] for name in expected])

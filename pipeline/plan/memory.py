@@ -84,6 +84,7 @@ def _held_bytes(plan: Plan, rank: int, numerics: Numerics, modules: Sequence[Loc
         "heads": heads,
         "gradients": gradients,
         "optimiser": sum(module.optimiser.kept_bytes() for module in modules),
+        "sums of gradients": gradients * (config.train.accumulate > 1),
         "averages of weights": (sum(weights.values()) + heads) * bool(config.train.ema),
         "late copies of weights": copies,
         "messages": rank_memory(plan, nothing, numerics)[rank],

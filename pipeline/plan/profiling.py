@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 
 from pipeline.base.numerics import Numerics
+from pipeline.base.validation import with_values
 from pipeline.base.version import VERSION
 from pipeline.local.local_module import LocalModule
 from pipeline.models.backbones import Blocks
@@ -91,7 +92,8 @@ def module_alone(plan: Plan, index: int, blocks: Blocks, numerics: Numerics) -> 
 
 
 def _one_module_a_rank(plan: Plan) -> Plan:
-    return dataclasses.replace(plan, stages=tuple(range(m, m + 1) for m in range(len(plan.modules))))
+    config = with_values(plan.config, {"train.accumulate": 1})  # so that every step has an update to measure
+    return dataclasses.replace(plan, config=config, stages=tuple(range(m, m + 1) for m in range(len(plan.modules))))
 
 
 def work_of(plan: Plan) -> tuple[str, ...]:

@@ -109,7 +109,7 @@ def _of_rank(plan: Plan, rank: int, blocks: Blocks, numerics: Numerics) -> StepM
         following = plan.gradient_order(rank + 1) if rank + 1 < len(plan.stages) else ()
         edges = stands(plan, stage, gradients)
         alone = Stage(modules, plan.schedules[rank], BatchInlet(batch, parts), edges, following, watch=Reads())
-        steps = 2 + max(action.lag for action in plan.schedules[rank])
+        steps = 1 + plan.config.train.accumulate + max(action.lag for action in plan.schedules[rank])
         with alive:
             for step in range(steps):  # the first ones make what stays: states of the optimiser, constants of heads
                 alive.most = alive.now

@@ -24,7 +24,7 @@ from pipeline.base.flow import MAIN, Tensors
 from pipeline.edges.wire import Directive, Header, MessageKind
 from pipeline.local.local_module import LocalModule
 from pipeline.local.micro_batch import BatchKey, MicroBatch
-from pipeline.local.updates import Due, losses_together, update_together
+from pipeline.local.updates import Due, losses_together, update_rest, update_together
 from pipeline.stage.averaging import Averaging
 from pipeline.stage.counters import Counters
 from pipeline.stage.gradients import GRADIENT, GradientInlet
@@ -143,6 +143,7 @@ class Stage:
         for step in range(end_step, end_step + self._longest_lag):
             self.train_step(epoch, step)
         assert not self._inputs and not self._hidden and not self._held and not self._gradients
+        update_rest(list(self.modules.values()))
         ended_at = self.inlet.end_epoch(epoch, end_step)
         if self._marks_epochs and self.edges.activation_out is not None:
             self.edges.activation_out.send(Header(MessageKind.EPOCH, epoch, ended_at, 0, directive=self.directive))

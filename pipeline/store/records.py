@@ -87,7 +87,7 @@ class StageRecord:
 class EpochRecord:
     """One finished epoch of the whole pipeline; one line of metrics.jsonl.
 
-    ``epoch`` counts from 1 to ``epochs``; ``step`` is the number of optimiser steps since the run began.
+    ``epoch`` counts from 1 to ``epochs``; ``step`` is the number of steps since the run began, a batch each.
     ``images`` were trained in ``wall_s`` seconds, testing excluded. ``train_loss`` is the final module's.
     ``test_error_pct`` (percent) and ``test_loss`` are None in an epoch without a test, the error also for a task that
     counts none. ``test_metrics`` holds other metrics of the task by name. ``metric`` says what the first one is and how

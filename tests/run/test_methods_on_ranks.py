@@ -37,6 +37,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, dic
         Batches,
         {"optim": {"name": "muon", "lr": 0.01, "error_feedback": True}, "schedule": {"kind": "async"}},
     ),
+    "greedy, accumulate": (network, Batches, {"train": {"epochs": 1, "accumulate": 2}, "schedule": {"kind": "async"}}),
     "greedy, ema": (network, Batches, {"train": {"epochs": 1, "ema": 0.5}}),
     "auglocal": (network, Batches, {"patches": {"grid": 2, "at_once": 1}}),
     "deinforeg": (network, Batches, {"method": {"feature_dim": 8}}),

@@ -17,6 +17,8 @@ CASES: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {  # cascade span, sec
     "muon, async": (
         2, {"optim": {"name": "muon", "lr": 0.01, "error_feedback": True}, "schedule": {"kind": "async"}}
     ),
+    "accumulate": (2, {"train": {"epochs": 2, "accumulate": 4}}),
+    "accumulate, async": (2, {"train": {"epochs": 2, "accumulate": 3}, "schedule": {"kind": "async"}}),
     "ema": (2, {"train": {"epochs": 2, "ema": 0.9}}),
     "ema, async": (2, {"train": {"epochs": 2, "ema": 0.9}, "schedule": {"kind": "async"}}),
 }
