@@ -14,6 +14,7 @@ import re
 import typing
 from dataclasses import dataclass, field
 
+from pipeline.base.cut_tables import group_sizes, modules_of_cut
 from pipeline.base.keys import Setting, key
 
 CUTS = ("auto", "cost", "even", "equal", "hpff", "balanced", "balanced-stl10")
@@ -55,6 +56,11 @@ class ModelConfig:
         "",
         "file to begin with, a state dict of the un-cut network (torchvision's or timm's names, .pth or .safetensors); "
         "empty = weights drawn from the seed",
+    )
+    group: int | tuple[int, ...] = key(
+        1,
+        "w: so many consecutive local modules of the cut are joined to one, or a list of how many each one is made of",
+        at_least=1, at_most=10_000,
     )
 
 
@@ -276,7 +282,7 @@ class TrainConfig:
         1, "epochs between tests; the last epoch is always tested", at_least=1, at_most=10**6
     )
     accumulate: int = key(
-        1, "n: batches whose mean gradient makes one update; an epoch ends with what is left", at_least=1, at_most=65_536
+        1, "n: batches whose mean gradient makes one update; an epoch ends with the rest", at_least=1, at_most=65_536
     )
     ema: float = key(
         0.0,
@@ -381,6 +387,12 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    @property
+    def local_modules(self) -> int:
+        """The number of local modules: of the cut, joined in groups."""
+        model = self.model
+        return len(group_sizes(modules_of_cut(model.name, model.modules, model.cuts), model.group))
 
     def fingerprint(self) -> str:
         """SHA-256 over every key that can change the result (all but ``partition``, ``checkpoint``, ``log`` and

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.base.config import Config, LevelWeight, ScheduleConfig, sections, settings
+from pipeline.base.cut_tables import modules_of_cut
 from pipeline.base.errors import ConfigError, shown, suggest
 
 ALIASES = {
@@ -121,6 +122,7 @@ def check_combinations(config: Config) -> None:
             f"model.cuts = {shown(list(config.model.cuts))} makes {len(config.model.cuts) + 1} local modules, but "
             f"model.modules = {config.model.modules}; use model.modules={len(config.model.cuts) + 1}, or other cuts"
         )
+    _refuse_groups(config)
     if config.model.modules > 1 and config.hierarchy.cascade_span > config.model.modules:
         raise ConfigError(
             f"hierarchy.cascade_span = {config.hierarchy.cascade_span} is larger than model.modules = "
@@ -206,6 +208,30 @@ def check_replicas(config: Config, replicas: int) -> None:
         )
 
 
+def _refuse_groups(config: Config) -> None:
+    """Groups of local modules that are not of this cut, or fewer than a cascade reaches."""
+    model, hierarchy, groups = config.model, config.hierarchy, config.local_modules
+    if model.group == 1:
+        return
+    where = f"model.group = {shown(list(model.group) if isinstance(model.group, tuple) else model.group)}"
+    built = modules_of_cut(model.name, model.modules, model.cuts)
+    if isinstance(model.group, tuple) and sum(model.group) != built:
+        raise ConfigError(
+            f"{where} joins {sum(model.group)} local modules, but the cut of model.modules = {model.modules} makes "
+            f"{built}; let the list add up to {built}"
+        )
+    if hierarchy.variant == "released":
+        raise ConfigError(
+            f"{where} with hierarchy.variant = 'released', whose weights go by the K of its own cuts; use "
+            "hierarchy.variant=paper"
+        )
+    if hierarchy.variant == "paper" and hierarchy.cascade_span > groups > 1:
+        raise ConfigError(
+            f"{where} makes {groups} local modules of {built}, fewer than hierarchy.cascade_span = "
+            f"{hierarchy.cascade_span}; the largest span is {groups}"
+        )
+
+
 def _refuse_parts_of_the_network(config: Config) -> None:
     """DeepSup-BP has one level, whose losses flow through everything, as the last one does."""
     hierarchy, modules = config.hierarchy, config.model.modules
@@ -250,7 +276,7 @@ def _refuse_unreconciled(config: Config) -> None:
 
 def _refuse_free(config: Config) -> None:
     """Without waiting there is no gradient from the next module and no batch in parts."""
-    if config.model.modules > 1 and config.hierarchy.cascade_span > 1:
+    if config.local_modules > 1 and config.hierarchy.cascade_span > 1:
         raise ConfigError(
             f"schedule.kind = 'free' with hierarchy.cascade_span = {config.hierarchy.cascade_span}: a cascade's "
             "gradient belongs to one batch, and free stages train on different ones; use hierarchy.cascade_span=1 or "

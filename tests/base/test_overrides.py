@@ -24,6 +24,14 @@ CASES = [
         ["model.modules = 4 gives way to 3: one local module begins at every cut, and model.cuts = "],
     ),
     (
+        None, "[hierarchy]\ncascade_span = 4\n", "model.group=2", {"hierarchy.cascade_span": 2},
+        ["hierarchy.cascade_span = 4 gives way to 2: the largest span is K, and model.group = 2 is set"],
+    ),
+    (
+        None, "[model]\nmodules = 6\ngroup = [2, 4]\n", "model.modules=5", {"model.group": 1},
+        ["model.group = [2, 4] gives way to 1: the cut makes 5 local modules, and model.modules = 5 is set"],
+    ),
+    (
         None, "[hierarchy]\ncascade_span = 4\n", "model.modules=3", {"hierarchy.cascade_span": 3},
         ["hierarchy.cascade_span = 4 gives way to 3: the largest span is K, and model.modules = 3 is set"],
     ),

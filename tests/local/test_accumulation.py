@@ -116,5 +116,5 @@ def test_a_batch_that_is_not_finite_is_left_out_of_the_mean() -> None:
 
 
 def test_error_feedback_counts_updates_not_batches() -> None:
-    with pytest.raises(ConfigError, match="optim.error_feedback = true with train.accumulate = 2: an update that comes"):
+    with pytest.raises(ConfigError, match="error_feedback = true with train.accumulate = 2: an update that comes"):
         tiny_config("dgl", optim={"error_feedback": True}, schedule={"kind": "async"}, train={"accumulate": 2})
