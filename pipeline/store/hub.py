@@ -59,6 +59,7 @@ def description(saved: Checkpoint, config: Config, heads: bool, ema: bool = Fals
         "normalisation": None if channels is None else dict(zip(("mean", "std"), channels, strict=True)),
         "modules": saved.module_names,
         "heads": heads,
+        "ema": ema,
         "method": config.method.name if modules > 1 else "bp",
         "cascade_span": config.hierarchy.cascade_span,
         "patches_grid": config.patches.grid,
@@ -103,6 +104,7 @@ def card(described: dict[str, Any]) -> str:
         else "model = pipeline.load_exported(\"DIRECTORY\")"
     )
     heads = f" The auxiliary heads are in the file, too, under `{HEADS}module`." if described["heads"] else ""
+    weights = "moving averages of the weights up to" if described["ema"] else "the weights of"
     return f"""---
 library_name: localpipe
 tags:
@@ -111,7 +113,7 @@ tags:
 
 # {name}, trained on {data}
 
-{cut} These are the weights of step {described['step']} of a run of localpipe {described['localpipe']}.{heads}
+{cut} These are {weights} step {described['step']} of a run of localpipe {described['localpipe']}.{heads}
 
 ## Use
 

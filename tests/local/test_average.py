@@ -76,7 +76,7 @@ def test_a_run_tests_both_and_exports_either(tmp_path: Path, capsys: pytest.Capt
     assert any(not torch.equal(files[0][name], value) for name, value in files[1].items())
     export(tmp_path / "run", tmp_path / "hub", fmt="hub", ema=True)
     described = json.loads((tmp_path / "hub" / "config.json").read_text())
-    assert described["metrics"]["test_error_pct"] == summary["ema_metrics"]["error_pct"]
+    assert described["ema"] and described["metrics"]["test_error_pct"] == summary["ema_metrics"]["error_pct"]
 
 
 def test_a_checkpoint_without_averages_says_so(tmp_path: Path) -> None:
