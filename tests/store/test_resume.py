@@ -31,7 +31,10 @@ CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "async": ("infopro", "hpff", 2, {"kind": "async"}),
     "async-2": ("dgl", "hpff", 2, {"kind": "async", "delay": 2, "micro_batches": 2}),
     "async-3-hops": ("dgl", "released", 3, {"kind": "async"}),
+    "man": ("greedy", "plain", 2, {}),
 }
+FRONTS: dict[str, dict[str, Any]] = {"man": {"front": "man++", "average": 0.5, "average_every": 3, "average_lag": 4}}
+"""Weights are on their way upstream where a run is saved."""
 SAVED = [4, 5, 8, 10]  # every four steps, and at the end of both epochs of five
 
 
@@ -40,6 +43,7 @@ def run(
 ) -> dict[str, Any]:
     method, variant, span, schedule = CASES[case]
     sections: dict[str, dict[str, Any]] = {"schedule": schedule, "train": {"epochs": 2}, "checkpoint": checkpoint}
+    sections["method"] = FRONTS.get(case, {})
     if stages:
         sections["partition"] = {"kind": "given", "stages": list(stages)}
     return train(
