@@ -21,7 +21,7 @@ from pipeline import LoaderData, read_metrics, train
 from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
 from pipeline.base.recipes import load_config
-from pipeline.base.validation import from_dict, validate
+from pipeline.base.validation import from_dict, validate, with_values
 from pipeline.store.checkpoint import FOLDER, open_checkpoint, step_folders
 from pipeline.store.resume import choose_start
 
@@ -33,7 +33,7 @@ CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "async-3-hops": ("dgl", "released", 3, {"kind": "async"}),
     "man": ("greedy", "plain", 2, {}),
 }
-FRONTS: dict[str, dict[str, Any]] = {"man": {"front": "man++", "average": 0.5, "average_every": 3, "average_lag": 4}}
+MAN = {"method.front": "man++", "method.average": 0.5, "method.average_every": 3, "method.average_lag": 4}
 """Weights are on their way upstream where a run is saved."""
 SAVED = [4, 5, 8, 10]  # every four steps, and at the end of both epochs of five
 
@@ -43,11 +43,10 @@ def run(
 ) -> dict[str, Any]:
     method, variant, span, schedule = CASES[case]
     sections: dict[str, dict[str, Any]] = {"schedule": schedule, "train": {"epochs": 2}, "checkpoint": checkpoint}
-    sections["method"] = FRONTS.get(case, {})
     if stages:
         sections["partition"] = {"kind": "given", "stages": list(stages)}
     return train(
-        tiny_config(method, variant, span, 4, **sections),
+        with_values(tiny_config(method, variant, span, 4, **sections), MAN if case == "man" else {}),
         network=network(seed),
         data=LoaderData(Batches(), [next(iter(Batches()))]),
         run_dir=folder,
