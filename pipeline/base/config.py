@@ -194,6 +194,21 @@ class PartitionConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """Pipelines side by side: processes = replicas x stages. Gradients are averaged over the replicas of a stage."""
+
+    replicas: int | str = key(
+        1,
+        "R, the number of pipelines, each on an equal part of every batch; auto: as many as parallel.stages allows",
+        choices=("auto",), at_least=1, at_most=65_536,
+    )
+    stages: int = key(0, "P, the processes of one pipeline; 0 = processes / R", at_least=0, at_most=10_000)
+    sync_batch_norm: bool = key(
+        False, "statistics of BatchNorm over the batch of all replicas (torch.nn.SyncBatchNorm); needs GPUs"
+    )
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where images come from."""
 
@@ -205,7 +220,7 @@ class DataConfig:
     )
     root: str = key("", "directory of the data set; for folder a directory or a tar file, for text a file")
     download: bool = key(False, "let torchvision fetch a missing data set")
-    batch_size: int = key(64, "images per step, over all micro-batches", at_least=1, at_most=2**20)
+    batch_size: int = key(64, "images per step, over all replicas and micro-batches", at_least=1, at_most=2**20)
     image_size: int = key(
         0, "folder: resize and crop to this many pixels; 0 = images have one size already", at_least=0, at_most=16_384
     )
@@ -338,6 +353,7 @@ class Config:
     patches: PatchesConfig = field(default_factory=PatchesConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

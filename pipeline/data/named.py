@@ -5,18 +5,19 @@ from __future__ import annotations
 from pipeline.base.config import Config
 from pipeline.base.numerics import Numerics
 from pipeline.data.image_source import ImageSource
+from pipeline.data.share import WHOLE, Share
 from pipeline.data.source import Source
 from pipeline.data.text import TEXT, TextSource, next_byte
 from pipeline.local.task import Task
 
 
-def open_named(config: Config, numerics: Numerics) -> Source:
-    """The data set ``data.name``.
+def open_named(config: Config, numerics: Numerics, share: Share = WHOLE) -> Source:
+    """The data set ``data.name``; of it the ``share`` of a replica.
 
     Raises:
         ConfigError: it is not there, or broken; the line names the path and the fix.
     """
-    return TextSource(config, numerics) if config.data.name == TEXT else ImageSource(config, numerics)
+    return (TextSource if config.data.name == TEXT else ImageSource)(config, numerics, share)
 
 
 def task_of(config: Config) -> Task | None:

@@ -11,6 +11,7 @@ from pipeline.data.augmentation import augment, hashed
 from pipeline.data.images import ImageData
 from pipeline.data.normaliser import Normaliser
 from pipeline.data.prefetch import moved, on_device
+from pipeline.data.share import WHOLE, Share
 from pipeline.stage.inlet import Batch
 
 
@@ -29,18 +30,27 @@ class ImageStream:
     image, which BatchNorm cannot train on (no variance over one value per channel). With ``batch_size`` 1
     that is what was asked for, and nothing is dropped. Tests leave nothing out.
 
+    Of several replicas each reads its ``share`` only.
+
     Attributes:
-        train_batch_count, test_batch_count: batches of an epoch and of a test.
+        train_batch_count, test_batch_count: batches of an epoch and of a test, of all replicas.
     """
 
     def __init__(
-        self, data: ImageData, batch_size: int, seed: int, normalise: Normaliser, drop_last: bool = False
+        self,
+        data: ImageData,
+        batch_size: int,
+        seed: int,
+        normalise: Normaliser,
+        drop_last: bool = False,
+        share: Share = WHOLE,
     ) -> None:
         self._data = data
         self._batch_size = batch_size
         self._seed = seed
         self._normalise = normalise
         self._device = normalise.numerics.device
+        self._share = share
         whole, rest = divmod(len(data.train), batch_size)
         self.train_batch_count = whole + (1 if rest and not drop_last and rest != 1 else 0)
         self.test_batch_count = -(-len(data.test) // batch_size)
@@ -51,10 +61,13 @@ class ImageStream:
 
         def make(batch: int) -> Batch:
             indices = order[batch * self._batch_size : (batch + 1) * self._batch_size]
+            rows = len(indices)
+            indices = indices[self._share.rows(rows)]
             images = moved(self._data.train.images(indices), self._device)
             policy = self._data.augmentation
             images = augment(images, indices, seed=self._seed, epoch=epoch, policy=policy)
-            return Batch(self._normalise(images), moved(self._data.train.labels[indices], self._device), images)
+            labels = moved(self._data.train.labels[indices], self._device)
+            return Batch(self._normalise(images), labels, images, all_rows=rows)
 
         return on_device(make, range(start_batch, self.train_batch_count), self._device)
 
@@ -68,4 +81,4 @@ class ImageStream:
             images = moved(self._data.test.images(indices), self._device)
             return Batch(self._normalise(images), moved(self._data.test.labels[indices], self._device), images)
 
-        return on_device(make, range(self.test_batch_count), self._device)
+        return on_device(make, self._share.batches(self.test_batch_count), self._device)

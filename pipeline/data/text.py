@@ -23,6 +23,7 @@ from pipeline.base.numerics import Numerics
 from pipeline.base.paths import path_of
 from pipeline.data.augmentation import hashed
 from pipeline.data.prefetch import moved, on_device
+from pipeline.data.share import WHOLE, Share
 from pipeline.data.source import DataSpec
 from pipeline.data.stream import epoch_order
 from pipeline.local.next_token import NextToken
@@ -41,14 +42,14 @@ def next_byte(config: Config) -> NextToken:
 
 
 class TextSource:
-    """The bytes of a file (``data.root``), in sequences of ``data.length``.
+    """The bytes of a file (``data.root``), in sequences of ``data.length``; of them the ``share`` of a replica.
 
     Raises:
         ConfigError: there is no such file, or it is too short.
     """
 
-    def __init__(self, config: Config, numerics: Numerics) -> None:
-        settings = config.data
+    def __init__(self, config: Config, numerics: Numerics, share: Share = WHOLE) -> None:
+        settings, self._share = config.data, share
         self._length, self._seed, self._device = settings.length, config.train.seed, numerics.device
         self._shifts = settings.augment == "auto"
         content = _read(settings.root)
@@ -58,9 +59,11 @@ class TextSource:
         self._count = (len(self._train) - 1 - (self._length - 1 if self._shifts else 0)) // self._length
         self._tests = (len(self._test) - 1) // self._length
         parts = config.schedule.micro_batches
-        self._batch, self._micro_batch = settings.batch_size, settings.batch_size // parts
+        self._batch, self._micro_batch = settings.batch_size, settings.batch_size // (parts * share.of)
         whole, short = divmod(self._count, self._batch)
         keep = bool(short) and not settings.drop_last and short >= parts
+        if keep:
+            share.check_short(settings.name, short, parts)
         if self._tests < 1 or whole + keep < 1:
             needed = max(self._batch * self._length * _TEST_SHARE // (_TEST_SHARE - 1), _TEST_SHARE * self._length)
             raise ConfigError(
@@ -85,7 +88,8 @@ class TextSource:
 
         def make(batch: int) -> Batch:
             numbers = order[batch * self._batch : (batch + 1) * self._batch]
-            return self._sequences(self._train, shift + self._length * numbers)
+            mine = numbers[self._share.rows(len(numbers))]
+            return self._sequences(self._train, shift + self._length * mine, len(numbers))
 
         return on_device(make, range(start, self.data_spec.train_batches), self._device)
 
@@ -95,15 +99,15 @@ class TextSource:
         def make(batch: int) -> Batch:
             first = batch * self._micro_batch
             numbers = torch.arange(first, min(first + self._micro_batch, self._tests))
-            return self._sequences(self._test, self._length * numbers)
+            return self._sequences(self._test, self._length * numbers, len(numbers))
 
-        return on_device(make, range(self.data_spec.test_batches), self._device)
+        return on_device(make, self._share.batches(self.data_spec.test_batches), self._device)
 
-    def _sequences(self, content: Tensor, starts: Tensor) -> Batch:
+    def _sequences(self, content: Tensor, starts: Tensor, all_rows: int) -> Batch:
         places = starts[:, None] + torch.arange(self._length + 1)
         found = moved(content[places], self._device).long()
         ids, target = found[:, :-1].contiguous(), found[:, 1:].contiguous()
-        return Batch(ids, target, ids)
+        return Batch(ids, target, ids, all_rows=all_rows)
 
 
 def _read(root: str) -> Tensor:
