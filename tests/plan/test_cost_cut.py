@@ -83,18 +83,16 @@ def test_the_cost_of_a_module_is_that_of_a_step(method: str) -> None:
         assert [cost(m, *part) for m, part in enumerate(itertools.pairwise((0, *ends)))] == expected
 
 
-@pytest.mark.parametrize("method", ["dgl", "predsim"])
-def test_the_passes_of_sgr_are_in_the_cost_about(method: str) -> None:
+def test_the_passes_of_sgr_are_in_the_cost_about() -> None:
     """Against modules counted as they are; without them the cost of all but the first would be half of that."""
-    settings = [f"method.name={method}", "method.reconciliation=0.1", "model.modules=4"]
+    settings = ["method.name=dgl", "method.reconciliation=0.1", "model.modules=4"]
     blocks = tiny_blocks()
     beginnings, cost = cost_cut._counted(config(*settings), blocks, TASK, TASK.inputs)
-    for ends in ((1, 2, 3, 6), (1, 4, 5, 6)):
-        names = ", ".join(f'"{beginnings[end]}"' for end in ends[:-1])
-        plan = make_plan(config(f"model.cuts=[{names}]", *settings), blocks, TASK, 1)
-        expected = module_flops(plan, blocks, NUMERICS)
-        found = [cost(m, *part) for m, part in enumerate(itertools.pairwise((0, *ends)))]
-        assert found == pytest.approx(expected, rel=0.08, abs=1000)  # a linear layer alone is next to nothing
+    ends = (1, 2, 3, 6)
+    names = ", ".join(f'"{beginnings[end]}"' for end in ends[:-1])
+    plan = make_plan(config(f"model.cuts=[{names}]", *settings), blocks, TASK, 1)
+    found = [cost(m, *part) for m, part in enumerate(itertools.pairwise((0, *ends)))]
+    assert found == pytest.approx(module_flops(plan, blocks, NUMERICS), rel=0.08)
 
 
 def test_the_default_job_is_cut_more_evenly_by_cost_than_by_number() -> None:
