@@ -26,12 +26,15 @@ from pipeline.base.config import Config
 from pipeline.base.errors import NonFiniteError
 from pipeline.base.flow import AUX, MAIN, Flow, Specs, Tensors, bare, channels_first, channels_last, named, passed
 from pipeline.base.numerics import Numerics, seed_rng, stable_hash
+from pipeline.local.accumulation import Accumulation
+from pipeline.local.average import WeightAverage
 from pipeline.local.both_levels import BothLevels
 from pipeline.local.compilation import compile_parts
 from pipeline.local.guard import FiniteGuard
 from pipeline.local.losses import Losses
 from pipeline.local.methods import Level
 from pipeline.local.micro_batch import BatchKey, InFlight, MicroBatch
+from pipeline.local.muon import hidden_matrices
 from pipeline.local.optimiser import Optimiser
 from pipeline.local.output_gradients import OutputGradients, summed
 from pipeline.local.roles import ModulePlan
@@ -81,6 +84,8 @@ class LocalModule:
     Attributes:
         asks: what its heads ask for, see :class:`pipeline.models.heads.Given`.
         in_flight: micro-batches between their forward and their backward.
+        accumulation: of the gradients of several batches, None where every batch has an update.
+        average: of its weights, in the order of their state, None where none is asked for.
         losses: of its heads.
         stashes: of a late module, None of others.
         guard: against updates that are not finite.
@@ -122,7 +127,11 @@ class LocalModule:
         self.parameters = [p for block in blocks.values() for p in block.parameters()]
         head_parameters = [p for level in levels.values() for p in level.parameters()]
         self._trained = self.parameters + head_parameters
-        self.optimiser = Optimiser(self._trained, config.optim)
+        self.optimiser = Optimiser(self._trained, config.optim, self._hidden(), lag)
+        several = config.train.accumulate
+        self.accumulation = Accumulation(self.optimiser, several) if several > 1 else None
+        weights = [weight for part in parts for weight in part.state_dict().values()]
+        self.average = WeightAverage(weights, config.train.ema) if config.train.ema else None
         self._repeated = self._imitate_repeated_evaluations() if config.hierarchy.variant == "released" else []
         self.stashes = Stashes(blocks, head_parameters) if lag > 0 else None
         self.in_flight: dict[BatchKey, InFlight] = {}
@@ -131,6 +140,12 @@ class LocalModule:
         skips, on_gpu = config.train.nonfinite == "skip", numerics.device.type == "cuda"
         self._counts_steps_itself = config.schedule.kind == "free"
         self.guard = FiniteGuard(self.losses, buffers, skips, on_gpu, self._not_finite)
+
+    def _hidden(self) -> list[nn.Parameter]:
+        """What the optimiser takes for hidden matrices."""
+        heads = [head for level in self.levels.values() for _, patched in level.heads() for head in patched.heads]
+        fronts = [level.front for level in self.levels.values() if level.front is not None]
+        return hidden_matrices(self.blocks.values(), heads, fronts, self.plan.index == 0, self.plan.final)
 
     def _imitate_repeated_evaluations(self) -> list[nn.modules.batchnorm._BatchNorm]:
         """The released code evaluates a module n times a step, which moves BatchNorm statistics n times: momentum
@@ -281,9 +296,20 @@ class LocalModule:
         for level in self.levels.values():
             level.receive_weights(weights, step)
 
+    def kept_tensors(self) -> list[Tensor]:
+        """What its updates keep besides the weights: momentum, moments, averages, sums of gradients."""
+        kept = [value for _, value in self.optimiser.state()]
+        kept += self.average.values if self.average is not None else []
+        return kept + (self.accumulation.sums if self.accumulation is not None else [])
+
     def set_learning_rate(self, lr: float) -> None:
         """Use ``lr`` from the next update on."""
         self.optimiser.lr = lr
+
+    def set_level_weights(self, epoch: int, epochs: int) -> None:
+        """Use the levels' weights of ``epoch`` (1-based) of ``epochs`` from the next batch on."""
+        for level in self.levels.values():
+            level.begin_epoch(epoch, epochs)
 
     def take_losses(self) -> dict[str, float]:
         """Mean of every loss over the steps that were updated since the last call.
