@@ -42,7 +42,7 @@ Work = Callable[[BatchKey], T]
 WARM_UP = 3
 """Batches of every place before the one that is captured: kernels are loaded, plans of libraries made, memory grown."""
 FORWARD, BACKWARD = "forward", "backward"
-_SAID = ("outputs", "own", "independent", "relayed", "local_gradient", "aux")
+_SAID = ("outputs", "own", "independent", "relayed", "local_gradient", "aux", "embedding")
 """What actions leave in an InFlight."""
 
 
@@ -138,6 +138,7 @@ class _Place:
     """A micro-batch in buffers that stay where they are, and the graphs that work on them."""
 
     form: object
+    frozen: object
     batch: MicroBatch
     stash: Stash | None
     pool: Any
@@ -155,6 +156,7 @@ class Graphs(Eagerly):
         trained: parameters of the module and its heads.
         again: runs the forward of a micro-batch in flight once more, as it was, and leaves no trace but its graph of
             autograd.
+        frozen: what else a graph would keep, which is captured anew where it has changed.
         late: whether batches are in flight from one step to the next.
         image: whether its heads see the image.
     """
@@ -166,6 +168,7 @@ class Graphs(Eagerly):
         in_flight: dict[BatchKey, InFlight],
         trained: Sequence[Tensor],
         again: Callable[[BatchKey], object],
+        frozen: Callable[[], object],
         late: bool,
         image: bool,
     ) -> None:
@@ -174,11 +177,13 @@ class Graphs(Eagerly):
         self._in_flight = in_flight
         self._trained = trained
         self._again = again
+        self._frozen = frozen
         self._late = late
         self._image = image
         self._seen: Counter[object] = Counter()
         self._places: dict[tuple[int, int], _Place] = {}
         self._at_work: dict[BatchKey, _Place] = {}
+        self._alone = late
         self._gave_up = False
         self._capturing = False
 
@@ -186,14 +191,18 @@ class Graphs(Eagerly):
         if self._gave_up:
             return self._own(batch)
         batch = batch if self._image else replace(batch, image=None)
-        where, form = (key[1], id(stash)), _form(batch)
+        where, form, frozen = (key[1], id(stash)), _form(batch), self._frozen()
         place = self._places.get(where)
+        if place is not None and place.frozen != frozen:
+            del self._places[where]
+            self._seen.clear()
+            self._alone, place = True, None  # the others have been captured in the order of a step, without it
         if place is None:
             self._seen[where, form] += 1
             if self._seen[where, form] <= WARM_UP:
                 return self._own(batch)
-            pool = self._capture.own_pool() if self._late else self._capture.shared
-            place = self._places[where] = _Place(form, _buffers(batch), stash, pool)
+            pool = self._capture.own_pool() if self._alone else self._capture.shared
+            place = self._places[where] = _Place(form, frozen, _buffers(batch), stash, pool)
         elif place.form != form:
             self._tell_of_shapes(_rows(batch), _rows(place.batch))
             return self._own(batch)
@@ -277,6 +286,7 @@ class Graphs(Eagerly):
                 del each.said["outputs"]
                 if not self._late:  # else a checkpoint may come before the backward
                     del each.said["own"], each.said["independent"], each.said["aux"]
+                    del each.said["embedding"]
         return found
 
     def _tell_of_shapes(self, rows: int, captured: int) -> None:

@@ -18,19 +18,19 @@ from __future__ import annotations
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.base.config import Config
 from pipeline.base.errors import NonFiniteError
-from pipeline.base.flow import AUX, MAIN, Flow, Specs, Tensors, bare, channels_first, channels_last, named, passed
+from pipeline.base.flow import AUX, MAIN, Flow, Tensors, bare, channels_first, channels_last, named, passed
 from pipeline.base.numerics import Numerics, seed_rng, stable_hash
 from pipeline.local.accumulation import Accumulation
 from pipeline.local.average import WeightAverage
 from pipeline.local.both_levels import BothLevels
 from pipeline.local.compilation import compile_parts
+from pipeline.local.entrance import Maps, embedding
 from pipeline.local.graphs import BACKWARD, FORWARD, Capture, Eagerly, Graphs
 from pipeline.local.guard import FiniteGuard
 from pipeline.local.losses import Losses
@@ -39,33 +39,14 @@ from pipeline.local.micro_batch import BatchKey, InFlight, MicroBatch
 from pipeline.local.muon import hidden_matrices
 from pipeline.local.optimiser import Optimiser
 from pipeline.local.output_gradients import OutputGradients, summed
+from pipeline.local.repeated import count_repeated, imitate_repeated
 from pipeline.local.roles import ModulePlan
 from pipeline.local.sgr import differentiable_twice, reconcile
 from pipeline.local.stashes import Stash, Stashes
 from pipeline.local.task import Task
 from pipeline.local.upstream import FlatWeights, Mailbox, shapes_of
-from pipeline.models.heads import IMAGE, INPUTS, Given
+from pipeline.models.heads import EMBEDDING, IMAGE, INPUTS, Given
 from pipeline.models.spread import Gradient, whole
-
-
-@dataclass(frozen=True)
-class Maps:
-    """Which maps of a local module are (B, H, W, C).
-
-    Attributes:
-        inputs: names of its inputs.
-        output: whether "x" of its outputs is one.
-    """
-
-    inputs: frozenset[str] = frozenset()
-    output: bool = False
-
-    @staticmethod
-    def of(inputs: Specs, outputs: Specs) -> Maps:
-        """From what is known of inputs and outputs."""
-        return Maps(
-            frozenset(name for name, spec in inputs.items() if spec.channels_last), outputs[MAIN].channels_last
-        )
 
 
 class LocalModule:
@@ -104,7 +85,7 @@ class LocalModule:
         numerics: Numerics,
         lag: int = 0,
         mailbox: Mailbox | None = None,
-        maps: Maps = Maps(),
+        maps: Maps | None = None,
         replica: int = 0,
         capture: Capture | None = None,
     ) -> None:
@@ -116,7 +97,7 @@ class LocalModule:
         self.asks = frozenset().union(*(level.asks for level in levels.values()))
         self.numerics = numerics
         self.mailbox = mailbox
-        self._maps = maps
+        self._maps = maps or Maps()
         self._shared: FlatWeights | None = None
         self._drawn: tuple[object, ...] = (config.train.seed, "step", plan.index)
         if replica:
@@ -133,10 +114,12 @@ class LocalModule:
         self._trained = self.parameters + head_parameters
         self.optimiser = Optimiser(self._trained, config.optim, self._hidden(), lag)
         several = config.train.accumulate
-        self.accumulation = Accumulation(self.optimiser, several) if several > 1 else None
+        self.accumulation = Accumulation(self.optimiser, several, copies=capture is not None) if several > 1 else None
         weights = [weight for part in parts for weight in part.state_dict().values()]
         self.average = WeightAverage(weights, config.train.ema) if config.train.ema else None
-        self._repeated = self._imitate_repeated_evaluations() if config.hierarchy.variant == "released" else []
+        released = config.hierarchy.variant == "released"
+        self._repeated = imitate_repeated(blocks, plan.evaluations) if released else []
+        self._embeds = INPUTS in self.asks and plan.index == 0 and len(blocks) > 1
         self.stashes = Stashes(blocks, head_parameters) if lag > 0 else None
         self.in_flight: dict[BatchKey, InFlight] = {}
         self.losses = Losses()
@@ -149,12 +132,16 @@ class LocalModule:
 
     def _graphs(self, capture: Capture, late: bool) -> Graphs:
         name, image = f"local module {self.plan.index} ({self.label})", IMAGE in self.asks
-        graphs = Graphs(name, capture, self.in_flight, self._trained, self._forward_again, late, image)
+        graphs = Graphs(name, capture, self.in_flight, self._trained, self._forward_again, self._frozen, late, image)
         if self.mailbox is not None and any(level.front is None for level in self.levels.values()):
             graphs.give_up("its heads may keep weights of the next module in other tensors from step to step")
         if any(isinstance(layer, nn.SyncBatchNorm) for block in self.blocks.values() for layer in block.modules()):
             graphs.give_up("its BatchNorm sends messages to other replicas")
         return graphs
+
+    def _frozen(self) -> object:
+        """What is no tensor and may change from epoch to epoch."""
+        return [list(level.weights.items()) for level in self.levels.values()]
 
     @property
     def label(self) -> str:
@@ -167,19 +154,6 @@ class LocalModule:
         heads = [head for level in self.levels.values() for _, patched in level.heads() for head in patched.heads]
         fronts = [level.front for level in self.levels.values() if level.front is not None]
         return hidden_matrices(self.blocks.values(), heads, fronts, self.plan.index == 0, self.plan.final)
-
-    def _imitate_repeated_evaluations(self) -> list[nn.modules.batchnorm._BatchNorm]:
-        """The released code evaluates a module n times a step, which moves BatchNorm statistics n times: momentum
-        1 - 0.9^n gives the same statistics in one evaluation. The stem of module 0 is evaluated once there."""
-        repeated: list[nn.modules.batchnorm._BatchNorm] = []
-        if self.plan.evaluations == 1:
-            return repeated
-        for block in [block for name, block in self.blocks.items() if name != "stem"]:
-            for child in block.modules():
-                if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.momentum is not None:
-                    child.momentum = 1.0 - (1.0 - child.momentum) ** self.plan.evaluations
-                    repeated.append(child)
-        return repeated
 
     # --- training: called by the stage, in the order of its schedule --------------------------------------------------
 
@@ -206,13 +180,12 @@ class LocalModule:
     def _forward(self, key: BatchKey) -> Tensors:
         item = self.in_flight[key]
         twice = differentiable_twice() if self.plan.reconciles else contextlib.nullcontext()
-        with torch.enable_grad(), self.numerics.autocast(), twice:
-            flow = bare(item.batch.inputs)
+        flow = bare(item.batch.inputs)
+        first = next(iter(self.blocks.values())) if self._embeds else None
+        with torch.enable_grad(), self.numerics.autocast(), twice, embedding(first, flow) as found:
             h = self._run_blocks(flow) if self.stashes is None else self.stashes.run(key[0], flow)
-        for batchnorm in self._repeated:
-            if batchnorm.num_batches_tracked is not None:
-                batchnorm.num_batches_tracked += self.plan.evaluations - 1
-        item.outputs = named(h)
+        count_repeated(self._repeated, self.plan.evaluations)
+        item.outputs, item.embedding = named(h), found.get(MAIN)
         return self._boundary(item.outputs)
 
     @torch.no_grad()
@@ -429,6 +402,7 @@ class LocalModule:
         if INPUTS in self.asks:
             maps = self._maps.inputs
             inputs = {n: channels_first(x.detach()) if n in maps else x.detach() for n, x in batch.inputs.items()}
+            inputs |= {} if item.embedding is None else {EMBEDDING: item.embedding}
         image = batch.image if IMAGE in self.asks else None
         return Given(batch.labels, image, inputs, self._actions.shown(step))
 

@@ -22,8 +22,9 @@ from pipeline.base.flow import MAIN, Specs, TensorSpec
 from pipeline.base.numerics import Numerics, stable_hash
 from pipeline.edges.wire import FieldSpec, MessageSpec
 from pipeline.local.at_once import HeadMemory, largest_backward
+from pipeline.local.entrance import Maps
 from pipeline.local.graphs import Capture
-from pipeline.local.local_module import LocalModule, Maps
+from pipeline.local.local_module import LocalModule
 from pipeline.local.methods import Level, levels_of, looks_ahead
 from pipeline.local.roles import ModulePlan, plan_hierarchy
 from pipeline.local.task import Classification, Task, task_name

@@ -74,7 +74,7 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("dgl", "hpff", {"dtype": torch.bfloat16}),
     ("dgl", "hpff", {"schedule": {"kind": "async", "micro_batches": 2}}),
     ("dgl", "plain", {"span": 1, "schedule": {"kind": "free"}}),
-    ("dgl", "plain", {"span": 3, "hierarchy": {"variant": "deepsup"}}),
+    ("dgl", "plain", {"span": 3, "hierarchy": {"variant": "deepsup"}, "train": {"accumulate": 2}}),
 ]
 
 
@@ -219,6 +219,21 @@ def test_a_head_that_looks_at_the_step_has_no_graph(
     eager, graphed = (train(stage_on("dgl", "plain", which)) for which in (False, True))
     assert differing(eager, graphed) == []
     assert "(a head looks at the step of its batch)" in capsys.readouterr().err
+
+
+def test_levels_that_get_other_weights_are_captured_anew(device: Device) -> None:
+    """A graph would keep those of the epoch before."""
+    found = []
+    for graphed in (False, True):
+        stage = stage_on("dgl", "plain", graphed)
+        for step in range(6):
+            if step == 3:
+                for level in (level for module in stage.modules.values() for level in module.levels.values()):
+                    level.weights = {name: weight / 4 for name, weight in level.weights.items()}
+            train_step(stage, step)
+        weights = [p for module in stage.modules.values() for p in module.optimiser.weights]
+        found.append({str(number): weight.parameter.detach() for number, weight in enumerate(weights)})
+    assert differing(*found) == []
 
 
 def test_graphs_without_a_gpu_are_refused() -> None:
