@@ -135,7 +135,9 @@ class LocalModule:
     def _imitate_repeated_evaluations(self) -> list[nn.modules.batchnorm._BatchNorm]:
         """The released code evaluates a module n times a step, which moves BatchNorm statistics n times: momentum
         1 - 0.9^n gives the same statistics in one evaluation. The stem of module 0 is evaluated once there."""
-        repeated = []
+        repeated: list[nn.modules.batchnorm._BatchNorm] = []
+        if self.plan.evaluations == 1:
+            return repeated
         for block in [block for name, block in self.blocks.items() if name != "stem"]:
             for child in block.modules():
                 if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.momentum is not None:
