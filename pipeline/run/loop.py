@@ -113,6 +113,7 @@ class Loop:
             rate = learning_rate(run.config.optim, epoch, settings.epochs)
             for module in run.stage.modules.values():
                 module.set_learning_rate(rate)
+                module.set_level_weights(epoch, settings.epochs)
             self._epoch_began = time.monotonic() - self._start_of_epoch(first)
             late = self.step == self._start.step > self._start.late_since
             directive = self._train(epoch, first, end) if self.step < end or late else Directive.GO
@@ -187,6 +188,8 @@ class Loop:
         stage = self._run.stage
         mine = Share(self._run.grid.replica, self._run.grid.replicas).batches(self._run.data_spec.test_batches)
         stage.test(epoch, self.step, len(mine))
+        if self._run.config.train.ema and stage.directive is not Directive.STOP:
+            stage.test_averages(epoch, self.step, len(mine))
         return Directive.STOP if stage.directive is Directive.STOP else Directive.GO
 
     # --- saving -------------------------------------------------------------------------------------------------------
