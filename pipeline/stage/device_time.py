@@ -1,10 +1,10 @@
 """How long a GPU worked and had nothing to do, by events on the stream of the stage; the host never waits for them.
 
     host      reached | message is there: started, kernels queued, ended | reached | ...    microseconds each
-    stream    ... R ................ S kernel kernel | blocked, resumed | kernel E  R ...   events, when it comes to them
+    stream    ... R ................ S kernel kernel | blocked, resumed | kernel E  R ...   events
                    wait: R to S        work: S to E, without what lies between a pair of blocked and resumed
 
-Where the stream is behind the host, R and S lie together and nothing counts as waiting, however long the host has waited
+Where the stream is behind the host, R and S lie together and nothing is a wait, however long the host has waited
 for the message: the device had work. Events are read when they have passed, and used again.
 """
 
