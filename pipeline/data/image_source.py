@@ -9,6 +9,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.flow import MAIN, TensorSpec
 from pipeline.base.numerics import Numerics
 from pipeline.data.catalogue import open_data
+from pipeline.data.mixing import Mixer
 from pipeline.data.normaliser import Normaliser
 from pipeline.data.source import DataSpec
 from pipeline.data.stream import ImageStream
@@ -42,8 +43,9 @@ class ImageSource:
                 f"'{settings.name}'; use a smaller batch"
             )
         normalise, seed = Normaliser(data.mean, data.std, numerics), config.train.seed
-        self._train = ImageStream(data, settings.batch_size, seed, normalise, drop_last=drop_last)
-        self._test = ImageStream(data, settings.batch_size // parts, seed, normalise)
+        mixer = Mixer(settings, len(data.classes), seed)
+        self._train = ImageStream(data, settings.batch_size, seed, normalise, drop_last, mixer)
+        self._test = ImageStream(data, settings.batch_size // parts, seed, normalise, mixer=mixer)
         self.data_spec = DataSpec(
             classes=len(data.classes),
             inputs={MAIN: TensorSpec(data.image_shape)},

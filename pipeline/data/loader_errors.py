@@ -37,7 +37,7 @@ def checked(
     pair = isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)
     if not pair or not _is_named_set(batch[0]):
         raise ConfigError(f"the {which} loader gave {_kind(batch)}; {accepted}")
-    tensors, labels = named(batch[0]), batch[1]
+    tensors, labels = named(batch[0]), _as_shares(batch[1], target)
     main = tensors[MAIN]
     shapes = f"{_names(batch[0])} and labels {_tensor(labels)}"
     if main.dim() < 2 or main.is_complex() or (main.dim() == 4 and _is_integer(main) and main.dtype != torch.uint8):
@@ -50,6 +50,14 @@ def checked(
     if inputs is not None:
         _compare(tensors, which, inputs)
     return tensors, labels
+
+
+def _as_shares(labels: Tensor, target: TensorSpec) -> Tensor:
+    """Classes (B,) as shares of all classes (B, classes), where the target is such: a test loader mixes nothing."""
+    soft = target.dtype.is_floating_point and len(target.shape) == 1
+    if not soft or labels.dim() != 1 or not _is_integer(labels):
+        return labels
+    return (labels[:, None] == torch.arange(target.shape[0], device=labels.device)).to(target.dtype)
 
 
 def _compare(tensors: Tensors, which: str, inputs: Specs) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pipeline.data.augmentation import augment, hashed
 from pipeline.data.images import ImageData
+from pipeline.data.mixing import Mixer
 from pipeline.data.normaliser import Normaliser
 from pipeline.data.prefetch import moved, on_device
 from pipeline.stage.inlet import Batch
@@ -29,17 +30,26 @@ class ImageStream:
     image, which BatchNorm cannot train on (no variance over one value per channel). With ``batch_size`` 1
     that is what was asked for, and nothing is dropped. Tests leave nothing out.
 
+    ``mixer`` mixes training batches.
+
     Attributes:
         train_batch_count, test_batch_count: batches of an epoch and of a test.
     """
 
     def __init__(
-        self, data: ImageData, batch_size: int, seed: int, normalise: Normaliser, drop_last: bool = False
+        self,
+        data: ImageData,
+        batch_size: int,
+        seed: int,
+        normalise: Normaliser,
+        drop_last: bool = False,
+        mixer: Mixer | None = None,
     ) -> None:
         self._data = data
         self._batch_size = batch_size
         self._seed = seed
         self._normalise = normalise
+        self._mixer = mixer
         self._device = normalise.numerics.device
         whole, rest = divmod(len(data.train), batch_size)
         self.train_batch_count = whole + (1 if rest and not drop_last and rest != 1 else 0)
@@ -54,7 +64,10 @@ class ImageStream:
             images = moved(self._data.train.images(indices), self._device)
             policy = self._data.augmentation
             images = augment(images, indices, seed=self._seed, epoch=epoch, policy=policy)
-            return Batch(self._normalise(images), moved(self._data.train.labels[indices], self._device), images)
+            labels = moved(self._data.train.labels[indices], self._device)
+            if self._mixer is not None:
+                images, labels = self._mixer.train(images, labels, epoch, batch)
+            return Batch(self._normalise(images), labels, images)
 
         return on_device(make, range(start_batch, self.train_batch_count), self._device)
 
@@ -66,6 +79,9 @@ class ImageStream:
             start = batch * self._batch_size
             indices = torch.arange(start, min(start + self._batch_size, count))
             images = moved(self._data.test.images(indices), self._device)
-            return Batch(self._normalise(images), moved(self._data.test.labels[indices], self._device), images)
+            labels = moved(self._data.test.labels[indices], self._device)
+            if self._mixer is not None:
+                labels = self._mixer.test(labels)
+            return Batch(self._normalise(images), labels, images)
 
         return on_device(make, range(self.test_batch_count), self._device)

@@ -19,7 +19,7 @@ from pipeline.base.paths import path_of
 from pipeline.base.validation import validate
 from pipeline.data import CATALOGUE, open_data
 from pipeline.local.compilation import refuse_without_compiler
-from pipeline.local.task import Classification, Task
+from pipeline.local.task import Task, classification
 from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import planned_blocks, without_memory
 from pipeline.plan.assembly import Plan, describe, make_plan
@@ -219,11 +219,11 @@ def _task(config: Config) -> Task:
     """Classes and image shape; only of an image folder they are not known without opening it."""
     data = config.data
     if data.name in CATALOGUE:
-        return Classification(CATALOGUE[data.name].classes, CATALOGUE[data.name].image_shape)
+        return classification(config, CATALOGUE[data.name].classes, CATALOGUE[data.name].image_shape)
     root = Path(path_of(data.root)).expanduser()
     cache_gib = 0.0 if root.is_dir() else data.cache_gib  # decode no more than is needed
     opened = open_data(data.name, data.root, image_size=data.image_size, cache_gib=cache_gib)
-    return Classification(len(opened.classes), opened.image_shape)
+    return classification(config, len(opened.classes), opened.image_shape)
 
 
 @contextmanager
