@@ -13,7 +13,6 @@ batch, and the largest images, that a step has room for in that much memory.
 from __future__ import annotations
 
 import tempfile
-import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -22,13 +21,13 @@ from pathlib import Path
 import torch
 from memory_baselines import checkpointed, counted, pipelined, plain, tracked
 from networks import random_images
+from rows import papers as published
 from runner import Report, Target, main, option
 from tables import Column, K, P, Row, Table
 
 from pipeline import Config, LoaderData, StepMemory, load_config, step_memory, train
 
 MIB = 2**20
-PAPERS = Path(__file__).with_name("papers_memory.toml")
 
 
 @dataclass(frozen=True)
@@ -187,10 +186,9 @@ def on_gpu(case: Case, steps: int = 3) -> int | None:
 
 def papers() -> dict[tuple[str, str], tuple[float, str]]:
     """GB and source by network and system."""
-    tables = tomllib.loads(PAPERS.read_text(encoding="utf-8"))["rows"]
     return {
         (network, system): (value, table["source"])
-        for table in tables
+        for table in published("memory")
         for network, values in table.items()
         if network != "source"
         for system, value in values.items()
@@ -277,12 +275,12 @@ def _with_parts(system: str, rows: Sequence[Row]) -> list[str]:
 def measure(settings: Settings) -> Report:
     """All networks."""
     rows = [row for name in settings.network for make in (baselines, ours) for row in make(name, settings)]
-    published = papers()
+    of_papers = papers()
     base = {row["network"]: row["peak"] for row in rows if row["system"] == "BP"}
     for row in rows:
-        gb, source = published.get((row["network"], row["system"]), (None, None)) if row["ranks"] == 1 else (None, None)
+        gb, source = of_papers.get((row["network"], row["system"]), (None, None)) if row["ranks"] == 1 else (None, None)
         row |= {"ratio": row["peak"] / base[row["network"]], "paper_gb": gb, "source": source}
-        row["paper_ratio"] = gb / published[row["network"], "BP"][0] if gb else None
+        row["paper_ratio"] = gb / of_papers[row["network"], "BP"][0] if gb else None
     tables = [Table(COLUMNS, rows)]
     notes = {}
     if settings.at:

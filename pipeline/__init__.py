@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError, LocalpipeError
-from pipeline.base.recipes import load_config, recipe_names, recipes_text
+from pipeline.base.recipes import Recipe, load_config, recipe_names, recipes, recipes_text
 from pipeline.base.reference import keys_markdown
 from pipeline.base.toml import to_toml
 from pipeline.base.validation import from_dict
@@ -69,6 +69,7 @@ __all__ = [
     "LocalpipeError",
     "Metric",
     "Profile",
+    "Recipe",
     "SteadyState",
     "StepCost",
     "StepMemory",
@@ -99,6 +100,7 @@ __all__ = [
     "read_metrics",
     "read_trace",
     "recipe_names",
+    "recipes",
     "recipes_text",
     "refuse_missing_loggers",
     "register_backbone",

@@ -6,7 +6,7 @@ A block of bash is a list of commands, and so is what stands in backticks and be
     torchrun ... launch/train.py       on docs/checkpoints.md, for two steps; elsewhere as far as its configuration
     torchrun ... mine.py               the example of README; test_readme.py runs it
     python launch/..., learning_curve  in this process, on the run of docs/checkpoints.md; plans for two images a step
-    python benchmarks/...              with --quick, by test_benchmarks.py
+    python benchmarks/...              by test_benchmarks.py with --quick, by test_evidence.py with little data
 
 A block below ``<!-- not run: why -->`` is not run. Examples in Python are run, one after another.
 """
@@ -125,7 +125,7 @@ def test_what_is_not_run_says_why() -> None:
 
 
 def test_commands_that_run_elsewhere_are_tested_there() -> None:
-    tested = (ROOT / "tests" / "test_benchmarks.py").read_text()
+    tested = "".join((ROOT / "tests" / f"test_{name}.py").read_text() for name in ("benchmarks", "evidence"))
     for page, command in EVERY:
         if (page, command) in HERE or (page == TRAINED and command.startswith("torchrun")):
             continue
