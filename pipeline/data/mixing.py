@@ -22,7 +22,6 @@ from torch import Tensor
 from pipeline.base.config import DataConfig
 from pipeline.base.numerics import stable_hash
 
-
 Mixing = Callable[[Tensor, Tensor, dict[str, Any]], tuple[Tensor, Tensor]]
 
 

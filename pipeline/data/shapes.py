@@ -1,4 +1,5 @@
-"""Generated scenes: circles, squares and triangles of any colour on a textured ground, with a class for every pixel.
+"""Generated scenes: reddish circles, greenish squares and bluish triangles on a textured ground, with a class for every
+pixel.
 
 They need no files, so that segmentation can be tried and tested anywhere. A scene depends on its number only.
 """
@@ -38,7 +39,8 @@ def _scene(number: int) -> tuple[Tensor, Tensor]:
         kind = int(torch.randint(1, len(CLASSES), (), generator=draw))
         row, column, radius = (torch.rand(3, generator=draw) * torch.tensor([SIDE, SIDE, 5.0])).tolist()
         inside = _inside(CLASSES[kind], y - row, x - column, 4.0 + radius)
-        colour = 255.0 * torch.rand(3, 1, generator=draw)
+        hue = torch.where(torch.arange(3) == kind - 1, 170.0, 70.0)
+        colour = hue[:, None] + 80.0 * torch.rand(3, 1, generator=draw)
         pixels[:, inside] = colour + 10.0 * torch.randn(3, int(inside.sum()), generator=draw)
         labels[inside] = kind
     return pixels.clamp_(0, 255).to(torch.uint8), labels

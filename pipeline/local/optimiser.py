@@ -147,7 +147,7 @@ def _adamw(
 def poly(config: OptimConfig, step: int, steps: int) -> float:
     """The learning rate of ``step`` (0-based) of ``steps``: (lr - min_lr) (1 - s/S)^0.9 + min_lr (Chen et al. 2017;
     released code of InfoPro for Cityscapes)."""
-    return (config.lr - config.min_lr) * (1.0 - step / steps) ** POLY_POWER + config.min_lr
+    return (config.lr - config.min_lr) * math.pow(1.0 - step / steps, POLY_POWER) + config.min_lr
 
 
 def learning_rate(config: OptimConfig, epoch: int, epochs: int) -> float:

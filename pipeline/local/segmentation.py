@@ -54,8 +54,8 @@ MEAN_IOU = Metric("mean_iou_pct", "mean IoU", _confusion, _mean_iou, unit="%", b
 
 
 class Segmentation(Task):
-    """One class per pixel: logits (B, classes, H, W) against uint8 (B, H, W) by cross-entropy, mean over the pixels that
-    count; a patch without any has loss 0. ``image_shape`` is that of the images that are trained on."""
+    """One class per pixel: logits (B, classes, H, W) against uint8 (B, H, W) by cross-entropy, mean over the pixels
+    that count; a patch without any has loss 0. ``image_shape`` is that of the images that are trained on."""
 
     @property
     def target(self) -> TensorSpec:
@@ -78,6 +78,6 @@ class Segmentation(Task):
     def head(self, shape: FeatureShape, pooled: Callable[[FeatureShape], nn.Sequential] | None = None) -> AuxiliaryHead:
         if len(shape) != 3:
             raise ConfigError(
-                f"a class for every pixel needs feature maps (C, H, W), but a local module ends in {shape}; cut elsewhere"
+                f"a class for every pixel needs maps (C, H, W), but a local module ends in {shape}; cut elsewhere"
             )
         return TaskHead(nn.Conv2d(shape[0], self.classes, 1), self.loss)

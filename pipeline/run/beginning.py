@@ -16,8 +16,8 @@ from pipeline.base.paths import path_of, text_of
 from pipeline.base.toml import to_toml
 from pipeline.base.validation import validate, with_values
 from pipeline.base.version import code_version
-from pipeline.data.image_source import ImageSource
 from pipeline.data.loader_source import LoaderData, LoaderSource
+from pipeline.data.named import open_named
 from pipeline.data.source import DataSpec, Source
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.task import Classification, Task, classification, refuse_unusable, task_name
@@ -134,7 +134,7 @@ def open_source(
             expected = (task.inputs, task.target) if task is not None else ()
             source = LoaderSource(data, config, numerics, runtime.failures.progress, *expected)
         else:
-            source = ImageSource(config, numerics)
+            source = open_named(config, numerics)
     data_spec = runtime.team.broadcast(source.data_spec if source is not None else None)
     assert data_spec is not None  # rank 0 has opened the data
     return source, data_spec
@@ -174,9 +174,9 @@ def pretrained_weights(
 def blocks_and_task(
     config: Config, network: nn.Module | None, data_spec: DataSpec, task: Task | None = None
 ) -> tuple[Blocks, Task]:
-    """The network in blocks, without weights unless it is the user's own, and what it is for."""
-    if task is not None:
-        assert network is not None  # refuse_early has seen to it
+    """The network in blocks, without weights unless it is the user's own, and what it is for: ``task``, or a
+    classification."""
+    if task is not None and network is not None:
         if data_spec.classes not in (0, task.classes):
             raise ConfigError(
                 f"task {task_name(task)} has {task.classes} classes, '{config.data.name}' has {data_spec.classes}; "
@@ -189,7 +189,7 @@ def blocks_and_task(
             raise ConfigError("your own loaders need your own network: pass network=..., an nn.Module")
         channels, *sides = data_spec.image_shape
         blocks = planned_blocks(config.model.name, channels, data_spec.classes, config.train.seed, tuple(sides))
-        return blocks, classification(config, data_spec.classes, data_spec.image_shape)
+        return blocks, task or classification(config, data_spec.classes, data_spec.image_shape)
     blocks = network_blocks(network, config.model.cuts, data_spec.image_shape)
     return blocks, classification(config, data_spec.classes or _classes_of(blocks), data_spec.image_shape)
 

@@ -25,8 +25,8 @@ from pipeline.base.errors import CheckpointError, ConfigError, warn
 from pipeline.base.flow import MAIN, bare, named, passed
 from pipeline.base.numerics import Numerics, resolve_numerics
 from pipeline.base.recipes import load_config
-from pipeline.data.image_source import ImageSource
 from pipeline.data.loader_source import LoaderData, LoaderSource
+from pipeline.data.named import open_named, task_of
 from pipeline.data.source import DataSpec, Source
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.local_module import LocalModule
@@ -76,7 +76,8 @@ def evaluate(
     if saved.older is not None:
         warn(saved.older)
     config = load_config(file=saved.path / CONFIG, assignments=assignments)
-    task = _task_of(saved, task, config)
+    given = task if task is not None or data is not None else task_of(config)
+    task = _task_of(saved, given, config)
     _refuse_what_is_missing(saved, config, network, data)
     with threads_restored():
         set_threads(config.runtime.threads, 1)
@@ -93,7 +94,7 @@ def evaluate(
             inputs = task.inputs if saved.task != task_name(None) else None
             images = LoaderSource(data, config, numerics, None, inputs, task.target)
         else:
-            images = ImageSource(config, numerics)
+            images = open_named(config, numerics)
         _refuse_other_data(images.data_spec, task, config)
         plan = make_plan(config, blocks, task, 1, images.data_spec.inputs)
         work = _operations(plan, blocks)

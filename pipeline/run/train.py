@@ -21,6 +21,7 @@ from pipeline.base.config import Config
 from pipeline.base.toml import to_toml
 from pipeline.base.validation import validate
 from pipeline.data.loader_source import LoaderData
+from pipeline.data.named import task_of
 from pipeline.edges.wire import Directive
 from pipeline.local.local_module import LocalModule
 from pipeline.local.task import Task
@@ -76,7 +77,8 @@ def train(
         network: a network of your own, cut where one tensor flows or before the modules that ``model.cuts`` names
             (see :mod:`pipeline.models.custom`); its weights are kept and updated in place on the rank that owns them.
             Without it ``config.model.name`` is built and initialised from ``config.train.seed``.
-        task: what your own network is for; without it, classification of the data's classes.
+        task: what your own network is for; without it, what ``config.data.name`` is for, or classification of the
+            data's classes.
         data: your own loaders; only rank 0 reads from them. Without it ``config.data.name`` is opened.
         run_dir: where config.toml, metrics.jsonl, checkpoints, summary.json, model.pt, heads.pt go; default
             ``runs/<name>-<time>``.
@@ -108,6 +110,7 @@ def train(
 
         failures.progress(-1, -1, "choosing where to start")  # the cheap refusals first
         numerics = refuse_early(config, network, task, runtime)
+        task = task if task is not None or data is not None else task_of(config)
         agree_on_all(team, config, task)
         start, directory, lock = begin(config, task, run_dir, resume, runtime, held)
         reason = asked_to_stop(runtime)

@@ -1,0 +1,28 @@
+"""Data sets by name: what opens them, and what they are for where that is no classification of images."""
+
+from __future__ import annotations
+
+from pipeline.base.config import SEGMENTED, Config
+from pipeline.base.numerics import Numerics
+from pipeline.data.catalogue import known_entry
+from pipeline.data.image_source import ImageSource
+from pipeline.data.source import Source
+from pipeline.local.segmentation import Segmentation
+from pipeline.local.task import Task
+
+
+def open_named(config: Config, numerics: Numerics) -> Source:
+    """The data set ``data.name``.
+
+    Raises:
+        ConfigError: it is not there, or broken; the line names the path and the fix.
+    """
+    return ImageSource(config, numerics)
+
+
+def task_of(config: Config) -> Task | None:
+    """What the data set ``data.name`` is for; None: a classification, or whatever its loaders are for."""
+    entry = known_entry(config.data)
+    if config.data.name in SEGMENTED and entry is not None:
+        return Segmentation(entry.classes, entry.image_shape)
+    return None
