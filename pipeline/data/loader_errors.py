@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.base.errors import ConfigError, DataError, LocalpipeError
 from pipeline.base.flow import LABEL, MAIN, Flow, Specs, Tensors, TensorSpec, named
 
+T = TypeVar("T")
 ACCEPTED = (
     "give (inputs, labels): images (B, C, H, W), uint8 or floating point, or ids (B, T), or a dict of named tensors "
     "with 'x' among them; and labels"
@@ -172,3 +173,14 @@ def named_deaths(which: str) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGCHLD, handler)
+
+
+def guarded(batches: Generator[T, None, None], which: str) -> Iterator[T]:
+    """The batches of the ``which`` loader, under :func:`named_deaths` from the first one on, which starts the workers;
+    closed with it."""
+    with closing(batches):
+        first = next(batches, None)
+        if first is not None:
+            with named_deaths(which):
+                yield first
+                yield from batches
