@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pipeline.doctor.diagnose import diagnose
     from pipeline.doctor.finding import Diagnosis, Finding
     from pipeline.local.methods import register_method
+    from pipeline.local.next_token import NextToken
     from pipeline.local.task import Classification, Metric, Task
     from pipeline.local.term import Term
     from pipeline.local.upstream import Upstream
@@ -68,6 +69,7 @@ __all__ = [
     "LoaderData",
     "LocalpipeError",
     "Metric",
+    "NextToken",
     "Profile",
     "Recipe",
     "SteadyState",
@@ -126,6 +128,7 @@ _NEED_TORCH = {
     "pipeline.doctor.diagnose": ("diagnose",),
     "pipeline.doctor.finding": ("Diagnosis", "Finding"),
     "pipeline.local.methods": ("register_method",),
+    "pipeline.local.next_token": ("NextToken",),
     "pipeline.local.task": ("Classification", "Metric", "Task"),
     "pipeline.local.term": ("Term",),
     "pipeline.local.upstream": ("Upstream",),

@@ -1,4 +1,5 @@
-"""A tiny transformer on features (B, T, D), and batches for it: what a method for transformers is tried on."""
+"""A tiny transformer on features (B, T, D), a tiny vision transformer, and batches for them: what methods are tried on
+that stand on tokens."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from tiny import CLASSES, ROWS, tiny_config
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 from pipeline.base.config import Config, MethodConfig
 
@@ -44,6 +46,27 @@ def features(step: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
 def feature_batches() -> list[tuple[Tensor, Tensor]]:
     """A loader with a length."""
     return [features(step) for step in range(BATCHES)]
+
+
+def vision_transformer() -> nn.Module:
+    """Four encoder layers on a class token and 4 x 4 patches of an image."""
+    torch.manual_seed(6)
+    sizes = {"num_layers": 4, "num_heads": 2, "hidden_dim": DEPTH, "mlp_dim": 16}
+    network = VisionTransformer(image_size=16, patch_size=4, num_classes=CLASSES, **sizes)
+    nn.init.normal_(network.heads.head.weight)  # torchvision begins with zeros
+    return network
+
+
+def image_batches() -> list[tuple[Tensor, Tensor]]:
+    """A loader with a length, of images (3, 16, 16)."""
+    generator = torch.Generator().manual_seed(7)
+    return [
+        (
+            torch.randint(0, 256, (ROWS, 3, 16, 16), generator=generator, dtype=torch.uint8),
+            torch.randint(CLASSES, (ROWS,), generator=generator),
+        )
+        for _ in range(BATCHES)
+    ]
 
 
 def configured(span: int, method: dict[str, Any], **sections: dict[str, Any]) -> Config:

@@ -23,7 +23,9 @@ DGL_HEADS = ("mlp-sr", "mlp", "cnn", "auglocal")
 XCYF = re.compile(r"([012])c([123])f")  # heads of InfoPro: X convolutions, Y linear layers
 TUNED_LAYERS = ("batch-norm", "pointwise", "paired", "pooling", "upsampling")  # of heads, see models.tuned
 LOGGERS = ("tensorboard", "wandb")
-DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder", "imagenet", "cityscapes", "shapes")
+DATA_SETS = (
+    "digits", "cifar10", "cifar100", "svhn", "stl10", "folder", "imagenet", "cityscapes", "shapes", "text",
+)
 CITYSCAPES, SHAPES = "cityscapes", "shapes"
 SEGMENTED = (CITYSCAPES, SHAPES)  # data sets with a class for every pixel
 DECODED = ("imagenet", CITYSCAPES)  # data sets that worker processes decode and augment
@@ -36,7 +38,10 @@ LARGEST_SEED = 2**63 - 1  # the largest integer of TOML
 class ModelConfig:
     """What is trained and where it is cut."""
 
-    name: str = key("resnet32", 'backbone, one of ours, of torchvision, a registered one, or "timm/<name>"')
+    name: str = key(
+        "resnet32",
+        'backbone, one of ours, of torchvision, a registered one, "timm/<name>", "decoder/LAYERSxWIDTHxHEADS"',
+    )
     modules: int = key(4, "K, the number of local modules; 1 is plain backpropagation", at_least=1, at_most=10_000)
     cuts: str | tuple[str, ...] = key(
         "auto",
@@ -194,19 +199,34 @@ class PartitionConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """Pipelines side by side: processes = replicas x stages. Gradients are averaged over the replicas of a stage."""
+
+    replicas: int | str = key(
+        1,
+        "R, the number of pipelines, each on an equal part of every batch; auto: as many as parallel.stages allows",
+        choices=("auto",), at_least=1, at_most=65_536,
+    )
+    stages: int = key(0, "P, the processes of one pipeline; 0 = processes / R", at_least=0, at_most=10_000)
+    sync_batch_norm: bool = key(
+        False, "statistics of BatchNorm over the batch of all replicas (torch.nn.SyncBatchNorm); needs GPUs"
+    )
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Where images come from."""
 
     name: str = key(
         "digits",
         "the data set; folder: class directories of images; imagenet: the same, decoded and augmented by workers; "
-        "cityscapes: classes of pixels; shapes: generated scenes with classes of pixels; loader: given to train() as "
-        "it is",
+        "cityscapes: classes of pixels; shapes: generated scenes with classes of pixels; text: a file of bytes, of "
+        "which the next is told; loader: given to train() as it is",
         choices=(*DATA_SETS, "loader"),
     )
-    root: str = key("", "directory of the data set; for folder a directory or a tar file")
+    root: str = key("", "directory of the data set; for folder a directory or a tar file, for text a file")
     download: bool = key(False, "let torchvision fetch a missing data set")
-    batch_size: int = key(64, "images per step, over all micro-batches", at_least=1, at_most=2**20)
+    batch_size: int = key(64, "images per step, over all replicas and micro-batches", at_least=1, at_most=2**20)
     image_size: int = key(
         0,
         "folder: resize and crop to this many pixels; 0 = images have one size already; imagenet: random crops "
@@ -218,7 +238,10 @@ class DataConfig:
         length=2,
     )
     workers: int = key(4, "imagenet, cityscapes: processes that decode and augment", at_least=1, at_most=1024)
-    augment: str = key("auto", "auto: as is usual for the data set", choices=("auto", "none"))
+    length: int = key(128, "text: bytes of a sequence", at_least=1, at_most=2**20)
+    augment: str = key(
+        "auto", "auto: as is usual for the data set; text: an epoch begins anywhere", choices=("auto", "none")
+    )
     mixup: float = key(
         0.0, "alpha of mixup, for classes of whole images: two images of a batch are blended; 0 = none",
         at_least=0, at_most=10**6,
@@ -362,6 +385,7 @@ class Config:
     patches: PatchesConfig = field(default_factory=PatchesConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     partition: PartitionConfig = field(default_factory=PartitionConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

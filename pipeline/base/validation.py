@@ -93,6 +93,12 @@ def check_combinations(config: Config) -> None:
         ConfigError: names the keys and the fix.
     """
     batch, parts = config.data.batch_size, config.schedule.micro_batches
+    if isinstance(config.parallel.replicas, int):
+        check_replicas(config, config.parallel.replicas)
+    elif not config.parallel.stages:
+        raise ConfigError(
+            "parallel.replicas = 'auto' with parallel.stages = 0: set parallel.stages to the processes of one pipeline"
+        )
     if batch % parts:
         raise ConfigError(
             f"data.batch_size = {batch} is not divisible by schedule.micro_batches = {parts}; "
@@ -168,6 +174,42 @@ def _check_targets(config: Config) -> None:
         )
     if data.test_scales == ():
         raise ConfigError("data.test_scales = [] leaves nothing to test; use [1.0]")
+
+
+def check_replicas(config: Config, replicas: int) -> None:
+    """Whether ``config`` can be trained on so many replicas.
+
+    Raises:
+        ConfigError: names the keys and the fix.
+    """
+    batch, parts, kind = config.data.batch_size, config.schedule.micro_batches, config.schedule.kind
+    if replicas == 1:
+        if config.parallel.sync_batch_norm:
+            raise ConfigError("parallel.sync_batch_norm = true with one replica, where nothing is to be synchronised")
+        return
+    many = f"parallel.replicas = {replicas}"
+    if batch % (replicas * parts):
+        both = f" x schedule.micro_batches = {parts}" if parts > 1 else ""
+        least = replicas * parts
+        raise ConfigError(
+            f"data.batch_size = {batch} is not divisible by {many}{both}; use a multiple of {least}, for example "
+            f"{batch + least - batch % least}"
+        )
+    if batch < 2 * replicas * parts:
+        raise ConfigError(
+            f"data.batch_size = {batch} with {many} leaves BatchNorm one image; use fewer replicas or a larger batch"
+        )
+    if kind != "exact":
+        why = {
+            "free": "the stages of two replicas are at no common step",
+            "async": "a checkpoint of one replica would lack the gradients that the others have on their way",
+        }
+        raise ConfigError(f"{many} with schedule.kind = '{kind}', where {why[kind]}; use schedule.kind=exact")
+    if config.parallel.sync_batch_norm and config.runtime.device == "cpu":
+        raise ConfigError(
+            "parallel.sync_batch_norm = true with runtime.device = 'cpu': torch.nn.SyncBatchNorm needs GPUs; leave it "
+            "out"
+        )
 
 
 def _refuse_parts_of_the_network(config: Config) -> None:

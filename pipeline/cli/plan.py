@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="NAME", help="a recipe that ships with localpipe")
     parser.add_argument("--config", metavar="FILE.toml", type=Path, help="your own recipe; on top of --recipe if both")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="change one key; repeatable")
-    parser.add_argument("--ranks", metavar="P", type=int, default=1, help="number of processes; default 1")
+    parser.add_argument("--ranks", metavar="P", type=int, default=1, help="processes, of all replicas; default 1")
     parser.add_argument("--schedule", action="store_true", help="print what every rank does in one step")
     parser.add_argument("--profile", metavar="FILE.json", type=Path, help="use these costs, measure nothing")
     parser.add_argument("--save-profile", metavar="FILE.json", type=Path, help="write the costs used")

@@ -25,8 +25,10 @@ NVIDIA_SMI_S = 60.0
 """After which a driver that does not answer counts as broken."""
 
 
-def become_torchrun(nproc: str, modules: int, words: list[str]) -> NoReturn:
-    """Replace this process; ``words``: what follows ``localpipe``.
+def become_torchrun(
+    nproc: str, modules: int, words: list[str], replicas: int | str = 1, stages: int = 0
+) -> NoReturn:
+    """Replace this process; ``words``: what follows ``localpipe``; ``replicas``, ``stages``: keys of ``parallel``.
 
     Raises:
         ConfigError: ``nproc`` is neither a number of at least 1 nor ``auto``; torchrun has started this process itself.
@@ -34,7 +36,7 @@ def become_torchrun(nproc: str, modules: int, words: list[str]) -> NoReturn:
     started = os.environ.get("LOCAL_WORLD_SIZE")
     if started is not None:
         raise pipeline.ConfigError(f"--nproc {nproc}: torchrun has started {started} processes; leave --nproc out")
-    processes = count_processes(nproc, modules)
+    processes = count_processes(nproc, modules, replicas, stages)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, command(processes, words, os.environ))
@@ -52,16 +54,21 @@ def command(processes: int, words: list[str], environment: Mapping[str, str]) ->
     return [sys.executable, "-m", "torch.distributed.run", *options, "-m", "pipeline", *words]
 
 
-def count_processes(nproc: str, modules: int) -> int:
+def count_processes(nproc: str, modules: int, replicas: int | str = 1, stages: int = 0) -> int:
     """Processes of this node. ``auto``: one per GPU that it sees, else one per CPU core, at most one per local module
-    (on all nodes together)."""
+    and replica (on all nodes together), so that all replicas have as many; with ``replicas`` = auto as many replicas of
+    ``stages`` as there is room for."""
     if nproc != AUTO:
         if not nproc.isascii() or not nproc.isdigit() or int(nproc) < 1:
             raise pipeline.ConfigError(f"--nproc {nproc}: a number of processes (1, 2, ...) or {AUTO}")
         return int(nproc)
     most = os.environ.get(NODES, "1").rpartition(":")[2]  # of 2, or of 1:2
     nodes = int(most) if most.isdigit() and int(most) else 1  # else torchrun refuses it
-    return max(1, min(count_gpus() or count_cores(), modules // nodes))
+    room = count_gpus() or count_cores()
+    if isinstance(replicas, str):
+        return max(1, room - room % stages)
+    room = min(room, modules * replicas // nodes)
+    return max(1, room - room % replicas if nodes == 1 else room)
 
 
 def count_cores() -> int:

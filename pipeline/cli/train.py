@@ -57,7 +57,10 @@ def _train(arguments: argparse.Namespace, starts: bool) -> int:
     if first:
         pipeline.refuse_missing_loggers(config)
     if starts:
-        torchrun.become_torchrun(arguments.nproc, config.model.modules, ["train", *arguments.words])
+        replicas = (config.parallel.replicas, config.parallel.stages)
+        torchrun.become_torchrun(
+            arguments.nproc, config.model.modules, ["train", *arguments.words], *replicas
+        )
     pipeline.train(
         config, run_dir=arguments.run_dir, resume=arguments.resume, quiet=arguments.quiet, trace=arguments.trace
     )

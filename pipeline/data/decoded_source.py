@@ -28,6 +28,7 @@ from pipeline.data.loader_errors import guarded, named_errors
 from pipeline.data.mixing import Mixer
 from pipeline.data.normaliser import Normaliser
 from pipeline.data.prefetch import moved, on_device
+from pipeline.data.share import WHOLE, Share
 from pipeline.data.source import DataSpec
 from pipeline.data.stream import epoch_order
 from pipeline.stage.inlet import Batch
@@ -59,13 +60,14 @@ class Samples(Protocol):
 
 
 class DecodedSource:
-    """ImageNet or Cityscapes (``data.name``), see their modules; ``whole``: tests of whole images, for an evaluation.
+    """ImageNet or Cityscapes (``data.name``), see their modules; of it the ``share`` of a replica; ``whole``: tests of
+    whole images, for an evaluation.
 
     Raises:
         ConfigError: the data set is not there, or smaller than a batch.
     """
 
-    def __init__(self, config: Config, numerics: Numerics, whole: bool = False) -> None:
+    def __init__(self, config: Config, numerics: Numerics, share: Share = WHOLE, whole: bool = False) -> None:
         settings, parts = config.data, config.schedule.micro_batches
         cityscapes = settings.name == CITYSCAPES
         samples: Samples = CityscapesSamples(settings, whole) if cityscapes else ImageNetSamples(settings)
@@ -73,7 +75,7 @@ class DecodedSource:
         self._normalise = Normaliser(IMAGENET_MEAN, IMAGENET_STD, numerics)
         self._mixer = Mixer(settings, samples.classes, self._seed)
         self._counts = {split: samples.count(split) for split in ("train", "test")}
-        self._batch, self._test_batch = settings.batch_size, 1 if whole else settings.batch_size // parts
+        self._batch, self._test_batch = settings.batch_size, 1 if whole else settings.batch_size // (parts * share.of)
         batches, short = divmod(self._counts["train"], self._batch)
         keep = not settings.drop_last and short >= 2 * parts  # BatchNorm needs two images
         if batches + keep < 1:
@@ -81,6 +83,9 @@ class DecodedSource:
                 f"data.batch_size = {self._batch} is larger than the {self._counts['train']} training images of "
                 f"'{settings.name}'; use a smaller batch"
             )
+        if keep:
+            share.check_short(settings.name, short, 2 * parts)
+        self._share = share
         self._keys = _Batches()
         self._loader = DataLoader(
             _ByKey(samples, self._seed),
@@ -100,26 +105,34 @@ class DecodedSource:
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The shuffled, augmented batches of ``epoch``; those before ``start`` are not read."""
-        order = epoch_order(self._counts["train"], seed=self._seed, epoch=epoch).tolist()
+        order = epoch_order(self._counts["train"], seed=self._seed, epoch=epoch)
         numbers = range(start, self.data_spec.train_batches)
-        keys = [[("train", epoch, i) for i in order[n * self._batch : (n + 1) * self._batch]] for n in numbers]
+        rows, keys = [], []
+        for number in numbers:
+            batch = order[number * self._batch : (number + 1) * self._batch]
+            needed = self._mixer.needed(batch, self._share.rows(len(batch))).tolist()
+            rows.append(len(batch))
+            keys.append([("train", epoch, index) for index in needed])
 
-        def make(numbered: tuple[int, Decoded]) -> Batch:
-            number, (images, target, _) = numbered
+        def make(numbered: tuple[int, int, Decoded]) -> Batch:
+            number, every, (images, target, _) = numbered
             images, target = moved(images, self._device), moved(target, self._device)
-            return self._ready(*self._mixer.train(images, target, epoch, number))
+            images, target = self._mixer.train(images, target, epoch, number)
+            return Batch(self._normalise(images), target, images, all_rows=every)
 
-        decoded = zip(numbers, self._decoded("train", keys), strict=False)
+        decoded = zip(numbers, rows, self._decoded("train", keys), strict=False)
         return guarded(on_device(make, decoded, self._device), "train")
 
     def test(self) -> Iterator[Batch]:
         """The test set in order, nothing left out."""
-        starts = range(0, self._counts["test"], self._test_batch)
-        keys = [[("test", 0, i) for i in range(s, min(s + self._test_batch, self._counts["test"]))] for s in starts]
+        count, size = self._counts["test"], self._test_batch
+        mine = self._share.batches(self.data_spec.test_batches)
+        keys = [[("test", 0, index) for index in range(n * size, min((n + 1) * size, count))] for n in mine]
 
         def make(decoded: Decoded) -> Batch:
             images, target, _ = decoded
-            return self._ready(moved(images, self._device), self._mixer.test(moved(target, self._device)))
+            images = moved(images, self._device)
+            return Batch(self._normalise(images), self._mixer.test(moved(target, self._device)), images)
 
         return guarded(on_device(make, self._decoded("test", keys), self._device), "test")
 
@@ -128,9 +141,6 @@ class DecodedSource:
         self._keys.batches = keys
         with named_errors(which):
             yield from self._loader
-
-    def _ready(self, images: Tensor, target: Tensor) -> Batch:
-        return Batch(self._normalise(images), target, images)
 
 
 class _Batches(Sampler[list[SampleKey]]):

@@ -11,19 +11,20 @@ from pipeline.base.numerics import Numerics
 from pipeline.data.catalogue import open_data
 from pipeline.data.mixing import Mixer
 from pipeline.data.normaliser import Normaliser
+from pipeline.data.share import WHOLE, Share
 from pipeline.data.source import DataSpec
 from pipeline.data.stream import ImageStream
 from pipeline.stage.inlet import Batch
 
 
 class ImageSource:
-    """A data set by name (``data.name``), augmented on the device.
+    """A data set by name (``data.name``), augmented on the device; of it the ``share`` of a replica.
 
     Raises:
         ConfigError: see :func:`pipeline.data.open_data`.
     """
 
-    def __init__(self, config: Config, numerics: Numerics) -> None:
+    def __init__(self, config: Config, numerics: Numerics, share: Share = WHOLE) -> None:
         settings = config.data
         data = open_data(
             settings.name,
@@ -42,10 +43,13 @@ class ImageSource:
                 f"data.batch_size = {settings.batch_size} is larger than the {len(data.train)} training images of "
                 f"'{settings.name}'; use a smaller batch"
             )
+        if not drop_last:
+            share.check_short(settings.name, short, 2 * parts)
         normalise, seed = Normaliser(data.mean, data.std, numerics), config.train.seed
         mixer = Mixer(settings, len(data.classes), seed)
-        self._train = ImageStream(data, settings.batch_size, seed, normalise, drop_last, mixer)
-        self._test = ImageStream(data, settings.batch_size // parts, seed, normalise, mixer=mixer)
+        self._train = ImageStream(data, settings.batch_size, seed, normalise, drop_last, share, mixer)
+        tests = settings.batch_size // (parts * share.of)
+        self._test = ImageStream(data, tests, seed, normalise, share=share, mixer=mixer)
         self.data_spec = DataSpec(
             classes=len(data.classes),
             inputs={MAIN: TensorSpec(data.image_shape)},

@@ -29,9 +29,13 @@ from pipeline.data.catalogue import CIFAR_MEAN_ROUNDED, CIFAR_STD_ROUNDED
 from pipeline.data.loader_errors import checked, guarded, named_errors
 from pipeline.data.normaliser import Normaliser
 from pipeline.data.prefetch import moved, on_device
+from pipeline.data.share import WHOLE, Share
 from pipeline.data.source import DataSpec
 from pipeline.stage.inlet import Batch
 from pipeline.stage.watch import Progress
+
+Rows = tuple[Tensors, Tensor, int]
+"""Inputs and labels of some rows of a batch, and how many rows that has."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,8 @@ class LoaderData:
 
 
 class LoaderSource:
-    """Feeds the first stage from :class:`LoaderData`; ``progress`` is told of batches that are only read past.
+    """Feeds the first stage from :class:`LoaderData`; ``progress`` is told of batches that are only read past. Of
+    several replicas each reads the same batches and keeps its ``share``: what a loader draws depends on all before.
 
     Raises:
         ConfigError: a loader without a length, or an empty one, or one whose batches are no (inputs, labels).
@@ -70,13 +75,15 @@ class LoaderSource:
         progress: Progress | None = None,
         inputs: Specs | None = None,
         target: TensorSpec = LABEL,
+        share: Share = WHOLE,
     ) -> None:
         self._data = data
+        self._share = share
         self._progress = progress
         self._seed = config.train.seed
         self._limit = config.data.batch_size
         self._parts = config.schedule.micro_batches
-        self._micro_batch = config.data.batch_size // config.schedule.micro_batches
+        self._micro_batch = config.data.batch_size // (config.schedule.micro_batches * share.of)
         self._normalise = Normaliser(data.mean, data.std, numerics)
         self._device = numerics.device
         self._target = target
@@ -118,14 +125,16 @@ class LoaderSource:
     def test(self) -> Iterator[Batch]:
         """The test loader, cut into micro-batches."""
         parts = (
-            ({name: x[start : start + self._micro_batch] for name, x in tensors.items()}, part)
+            ({name: x[start : start + self._micro_batch] for name, x in tensors.items()}, part, len(part))
             for tensors, labels in self._tests()
             for start, part in zip(itertools.count(0, self._micro_batch), labels.split(self._micro_batch), strict=False)
         )
-        return guarded(on_device(self._ready, parts, self._device, ahead=1), "test")
+        mine = itertools.islice(parts, self._share.index, None, self._share.of)
+        return guarded(on_device(self._ready, mine, self._device, ahead=1), "test")
 
-    def _from(self, epoch: int, start: int) -> Iterator[tuple[Tensors, Tensor]]:
-        for number, batch in enumerate(self._drawn(epoch)):
+    def _from(self, epoch: int, start: int) -> Iterator[Rows]:
+        least = 2 * self._parts * self._share.of
+        for number, batch in enumerate(self._drawn("train", "loader", epoch)):
             if number < start:
                 if self._progress is not None:
                     self._progress(epoch, number, "reading past batches that are trained already")
@@ -135,29 +144,31 @@ class LoaderSource:
                 raise ConfigError(
                     f"the train loader gave {len(labels)} images, data.batch_size is {self._limit}; make them equal"
                 )
-            if self._parts > 1 and len(labels) < 2 * self._parts:
+            if len(labels) < least and least > 2:
+                many = f" and {self._share.of} replicas" if self._share.of > 1 else ""
                 raise ConfigError(
-                    f"the train loader gave {len(labels)} images for schedule.micro_batches = {self._parts}, which "
-                    "need two each; drop the short batch (drop_last=True)"
+                    f"the train loader gave {len(labels)} images for schedule.micro_batches = {self._parts}{many}, "
+                    "which need two each; drop the short batch (drop_last=True)"
                 )
-            yield tensors, labels
+            rows = self._share.rows(len(labels))
+            yield {name: x[rows] for name, x in tensors.items()}, labels[rows], len(labels)
 
-    def _drawn(self, epoch: int) -> Iterator[Any]:
-        """The training loader with random numbers of its own: modules of this process seed torch's in every step."""
-        seed = stable_hash(self._seed, "loader", epoch)
+    def _drawn(self, which: str, *parts: object) -> Iterator[Any]:
+        """A loader with random numbers of its own: modules of this process seed torch's in every step."""
+        seed = stable_hash(self._seed, *parts)
         numpy.random.seed(seed % 2**32)
         random.seed(seed)
-        train = self._data.train
-        for owner in (train, getattr(train, "sampler", None)):
+        loader = getattr(self._data, which)
+        for owner in (loader, getattr(loader, "sampler", None)):
             if isinstance(own := getattr(owner, "generator", None), torch.Generator):
                 own.manual_seed(seed)
         state = torch.Generator().manual_seed(seed).get_state()
         batches: Iterator[Any] | None = None
         while True:
-            with torch.random.fork_rng(devices=[]), named_errors("train"):
+            with torch.random.fork_rng(devices=[]), named_errors(which):
                 torch.set_rng_state(state)
                 if batches is None:
-                    batches = iter(self._data.train)
+                    batches = iter(loader)
                 batch = next(batches, None)
                 state = torch.get_rng_state()
             if batch is None:
@@ -165,13 +176,13 @@ class LoaderSource:
             yield batch
 
     def _tests(self) -> Iterator[tuple[Tensors, Tensor]]:
-        with named_errors("test"):
-            for batch in self._data.test:
-                yield checked(batch, "test", self._inputs, self._target)
+        """The test set, in every replica in one order."""
+        for batch in self._drawn("test", "tests"):
+            yield checked(batch, "test", self._inputs, self._target)
 
-    def _ready(self, pair: tuple[Tensors, Tensor]) -> Batch:
-        """A pair of the loader on the device, normalised; draws no random numbers."""
-        tensors, labels = pair
+    def _ready(self, given: Rows) -> Batch:
+        """Rows of the loader on the device, normalised; draws no random numbers."""
+        tensors, labels, every = given
         labels = moved(labels, self._device).to(self._target.dtype)
         tensors = {name: moved(x, self._device) for name, x in tensors.items()}
         raw = tensors[MAIN]
@@ -180,11 +191,11 @@ class LoaderSource:
             name: self._normalise(x) if pixels and name == MAIN else boundary(x) for name, x in tensors.items()
         }
         if pixels:
-            return Batch(bare(ready), labels, raw)
+            return Batch(bare(ready), labels, raw, all_rows=every)
         is_image = raw.is_floating_point() and raw.dim() == 4
         if is_image:
-            return Batch(bare(ready), labels, self._normalise.invert(raw))
-        return Batch(bare(ready), labels, None if raw.is_floating_point() else raw)
+            return Batch(bare(ready), labels, self._normalise.invert(raw), all_rows=every)
+        return Batch(bare(ready), labels, None if raw.is_floating_point() else raw, all_rows=every)
 
 
 def input_specs(tensors: Tensors, max_length: int = 0) -> Specs:

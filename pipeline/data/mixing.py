@@ -38,8 +38,14 @@ class Mixer:
         """Whether there is anything to do; else labels stay what they are."""
         return any(alpha > 0 for _, alpha in self._alphas)
 
+    def needed(self, batch: Tensor, rows: slice) -> Tensor:
+        """Of the samples of a batch, int64 (N,), those that ``rows`` of it are made of: the one before them as well, so
+        that replicas make the same of their parts of a batch."""
+        return torch.cat([batch[rows.start - 1 :][:1], batch[rows]]) if self.mixes else batch[rows]
+
     def train(self, images: Tensor, labels: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
-        """uint8 (B, C, H, W), int64 (B,) -> uint8 (B, C, H, W), float32 (B, classes)."""
+        """The samples of :meth:`needed`, uint8 (1 + B, C, H, W), int64 (1 + B,) -> uint8 (B, C, H, W), float32
+        (B, classes). Where nothing is mixed they stay what they are."""
         if not self.mixes:
             return images, labels
         draws = numpy.random.default_rng(stable_hash(self._seed, "mix", epoch, batch))
@@ -49,9 +55,10 @@ class Mixer:
         transform = _transform(name, self._classes)
         if name == "mixup":
             x, y = transform(images.float(), labels, {"lam": share})
-            return x.round_().to(torch.uint8), y
+            return x[1:].round_().to(torch.uint8), y[1:]
         box, share = _box(share, draws.random(2), images.shape[2], images.shape[3])
-        return transform(images, labels, {"box": box, "lam_adjusted": share})
+        x, y = transform(images, labels, {"box": box, "lam_adjusted": share})
+        return x[1:], y[1:]
 
     def test(self, labels: Tensor) -> Tensor:
         """int64 (B,) -> float32 (B, classes) where training has such targets: one form of messages for both."""

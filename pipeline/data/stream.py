@@ -12,6 +12,7 @@ from pipeline.data.images import ImageData
 from pipeline.data.mixing import Mixer
 from pipeline.data.normaliser import Normaliser
 from pipeline.data.prefetch import moved, on_device
+from pipeline.data.share import WHOLE, Share
 from pipeline.stage.inlet import Batch
 
 
@@ -30,10 +31,10 @@ class ImageStream:
     image, which BatchNorm cannot train on (no variance over one value per channel). With ``batch_size`` 1
     that is what was asked for, and nothing is dropped. Tests leave nothing out.
 
-    ``mixer`` mixes training batches.
+    Of several replicas each reads its ``share`` only. ``mixer`` mixes training batches.
 
     Attributes:
-        train_batch_count, test_batch_count: batches of an epoch and of a test.
+        train_batch_count, test_batch_count: batches of an epoch and of a test, of all replicas.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class ImageStream:
         seed: int,
         normalise: Normaliser,
         drop_last: bool = False,
+        share: Share = WHOLE,
         mixer: Mixer | None = None,
     ) -> None:
         self._data = data
@@ -51,6 +53,7 @@ class ImageStream:
         self._normalise = normalise
         self._mixer = mixer
         self._device = normalise.numerics.device
+        self._share = share
         whole, rest = divmod(len(data.train), batch_size)
         self.train_batch_count = whole + (1 if rest and not drop_last and rest != 1 else 0)
         self.test_batch_count = -(-len(data.test) // batch_size)
@@ -61,13 +64,16 @@ class ImageStream:
 
         def make(batch: int) -> Batch:
             indices = order[batch * self._batch_size : (batch + 1) * self._batch_size]
+            rows = len(indices)
+            mine = self._share.rows(rows)
+            indices = indices[mine] if self._mixer is None else self._mixer.needed(indices, mine)
             images = moved(self._data.train.images(indices), self._device)
             policy = self._data.augmentation
             images = augment(images, indices, seed=self._seed, epoch=epoch, policy=policy)
             labels = moved(self._data.train.labels[indices], self._device)
             if self._mixer is not None:
                 images, labels = self._mixer.train(images, labels, epoch, batch)
-            return Batch(self._normalise(images), labels, images)
+            return Batch(self._normalise(images), labels, images, all_rows=rows)
 
         return on_device(make, range(start_batch, self.train_batch_count), self._device)
 
@@ -84,4 +90,4 @@ class ImageStream:
                 labels = self._mixer.test(labels)
             return Batch(self._normalise(images), labels, images)
 
-        return on_device(make, range(self.test_batch_count), self._device)
+        return on_device(make, self._share.batches(self.test_batch_count), self._device)

@@ -77,6 +77,7 @@ def connect(
     backend: str,
     ring: int = 0,
     max_uses: int = 0,
+    replicas: int = 1,
 ) -> Edges:
     """Agree on all messages, then create one group per directed edge. Collective: every rank calls it, once.
 
@@ -85,6 +86,7 @@ def connect(
     another ``backend`` than gloo an edge has two, see :mod:`pipeline.edges.credit`. With
     ``ring`` > 0 activations are received into a replay ring (see :class:`ReplayReceiver`). ``activation_slots``,
     ``gradient_slots`` and ``weights_slots`` are receives that this rank posts at a time; it tells those who send to it.
+    Of several ``replicas`` (:mod:`pipeline.ranks.grid`) each has edges of its own, in order of the replicas.
     Raises DeadlineExceeded, PeerLost.
     """
     rank = team.rank
@@ -92,7 +94,8 @@ def connect(
     texts = {name: spec and spec.describe() for name, spec in vars(specs).items()} | {"slots": slots}
     everyone = [json.loads(text) for text in team.collect("edges", json.dumps(texts))]
     edges = Edges()
-    for upper in range(team.size - 1):
+    pairs = [upper for upper in range(team.size - 1) if (upper + 1) % (team.size // replicas)]
+    for upper in pairs:
         for label, source, target in _edges_between(upper):
             sent, expected = everyone[source][f"{label}_out"], everyone[target][f"{label}_in"]
             if sent != expected:
@@ -100,7 +103,7 @@ def connect(
                     f"rank {target} expects {expected or f'no {label}'} from rank {source}, "
                     f"rank {source} sends {sent or f'no {label}'}"
                 )
-    for upper in range(team.size - 1):
+    for upper in pairs:
         for label, source, target in _edges_between(upper):
             if everyone[source][f"{label}_out"] is None:
                 continue

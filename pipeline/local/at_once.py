@@ -58,8 +58,8 @@ class HeadMemory:
         for level in levels:
             stands_on = shape if level.front is None else level.front.shape
             for _, head in level.heads():
-                if head.grid > 1 and head.first.takes_patches(len(stands_on) + 1):
-                    kind = f"{head} {stands_on} {available}"
+                if head.grid > 1 and head.takes_patches(len(stands_on) + 1):
+                    kind = f"{head} {head.reading} {stands_on} {available}"
                     if kind not in self._known:
                         self._known[kind] = _fitting(head, stands_on, self._task, available)
                     head.at_once = self._known[kind]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pipeline.base.config import MethodConfig
 from pipeline.base.errors import ConfigError
+from pipeline.base.flow import MAIN
 from pipeline.local.task import Task
 from pipeline.local.term import Term, refuse_head
 from pipeline.models.backbones import BasicBlock
@@ -60,13 +61,18 @@ def terms(config: MethodConfig, task: Task, position: float, later: Sequence[Lat
     refuse_head(config)
     share = 0.5 * position
     depth = max(1, round(config.depth * (1 - share) + share))
-    selected = chosen(later[:-1], depth)  # without the one that ends in class scores
+    selected = chosen(_keeping_form(later[:-1]), depth)  # without the one that ends in class scores
 
     def make(shape: FeatureShape) -> AuxiliaryHead:
         blocks, end = _continued(shape, later, selected)
         return ContinuedHead(blocks, task.head(end, lambda size: _pooled(size[0], task.classes, len(selected) <= 1)))
 
     return [Term("task", 1.0, make)]
+
+
+def _keeping_form(blocks: Sequence[LaterBlock]) -> list[LaterBlock]:
+    """Without those that pick or pool: the last encoder layer of a vision transformer may end with the class token."""
+    return [block for block in blocks if len(block.gives[MAIN].shape) == len(block.takes[MAIN].shape)]
 
 
 def chosen(candidates: Sequence[LaterBlock], depth: int) -> list[LaterBlock]:

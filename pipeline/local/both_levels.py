@@ -50,7 +50,7 @@ class BothLevels:
         random numbers, which would be others. Nothing is computed."""
         heads = [head for term in self._terms for head in term.heads]
         joined = any(term.alike and term.heads[0].groups(feature, given) for term in self._terms)
-        return joined and not self._fronts and all(head.first.takes_patches(feature.dim()) for head in heads)
+        return joined and not self._fronts and all(head.takes_patches(feature.dim()) for head in heads)
 
     def backward(
         self, feature: Tensor, given: Given, scale: float, autocast: Autocast

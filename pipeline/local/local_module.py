@@ -35,7 +35,7 @@ from pipeline.local.micro_batch import BatchKey, InFlight, MicroBatch
 from pipeline.local.optimiser import Optimiser
 from pipeline.local.output_gradients import OutputGradients, summed
 from pipeline.local.roles import ModulePlan
-from pipeline.local.sgr import reconcile
+from pipeline.local.sgr import differentiable_twice, reconcile
 from pipeline.local.stashes import Stashes
 from pipeline.local.task import Task
 from pipeline.local.upstream import FlatWeights, Mailbox, shapes_of
@@ -76,6 +76,7 @@ class LocalModule:
         lag: steps between a forward and the backward and update of its batch (schedule `async`).
         mailbox: of the weights of module m+1, where its heads get any.
         maps: those that its heads see as (B, C, H, W) though they are not.
+        replica: of several that train on different rows, which draw different random numbers.
 
     Attributes:
         asks: what its heads ask for, see :class:`pipeline.models.heads.Given`.
@@ -96,6 +97,7 @@ class LocalModule:
         lag: int = 0,
         mailbox: Mailbox | None = None,
         maps: Maps = Maps(),
+        replica: int = 0,
     ) -> None:
         self.plan = plan
         self.blocks = blocks
@@ -107,7 +109,9 @@ class LocalModule:
         self.mailbox = mailbox
         self._maps = maps
         self._shared: FlatWeights | None = None
-        self._seed = config.train.seed
+        self._drawn: tuple[object, ...] = (config.train.seed, "step", plan.index)
+        if replica:
+            self._drawn = (config.train.seed, "replica", replica, plan.index)
         self._reconciliation = config.method.reconciliation
         parts = (*blocks.values(), *levels.values())
         for part in parts:
@@ -146,10 +150,11 @@ class LocalModule:
         if self.plan.needs_input_gradient:
             for x in inputs.values():
                 x.requires_grad_(x.is_floating_point())
-        seed = stable_hash(self._seed, "step", self.plan.index, *key)
+        seed = stable_hash(*self._drawn, *key)
         seed_rng(seed, self.numerics.device)
         self._set_training(True)
-        with torch.enable_grad(), self.numerics.autocast():
+        twice = differentiable_twice() if self.plan.reconciles else contextlib.nullcontext()
+        with torch.enable_grad(), self.numerics.autocast(), twice:
             if self.stashes is not None:
                 if key[0] not in self.stashes.open:
                     self.guard.mend_buffers()  # its first updates are a few forwards away
@@ -237,6 +242,12 @@ class LocalModule:
             upstream = upstream if share == 1.0 else {name: x * share for name, x in upstream.items()}
         return self._boundary(upstream)
 
+    def gradients(self, step: int) -> list[Tensor]:
+        """Those of the batch of ``step``, once its last backward is done: the tensors that its update will use."""
+        if self.stashes is None:
+            return self.optimiser.gradients()
+        return [gradient for gradient in self.stashes.gradients(step) if gradient is not None]
+
     def take_stashed_gradients(self, step: int) -> None:
         """Where the module is late: put the gradients of the batch of ``step`` where its optimiser looks for them."""
         if self.stashes is not None:
@@ -298,7 +309,7 @@ class LocalModule:
         """The loss of the level ``name``, or of the task, with SGR's: a_m, and what the next module is told."""
         seed_rng(stable_hash(item.rng_seed, name), self.numerics.device)
         leaf = item.outputs[MAIN].detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiable_twice():
             if name == "final":
                 loss = self.task.loss(leaf, item.batch.labels)
                 terms = {name: loss.detach()}

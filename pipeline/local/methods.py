@@ -19,6 +19,7 @@ For another task than classification its loss stands in place of the cross-entro
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -40,7 +41,9 @@ from pipeline.models.later import LaterBlock
 from pipeline.models.layers import VectorInput
 from pipeline.models.losses import full
 from pipeline.models.patches import Autocast, PatchedHead, backward_together, patch_shape
+from pipeline.models.sequence_heads import IdsHead, SequenceSimilarityHead
 from pipeline.models.spread import Gradient, whole
+from pipeline.models.tokens import reading_of
 from pipeline.models.tuned import use_plain
 
 DEFAULT_HEADS = {"dgl": "mlp-sr", "greedy": "0c1f", "infopro": "1c2f", "infopro-contrast": "1c2f", "predsim": ""}
@@ -194,20 +197,21 @@ def build_level(
         shape, later = front.shape, later[1:]
     terms = method_terms(config.method, task, position, later)
     if released and level == "independent":  # the released code keeps only the classification term, with weight 1
-        terms = [Term(t.name, 1.0, t.make) for t in terms if t.name in ("task", "prediction")]
+        terms = [dataclasses.replace(t, weight=1.0) for t in terms if t.name in ("task", "prediction")]
     built: dict[str, tuple[float, PatchedHead]] = {}
     for term in terms:
         patched = not released or term.name == "reconstruction"
-        grid = config.patches.grid if patched and len(shape) > 1 else 1
-        sides = shape[1:] if len(shape) == 3 else shape[:1]
-        if grid > 1 and min(sides + task.image_shape[1:]) < grid:
+        n = config.patches.grid if patched and len(shape) > 1 else 1
+        reading, stands_on, grid = reading_of(shape, task.image_shape, n, term.as_map)
+        sides = stands_on[1:] if len(stands_on) == 3 else stands_on[:1]
+        if n > 1 and min(sides + task.image_shape[1:]) < n:
             raise ConfigError(
-                f"patches.grid = {grid}, but module {module} ends in {'x'.join(map(str, sides))} features; "
+                f"patches.grid = {n}, but module {module} ends in {'x'.join(map(str, sides))} features; "
                 f"use at most {min(sides)}"
             )
-        separate = released and grid > 1 and len(shape) == 3
-        make = partial(_head_of, term, patch_shape(shape, grid))
-        head = PatchedHead(make, grid, separate, at_once(config, grid))
+        separate = released and grid > 1 and len(stands_on) == 3
+        make = partial(_head_of, term, patch_shape(stands_on, grid))
+        head = PatchedHead(make, grid, separate, at_once(config, grid), reading)
         initialise(head)
         use_plain(head, TUNED_LAYERS if config.method.reconciliation > 0 else config.precision.plain_layers)
         built[term.name] = (term.weight, head)
@@ -269,19 +273,25 @@ def method_terms(
         if head not in DGL_HEADS:
             raise ConfigError(f"method.head = '{head}' is no head of dgl; {suggest(head, DGL_HEADS)}")
         return [
-            Term("task", 1.0, lambda shape: task.head(shape, lambda size: heads.dgl_head(size, task.classes, head)))
+            Term(
+                "task",
+                1.0,
+                lambda shape: task.head(shape, lambda size: heads.dgl_head(size, task.classes, head)),
+                as_map=True,
+            )
         ]
     if config.name == "predsim":
         if head:
             raise ConfigError(f"method.head = '{head}': predsim has one fixed pair of heads; remove method.head")
         return [
-            Term("similarity", config.similarity, lambda shape: _similarity(shape, task.classes)),
+            Term("similarity", config.similarity, lambda shape: _similarity(shape, task.classes), as_map=True),
             Term(
                 "prediction",
                 1.0 - config.similarity,
                 lambda shape: task.head(
                     shape, lambda size: heads.pooled_linear(size, task.classes, config.prediction_inputs)
                 ),
+                as_map=True,
             ),
         ]
     contrast = config.name == "infopro-contrast"
@@ -299,16 +309,17 @@ def method_terms(
         return heads.ContrastHead(network(shape), config.temperature)
 
     if config.name == "greedy":
-        return [Term("task", 1.0, make_task)]
+        return [Term("task", 1.0, make_task, as_map=True)]
     first, last = config.reconstruction
     task_first, task_last = config.task
     return [
         Term(
             "reconstruction",
             first + (last - first) * position,
-            lambda shape: _decoder(shape, task.image_shape[0], config.widen),
+            lambda shape: _decoder(shape, task, config.widen),
+            as_map=True,
         ),
-        Term("task", task_first + (task_last - task_first) * position, make_task),
+        Term("task", task_first + (task_last - task_first) * position, make_task, as_map=True),
     ]
 
 
@@ -326,10 +337,10 @@ def _refuse_what_the_task_lacks(config: MethodConfig, task: Task) -> None:
             f"method.name = '{config.name}' compares the classes of whole rows, but the target of {kind} is "
             f"{task.target.shape} per row; {alternatives}"
         )
-    if config.name.startswith("infopro") and len(task.image_shape) != 3:
+    if config.name.startswith("infopro") and len(task.image_shape) != 3 and not task.vocabulary:
         raise ConfigError(
-            f"method.name = '{config.name}' reconstructs images, but an input of {kind} is {task.image_shape}; "
-            f"{alternatives}"
+            f"method.name = '{config.name}' reconstructs images, or ids of a known number, but an input of {kind} is "
+            f"{task.image_shape} and its vocabulary 0; {alternatives}"
         )
     if config.head and not isinstance(task, Classification):
         raise ConfigError(
@@ -338,16 +349,19 @@ def _refuse_what_the_task_lacks(config: MethodConfig, task: Task) -> None:
         )
 
 
-def _decoder(shape: FeatureShape, image_channels: int, widen: int) -> AuxiliaryHead:
-    _need_map(shape, "a reconstruction head (infopro)")
-    return heads.DecoderHead(shape[0], image_channels, widen)
+def _decoder(shape: FeatureShape, task: Task, widen: int) -> AuxiliaryHead:
+    """Reconstructs what the network was given: an image from a map, ids from a sequence."""
+    if len(shape) == 3:
+        return heads.DecoderHead(shape[0], task.image_shape[0], widen)
+    if len(shape) == 2 and task.vocabulary:
+        return IdsHead(shape[-1], task.vocabulary)
+    raise ConfigError(
+        "a reconstruction head (infopro) needs a feature map, or tokens on a grid of squares of the image, but a local "
+        f"module ends in {shape}; use dgl or greedy there"
+    )
 
 
 def _similarity(shape: FeatureShape, classes: int) -> AuxiliaryHead:
-    _need_map(shape, "a similarity head (predsim)")
-    return heads.SimilarityHead(shape[0], classes)
-
-
-def _need_map(shape: FeatureShape, what: str) -> None:
-    if len(shape) != 3:
-        raise ConfigError(f"{what} needs feature maps, but a local module ends in {shape}; use dgl or greedy there")
+    if len(shape) == 3:
+        return heads.SimilarityHead(shape[0], classes)
+    return SequenceSimilarityHead(shape[-1], classes)

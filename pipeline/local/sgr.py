@@ -8,15 +8,19 @@ input is drawn towards what the loss of the module before has asked of its outpu
 u is a constant here, v a function of the weights: R is differentiated through the backward pass of f_m and of the head.
 A row's u and v are those of its own loss, so R does not depend on the size of the batch or its parts. u has no part of
 R. The last module has no head but the loss of the task, and an R as well.
+
+Attention is computed by plain products: the fused kernels of PyTorch can be differentiated once only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.models.losses import full
 
@@ -33,6 +37,11 @@ class Reconciled:
     own: Tensor
     passed_on: Tensor
     distance: Tensor | None
+
+
+def differentiable_twice() -> AbstractContextManager[None]:
+    """Inside, the backward pass of what is computed can be differentiated."""
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def reconcile(

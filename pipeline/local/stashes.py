@@ -79,10 +79,13 @@ class Stashes:
         yield
         self._swap(self.open[step])
 
+    def gradients(self, step: int) -> list[Tensor | None]:
+        """Those of ``step`` so far: of the module's parameters, then of its heads'."""
+        return [leaf.grad for leaf in self.open[step].leaves()] + self.open[step].head_gradients
+
     def close(self, step: int) -> list[Tensor | None]:
-        """The gradients of ``step``: of the module's parameters, then of its heads'. The stash is used up."""
-        stash = self.open.pop(step)
-        gradients = [leaf.grad for leaf in stash.leaves()] + stash.head_gradients
+        """The gradients of ``step``. The stash is used up."""
+        gradients, stash = self.gradients(step), self.open.pop(step)
         for leaf in stash.leaves():
             leaf.grad = None
         stash.head_gradients = [None] * len(self._head_parameters)

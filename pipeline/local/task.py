@@ -99,6 +99,11 @@ class Task(ABC):
         return TensorSpec(self.image_shape, torch.uint8) if main.dtype.is_floating_point else main
 
     @property
+    def vocabulary(self) -> int:
+        """How many ids there are where "x" is of ids, for heads that reconstruct it; 0: not known, or no ids."""
+        return 0
+
+    @property
     @abstractmethod
     def target(self) -> TensorSpec:
         """What is wanted of each row."""

@@ -13,11 +13,17 @@ from pipeline.models.heads import AuxiliaryHead, FeatureShape
 
 @dataclass(frozen=True)
 class Term:
-    """One summand of a local loss: ``weight * head.loss``. ``make(shape)`` builds the head for a feature shape."""
+    """One summand of a local loss: ``weight * head.loss``. ``make(shape)`` builds the head for a feature shape.
+
+    Attributes:
+        as_map: its head is made for maps (C, H, W), and gets the tokens (B, T, D) of an image as one
+            (:mod:`pipeline.models.tokens`); otherwise as a sequence.
+    """
 
     name: str
     weight: float
     make: Callable[[FeatureShape], AuxiliaryHead]
+    as_map: bool = False
 
 
 Terms = Callable[[MethodConfig, Task, float], list[Term]]

@@ -59,12 +59,14 @@ def build_blocks(name: str, in_channels: int, classes: int, sides: Sides | None 
     """Build the named backbone.
 
     Args:
+        in_channels: of an image; the length of a sequence of ids.
         sides: (H, W) of the images; matters to networks that take one size only, vision transformers among them. None:
-            the size that such a network was published for.
+            the size that such a network was published for; (): of sequences.
 
     Raises:
         ConfigError: unknown name; a network that cannot take such images.
     """
+    sides = sides or None
     library, slash, member = name.partition("/")
     if slash and library in _LIBRARIES:
         return _LIBRARIES[library](member)(in_channels, classes, sides)

@@ -5,6 +5,7 @@
     convolution       groups = G                             one kernel for all groups, or one for each of W networks
     BatchNorm         G C channels: statistics of each patch, as if it came alone, and in the end the running ones too
     linear            (B G, F) rows
+    LayerNorm         of the D values of each group
     pooling, ReLU     as they are
 
 Group g has the weights of network g mod W. The arithmetic is that of the networks on one patch after another; sums are
@@ -38,7 +39,9 @@ def can_group(network: nn.Module, dims: int) -> bool:
     for layer in flat(network):
         if not _known(layer) or layer._forward_hooks or layer._forward_pre_hooks:
             return False
-        if dims == 3 and type(layer) is not nn.Linear and type(layer) not in ELEMENTWISE:
+        if dims != 3 and type(layer) is nn.LayerNorm:
+            return False
+        if dims == 3 and type(layer) not in (nn.Linear, nn.LayerNorm, *ELEMENTWISE):
             if type(layer) is not VectorInput:
                 return False
             dims = 4
@@ -56,6 +59,8 @@ def _known(layer: nn.Module) -> bool:
         return layer.affine and layer.track_running_stats and layer.momentum is not None
     if type(layer) is nn.Flatten:
         return (layer.start_dim, layer.end_dim) == (1, -1)
+    if type(layer) is nn.LayerNorm:
+        return len(layer.normalized_shape) == 1 and layer.elementwise_affine and layer.bias is not None
     return type(layer) in (*PER_CHANNEL, nn.Linear, VectorInput)
 
 
@@ -93,6 +98,8 @@ def run(networks: Sequence[Sequence[nn.Module]], x: Tensor, groups: int, size: t
             x = F.batch_norm(x, mean, variance, weight, bias, training=True, momentum=1.0, eps=first.eps)
         elif isinstance(first, nn.Linear):
             x = _linear(layers, x, groups)
+        elif isinstance(first, nn.LayerNorm):
+            x = _layer_norm(layers, x)
         elif type(first) is nn.ReLU:  # in place it would write to a view of rows, which costs four copies
             x = F.relu(x)
         else:
@@ -164,6 +171,15 @@ def _linear(layers: Sequence[nn.Linear], x: Tensor, groups: int) -> Tensor:
         return F.linear(x.reshape(-1, first.in_features), first.weight, first.bias).view(*sides, -1)
     rows = x.reshape(-1, count, first.in_features).transpose(0, 1)
     return by_network([(layer.weight, layer.bias) for layer in layers], rows).transpose(0, 1).reshape(*sides, -1)
+
+
+def _layer_norm(layers: Sequence[nn.LayerNorm], x: Tensor) -> Tensor:
+    """(B, t, G D) -> the same shape."""
+    first = layers[0]
+    each = x.unflatten(2, (-1, len(layers), *first.normalized_shape))
+    values = F.layer_norm(each, first.normalized_shape, eps=first.eps)
+    weight, bias = (torch.stack([layer.get_parameter(name) for layer in layers]) for name in ("weight", "bias"))
+    return torch.addcmul(bias, values, weight).flatten(2)
 
 
 class _Moments:

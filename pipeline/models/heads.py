@@ -52,7 +52,7 @@ class Patches:
         feature: (B, G C, h, w) of G patches of a map, (B, t, G D) of a sequence.
         groups: G.
         targets: of every patch.
-        image: (B, G C, h, w), where the head asks for it.
+        image: (B, G C, h, w), where the head asks for it and the feature is a map.
         pooled: the feature holds the means of the head's windows (:meth:`AuxiliaryHead.window`).
     """
 

@@ -8,7 +8,8 @@
     +----+----+
 
 What a head is given is cut like the feature where it has the same sides: of a map the last two dimensions of an image,
-of inputs and of a target with three dimensions or more; of a sequence the dimension after the batch.
+of inputs and of a target with three dimensions or more; of a sequence the dimension after the batch. Tokens of an image
+are read as a map, or in the order of its patches (:mod:`pipeline.models.tokens`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given, Patches
 from pipeline.models.spread import Gradient, Spread, whole
+from pipeline.models.tokens import AsMap, Reading
 
 Autocast = Callable[[], contextlib.AbstractContextManager[None]]
 Patch = tuple[slice, ...]
@@ -77,15 +79,22 @@ class PatchedHead(nn.Module):
         grid: patches along each side; 1 is the plain head.
         separate: one head per patch and the sum of losses instead of a shared head and their average.
         at_once: most patches that are worked on together; the bits of the result depend on it.
+        reading: of features that are tokens of an image; patches are those of what it gives.
     """
 
     def __init__(
-        self, make: Callable[[], AuxiliaryHead], grid: int, separate: bool = False, at_once: int = 1
+        self,
+        make: Callable[[], AuxiliaryHead],
+        grid: int,
+        separate: bool = False,
+        at_once: int = 1,
+        reading: Reading | None = None,
     ) -> None:
         super().__init__()
         self.grid = grid
         self.separate = separate
         self.at_once = at_once
+        self.reading = reading
         self.heads = nn.ModuleList(make() for _ in range(grid * grid if separate else 1))
 
     @property
@@ -126,6 +135,7 @@ class PatchedHead(nn.Module):
 
     def loss(self, feature: Tensor, given: Given) -> Tensor:
         """The loss of all patches, one after another, in one graph with ``feature``."""
+        feature, given = self._read(feature, given)
         patches = patches_of(feature, feature, self.grid)
         cut = zip(patches, self._cut(given, feature), strict=True)
         losses = torch.stack([self.of(index).loss(feature[patch], its) for index, (patch, its) in enumerate(cut)])
@@ -134,7 +144,16 @@ class PatchedHead(nn.Module):
     def like(self, other: PatchedHead) -> bool:
         """Whether both are heads of one structure, so that :func:`backward_together` runs them at once."""
         shared = not self.separate and not other.separate
-        return shared and self.grid == other.grid and repr(self.heads) == repr(other.heads)
+        alike = (self.grid, self.reading) == (other.grid, other.reading)
+        return shared and alike and repr(self.heads) == repr(other.heads)
+
+    def patches(self, dims: int) -> int:
+        """Of a feature of ``dims`` dimensions with the batch."""
+        return {4: self.grid**2, 3: self.grid}.get(self._dims(dims), 1)
+
+    def takes_patches(self, dims: int) -> bool:
+        """Whether its head takes many patches at once of such features."""
+        return self.first.takes_patches(self._dims(dims))
 
     def window(self, feature: Tensor) -> tuple[int, int]:
         """Windows by which the whole map may be pooled before it is cut; (1, 1) where patches do not allow it."""
@@ -179,15 +198,26 @@ class PatchedHead(nn.Module):
 
     def together(self, feature: Tensor, given: Given) -> bool:
         """Whether there are patches to be worked on together, all of one size, and the head can do that."""
-        return min(self.at_once, self.grid) > 1 and self.groups(feature, given)
+        return min(self.at_once, self.grid) > 1 and self._groups(feature, given)
 
     def groups(self, feature: Tensor, given: Given) -> bool:
         """Whether patches of this feature, a whole one too, may be groups of channels for this head."""
+        return self._groups(*self._read(feature[:1], given))
+
+    def _groups(self, feature: Tensor, given: Given) -> bool:
         if feature.dim() not in (3, 4):
             return False
         image = feature if given.image is None else given.image
         sides = [*feature.shape[2:], *image.shape[2:]] if feature.dim() == 4 else [feature.size(1)]
         return all(side % self.grid == 0 for side in sides) and self.of(0).takes_patches(feature.dim())
+
+    def _read(self, feature: Tensor, given: Given) -> tuple[Tensor, Given]:
+        """What the head stands on, and what goes with it."""
+        return (feature, given) if self.reading is None else (self.reading.feature(feature), self.reading.given(given))
+
+    def _dims(self, dims: int) -> int:
+        """Dimensions of what the head stands on."""
+        return 4 if isinstance(self.reading, AsMap) else dims
 
     def _cut(self, given: Given, feature: Tensor) -> list[Given]:
         """What the head is given with every patch: what it asks for, cut like the feature."""
@@ -207,13 +237,10 @@ class PatchedHead(nn.Module):
             for index, (target, image) in enumerate(zip(targets, images, strict=True))
         ]
 
-    def first_patch(self, feature: Tensor, given: Given) -> tuple[Tensor, Given]:
-        """The first patch and what goes with it."""
-        return _dense(feature[patches_of(feature, feature, self.grid)[0]]), self._cut(given, feature)[0]
-
     def logits(self, feature: Tensor) -> Tensor | None:
         """Of a head that gives one output per row, the mean over patches; of one that gives a map or a sequence, the
         patches' outputs put together again. None where it has none."""
+        feature = feature if self.reading is None else self.reading.feature(feature)
         patches = patches_of(feature, feature, self.grid)
         scores = []
         for index, patch in enumerate(patches):
@@ -223,7 +250,8 @@ class PatchedHead(nn.Module):
             scores.append(score)
         if len(scores) > 1 and scores[0].dim() == feature.dim():
             if feature.dim() == 3:
-                return torch.cat(scores, dim=1)
+                output = torch.cat(scores, dim=1)
+                return output if self.reading is None else self.reading.output(output)
             rows = [torch.cat(scores[start : start + self.grid], dim=3) for start in range(0, len(scores), self.grid)]
             return torch.cat(rows, dim=2)
         return torch.stack(scores).mean(dim=0)
@@ -240,8 +268,32 @@ def backward_together(
     """:meth:`PatchedHead.backward` of W heads of one structure on the same feature, one weight and gradient for each;
     more than one may be asked only if it :meth:`PatchedHead.groups`. A gradient that is the same all over a window is
     not spread over it."""
-    first = heads[0]
-    window = first.window(feature)
+    reading = heads[0].reading
+    if reading is None:
+        return _together(heads, feature, given, weights, gradients, autocast)
+    tokens = feature.detach().requires_grad_()
+    with torch.enable_grad():
+        read = reading.feature(tokens)
+    results: list[tuple[Gradient, Tensor]] = []
+    nothing: list[Tensor | None] = [None] * len(heads)
+    for (found, loss), gradient in zip(
+        _together(heads, read.detach(), reading.given(given), weights, nothing, autocast), gradients, strict=True
+    ):
+        (back,) = torch.autograd.grad(read, tokens, whole(found), retain_graph=True)
+        results.append((back if gradient is None else gradient.add_(back), loss))
+    return results
+
+
+def _together(
+    heads: Sequence[PatchedHead],
+    feature: Tensor,
+    given: Given,
+    weights: Sequence[float],
+    gradients: Sequence[Tensor | None],
+    autocast: Autocast,
+) -> list[tuple[Gradient, Tensor]]:
+    """:func:`backward_together` on what the heads stand on."""
+    window = heads[0].window(feature)
     if window == (1, 1):
         return [*_run(heads, feature, given, weights, gradients, autocast, pooled=False)]
     means = F.avg_pool2d(feature, window)
@@ -270,7 +322,7 @@ def _run(
         return [first.by_patches(feature, given, weights[0], gradients[0], autocast, pooled)]
     results = [torch.empty_like(feature) if gradient is None else gradient for gradient in gradients]
     cut, into = _split(feature.detach(), grid), [_split(result, grid) for result in results]
-    image = None if given.image is None else _split(given.image, grid)
+    image = None if given.image is None or feature.dim() == 3 else _split(given.image, grid)
     targets = _parts(given.target, feature, grid)
     share = 1.0 if first.separate else 1.0 / len(targets)
     totals = feature.new_zeros(count, dtype=torch.float64)

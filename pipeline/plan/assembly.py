@@ -32,6 +32,7 @@ from pipeline.models.unbuilt import drawn_blocks, real_blocks, without_memory
 from pipeline.plan.cut import Cut, make_cut
 from pipeline.plan.placement import place
 from pipeline.plan.upstream import UpstreamPlan, plan_upstream
+from pipeline.ranks.grid import Grid
 from pipeline.stage.capacity import activations_held, gradients_held, gradients_sent
 from pipeline.stage.gradients import GRADIENT
 from pipeline.stage.inlet import ACTIVATION, IMAGE, LABELS, LOCAL_GRADIENT, payload
@@ -72,6 +73,7 @@ class Plan:
     later: tuple[tuple[LaterBlock, ...], ...]
     upstream: UpstreamPlan | None = None
     head_memory: HeadMemory | None = None
+    replicas: int = 1
 
     def placed(self, stages: tuple[range, ...]) -> Plan:
         """The same plan with other consecutive local modules on the ranks."""
@@ -117,9 +119,14 @@ class Plan:
         return levels_of(self.modules[module], len(self.modules), shape, self.task, self.config, later)
 
     @property
+    def rows(self) -> int:
+        """Images of a step in one replica."""
+        return self.config.data.batch_size // self.replicas
+
+    @property
     def micro_batch_rows(self) -> int:
         """Largest number of images in one micro-batch."""
-        return self.config.data.batch_size // self.config.schedule.micro_batches
+        return self.rows // self.config.schedule.micro_batches
 
     def labels(self) -> list[str]:
         """First and last block of every local module."""
@@ -182,12 +189,16 @@ def _field(name: str, spec: TensorSpec, dtype: torch.dtype, channels_last: bool)
     return FieldSpec(name, dtype, spec.shape, channels_last and len(spec.shape) == 3, spec.varies)
 
 
-def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int, inputs: Specs | None = None) -> Plan:
+def make_plan(
+    config: Config, blocks: Blocks, task: Task, ranks: int, inputs: Specs | None = None, replicas: int = 1
+) -> Plan:
     """Cut, plan and place by count; every check that needs no process group happens here. It needs no weights:
     ``blocks`` may be planned ones (see :mod:`pipeline.models.unbuilt`), heads are only planned.
 
     Args:
+        ranks: of one pipeline.
         inputs: of the network, as the data give them; None: as the task says.
+        replicas: number of pipelines.
 
     Raises:
         ConfigError: K > blocks, P > K, a head or patch grid that does not fit, a network that does not end in classes,
@@ -223,7 +234,9 @@ def make_plan(config: Config, blocks: Blocks, task: Task, ranks: int, inputs: Sp
     upstream = plan_upstream(config, blocks, modules, cut.modules)
     schedules = _schedules(config, modules, stages, upstream)
     asking = frozenset(reconstructing)
-    whole = Plan(config, task, cut, modules, stages, schedules, inputs, boundaries, asking, later, upstream)
+    whole = Plan(
+        config, task, cut, modules, stages, schedules, inputs, boundaries, asking, later, upstream, replicas=replicas
+    )
     return whole.with_patches_at_once(config.patches.at_once, blocks)
 
 
@@ -245,10 +258,12 @@ def build_modules(
     numerics: Numerics,
     fresh: bool,
     pretrained: PretrainedWeights | None = None,
+    replica: int = 0,
 ) -> list[LocalModule]:
-    """The local modules of ``rank``. With ``fresh``, blocks are drawn from per-block seeds, planned ones made real; a
-    user's own network keeps its weights. Heads are always drawn from a seed of their own, so that no weight depends on
-    the placement, and blocks of other ranks are never made real. ``pretrained``: what the blocks get afterwards."""
+    """The local modules of stage ``rank`` of a pipeline. With ``fresh``, blocks are drawn from per-block seeds, planned
+    ones made real; a user's own network keeps its weights. Heads are always drawn from a seed of their own, so that no
+    weight depends on the placement, and blocks of other ranks are never made real. ``pretrained``: what the blocks get
+    afterwards. ``replica``: which pipeline."""
     seed = plan.config.train.seed
     late = lags(plan.modules, _delay(plan.config)).backward
     whole = functools.cache(
@@ -276,7 +291,8 @@ def build_modules(
         if plan.upstream is not None:
             mailbox = plan.upstream.mailbox(index, numerics)
         maps = Maps.of(plan.given(index), plan.boundaries[index])
-        built.append(LocalModule(role, mine, levels, plan.task, plan.config, numerics, late[index], mailbox, maps))
+        settings = (plan.task, plan.config, numerics, late[index], mailbox, maps, replica)
+        built.append(LocalModule(role, mine, levels, *settings))
     return built
 
 
@@ -314,7 +330,7 @@ def describe(plan: Plan, numerics: Numerics, devices: list[str]) -> list[str]:
     dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float64: "fp64"}[numerics.dtype]
     lines = [
         f"{config.model.name} on {config.data.name}: {' + '.join(parts)}, "
-        f"K = {len(plan.modules)} local modules{cut_note} on {len(plan.stages)} rank(s)",
+        f"K = {len(plan.modules)} local modules{cut_note} on {_ranks_of(plan)}",
         f"schedule {_schedule_name(plan)}, {config.schedule.micro_batches} micro-batch(es) of "
         f"{plan.micro_batch_rows} images, {dtype}{', channels last' if numerics.channels_last else ''}",
     ]
@@ -324,14 +340,21 @@ def describe(plan: Plan, numerics: Numerics, devices: list[str]) -> list[str]:
         metric = plan.task.metrics[0].form
         lines.append(f"{task_name(plan.task)}: {metric.heading} of the test set, {metric.direction}")
     for rank, device in enumerate(devices):
-        lines.append(f"rank {rank} ({device}): {plan.stage_label(rank)}")
+        where = Grid(rank, plan.replicas, len(plan.stages))
+        lines.append(f"rank {rank} ({device}): {where.named(plan.stage_label(where.stage))}")
     return lines
+
+
+def _ranks_of(plan: Plan) -> str:
+    stages = len(plan.stages)
+    return f"{plan.replicas} replicas x {stages} stage(s)" if plan.replicas > 1 else f"{stages} rank(s)"
 
 
 def write_plan(plan: Plan, path: Path) -> None:
     """Store who owns what as JSON; ``partition.kind=given partition.stages=[...]`` repeats it."""
     document = {
         "partition": plan.config.partition.kind,
+        "replicas": plan.replicas,
         "stages": [len(stage) for stage in plan.stages],
         "modules": [list(names) for names in plan.cut.modules],
         "levels_together": list(plan.levels_together),

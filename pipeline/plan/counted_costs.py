@@ -62,7 +62,7 @@ def counted_costs(plan: Plan, joinable: frozenset[int], blocks: Blocks, numerics
         Uncountable: what a module does without values fails; it may well train.
     """
     rates, parts = RATES[numerics.device.type], plan.config.schedule.micro_batches
-    images = plan.config.data.batch_size / IMAGES
+    images = plan.rows / IMAGES
 
     def counted(together: frozenset[int]) -> list[Counts]:
         step = counted_step(plan.with_levels_together(together))

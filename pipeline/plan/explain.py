@@ -25,6 +25,7 @@ from pipeline.local.task import Task, classification
 from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import planned_blocks, without_memory
 from pipeline.plan.assembly import Plan, describe, make_plan
+from pipeline.plan.averaging import averaged_bytes, with_averaging
 from pipeline.plan.cost import StepCost, planned_cost
 from pipeline.plan.cost_cut import cut_by_cost
 from pipeline.plan.cost_profile import Profile
@@ -38,6 +39,7 @@ from pipeline.plan.profiling import profile_modules, work_of
 from pipeline.plan.rank_memory import rank_memory, refuse_too_large
 from pipeline.plan.report import Placement, PlannedForm, PlannedModule, PlannedRank, PlanReport
 from pipeline.plan.simulate import ModuleCost
+from pipeline.ranks.grid import grid_of
 from pipeline.ranks.runtime import choose_device, keep_freed_memory, ranks_per_device, set_threads, threads_restored
 from pipeline.stage.events import SteadyState
 from pipeline.stage.schedule import Kind
@@ -59,8 +61,8 @@ def measure(config: Config, ranks: int) -> Profile:
 
 
 def message_bytes(config: Config, ranks: int) -> list[tuple[int, int]]:
-    """Bytes of one activation down and of one gradient up between every two neighbouring ranks, placed by count; a
-    gradient of a run without any counts 0.
+    """Bytes of one activation down and of one gradient up between every two neighbouring ranks of a replica, placed by
+    count; a gradient of a run without any counts 0.
 
     Raises:
         ConfigError: whatever would stop a run of this configuration on ``ranks`` ranks.
@@ -74,7 +76,7 @@ def message_bytes(config: Config, ranks: int) -> list[tuple[int, int]]:
             plan.activation_spec(upper, *wire).nbytes,
             plan.gradient_spec(upper + 1, *wire).nbytes if plan.gradient_order(upper + 1) else 0,
         )
-        for upper in range(ranks - 1)
+        for upper in range(len(plan.stages) - 1)
     ]
 
 
@@ -92,7 +94,8 @@ def explain(
 
     Args:
         config: from :func:`pipeline.load_config`; ``partition.kind`` chooses the placement.
-        ranks: number of processes, each on a device like the profiled one.
+        ranks: number of processes, each on a device like the profiled one. With ``parallel.replicas`` the report is
+            of one of these pipelines, with the time that averaging takes where nothing hides it.
         profile: costs of the modules; None: :func:`measure` them here, once nothing else is left to refuse.
         count: give FLOPs, in BP units, and operations of every module too, which takes a few seconds.
         forms: plan the other forms that the work of the heads can take too. Without a ``profile`` their heads are
@@ -114,11 +117,13 @@ def explain(
     if profile is None:
         profile = _measure(config, ranks, network, plan)
     else:
-        profile.check(len(plan.modules), config.data.batch_size, work_of(plan))
+        profile.check(len(plan.modules), plan.rows, work_of(plan))
     numerics = network.numerics
     if profile.dtype:  # of the device that is planned for, which need not be this one
         numerics = dataclasses.replace(numerics, dtype=profile.torch_dtype)
-    costs: Sequence[ModuleCost] = profile.modules
+    stages_of_one = len(plan.stages)
+    link = (latency_s, bytes_per_s)
+    costs: Sequence[ModuleCost] = with_averaging(plan, profile.modules, network.blocks, link)
     work = [cost.step_s(role) for cost, role in zip(costs, plan.modules, strict=True)]
     if max(work) <= 0:
         raise ConfigError("the profile has no time for any action; give forward_s and backward_s of the modules")
@@ -126,18 +131,18 @@ def explain(
     counted = count or chosen == "auto"
     flops: Sequence[float] | None = work if counted else None  # any numbers do where there is nothing to choose
     reason = ""
-    if counted and 1 < ranks < len(work):
+    if counted and 1 < stages_of_one < len(work):
         try:
             flops = module_flops(plan, network.blocks, numerics)
         except Uncountable as error:
             flops, reason = None, f"placement by count: {error}"
     stages = plan.stages  # by count
     if chosen != "auto" or flops is not None:
-        stages = choose_stages(config.partition, len(work), ranks, flops if chosen == "auto" else work)
-    candidates = {chosen: stages} | {"count": place(len(work), ranks), "measured": split_by_cost(work, ranks)}
+        stages = choose_stages(config.partition, len(work), stages_of_one, flops if chosen == "auto" else work)
+    candidates = {chosen: stages}
+    candidates |= {"count": place(len(work), stages_of_one), "measured": split_by_cost(work, stages_of_one)}
     if flops is not None:
-        candidates["auto"] = split_by_cost(flops, ranks)
-    link = (latency_s, bytes_per_s)
+        candidates["auto"] = split_by_cost(flops, stages_of_one)
     by_form, unknown = costs, ""
     if config.hierarchy.levels == "auto" and measured and chosen != "measured":  # as a run would decide
         try:
@@ -167,10 +172,10 @@ def explain(
     return PlanReport(
         lines=_lines(plan, numerics, profile, link, (cut, reason if chosen == "auto" else "", unknown)),
         modules=_modules(plan, network.blocks, costs, work, units),
-        ranks=_ranks(plan, numerics, work, steady, memory),
+        ranks=_ranks(plan, numerics, work, steady, memory, network.blocks),
         step_s=steady.step_s,
         bound_s=bound_s,
-        alone_s=sum(work),
+        alone_s=plan.replicas * sum(work),
         batch_size=config.data.batch_size,
         placements=tuple(
             Placement(kind, tuple(map(len, placed.stages)), run.step_s) for kind, (placed, _, run) in runs.items()
@@ -182,6 +187,7 @@ def explain(
         refusal=_refusal(memory, profile),
         bp_operations=units.bp_operations if units is not None else None,
         forms=compared,
+        replicas=plan.replicas,
     )
 
 
@@ -201,9 +207,10 @@ def _plan_by_count(config: Config, network: _Network, ranks: int) -> Plan:
         raise ConfigError(f"ranks = {ranks} must be at least 1")
     if config.precision.compile:
         refuse_without_compiler(network.numerics.device)
-    plan = make_plan(config, network.blocks, network.task, ranks)
+    grid = grid_of(config, 0, ranks)
+    plan = make_plan(config, network.blocks, network.task, grid.stages, replicas=grid.replicas)
     if config.partition.kind == "given":
-        given(config.partition.stages, len(plan.modules), ranks)
+        given(config.partition.stages, len(plan.modules), grid.stages)
     return plan
 
 
@@ -272,7 +279,12 @@ def _modules(
 
 
 def _ranks(
-    plan: Plan, numerics: Numerics, work: Sequence[float], steady: SteadyState, memory: Sequence[int]
+    plan: Plan,
+    numerics: Numerics,
+    work: Sequence[float],
+    steady: SteadyState,
+    memory: Sequence[int],
+    blocks: Blocks,
 ) -> tuple[PlannedRank, ...]:
     wire = (numerics.dtype, numerics.channels_last)
     rows = []
@@ -298,6 +310,7 @@ def _ranks(
                 sent_down_bytes=down,
                 sent_up_bytes=up,
                 levels_together=tuple(m for m in stage if plan.modules[m].together),
+                averaged_bytes=sum(averaged_bytes(plan, m, blocks) for m in stage),
             )
         )
     return tuple(rows)

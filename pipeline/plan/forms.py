@@ -46,7 +46,7 @@ def compared_forms(
         operations: of a step of ``plan``; None: count none.
     """
     own = _heads(plan)
-    count = _Operations(plan, operations, blocks, numerics)
+    counted = _Operations(plan, operations, blocks, numerics)
     rows = []
     seen = []
     for form in (plan, *_others(plan, blocks)):
@@ -65,18 +65,16 @@ def compared_forms(
                 known = with_heads_of(form, differ, costs, blocks, numerics)
             except Uncountable:  # it may need more memory than there is
                 known = None
-        patches = [number for module in heads for number in module]
+        patches = [pair for module in heads for pair in module]
         rows.append(
             PlannedForm(
                 at_once=form.config.patches.at_once,
                 levels=form.config.hierarchy.levels,
-                patches=(min(patches), max(patches), max(_patches(form, role.index) for role in form.modules))
-                if patches
-                else None,
+                patches=(min(patches)[0], max(patches)[0], max(count for _, count in patches)) if patches else None,
                 together=len(form.levels_together),
                 configured=form is plan,
                 step_s=None if known is None else _step_s(form, known, link),
-                operations=count.of(form),
+                operations=counted.of(form),
                 memory_bytes=None if known is None else rank_memory(form, known, numerics),
             )
         )
@@ -97,8 +95,9 @@ def _others(plan: Plan, blocks: Blocks) -> Iterator[Plan]:
             yield other.with_levels_together(modules)
 
 
-def _heads(plan: Plan) -> tuple[tuple[int, ...], ...]:
-    """Patches that every head of every local module works on together, of those that have patches."""
+def _heads(plan: Plan) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Patches that every head of every local module works on together, and how many it has, of those that have
+    patches."""
     found = []
     for role in plan.modules:
         shape = plan.feature(role.index)
@@ -106,17 +105,12 @@ def _heads(plan: Plan) -> tuple[tuple[int, ...], ...]:
         levels = [without_memory(build) for build in builders.values()]
         if plan.head_memory is not None:
             plan.head_memory.fit(levels, shape, role.together)
-        heads = [head for level in levels for _, head in level.heads() if head.grid > 1]
-        patches = _patches(plan, role.index)
-        found.append(
-            tuple(min(head.at_once, patches) if head.first.takes_patches(len(shape) + 1) else 1 for head in heads)
-        )
+        of_module = []
+        for head in (head for level in levels for _, head in level.heads() if head.grid > 1):
+            patches = head.patches(len(shape) + 1)
+            of_module.append((min(head.at_once, patches) if head.takes_patches(len(shape) + 1) else 1, patches))
+        found.append(tuple(of_module))
     return tuple(found)
-
-
-def _patches(plan: Plan, module: int) -> int:
-    """Of a map, of a sequence, of a vector."""
-    return {3: plan.config.patches.grid**2, 2: plan.config.patches.grid}.get(len(plan.feature(module)), 1)
 
 
 class _Operations:

@@ -19,7 +19,9 @@ from pipeline.plan.placement import choose_stages, place
 from pipeline.plan.profiling import profile_modules
 from pipeline.plan.rank_memory import rank_memory, refuse_too_large
 from pipeline.plan.simulate import ModuleCost
+from pipeline.ranks.grid import Grid
 from pipeline.ranks.runtime import Runtime, ranks_per_device
+from pipeline.ranks.team import Team
 
 MEBI = 2**20
 
@@ -32,6 +34,7 @@ def placed_plan(
     runtime: Runtime,
     inputs: Specs | None = None,
     together: Sequence[int] | None = None,
+    grid: Grid | None = None,
 ) -> tuple[Plan, str]:
     """The plan of a run on all ranks, and what to tell people about a choice by cost (else ""). Collective.
 
@@ -43,17 +46,19 @@ def placed_plan(
 
     Args:
         together: the local modules with both levels together, where an earlier start of the run has chosen.
+        grid: the ranks as replicas x stages; None: one replica.
 
     Raises:
         ConfigError: a placement that does not fit; a measured one that needs more memory than its device has.
     """
-    by_count = make_plan(config, blocks, task, runtime.team.size, inputs)
+    grid = grid or Grid(0, 1, runtime.team.size)
+    by_count = make_plan(config, blocks, task, grid.stages, inputs, grid.replicas)
     if config.partition.kind == "auto":
-        placed, words = _placed_by_flops(by_count, blocks, numerics, runtime)
+        placed, words = _placed_by_flops(by_count, blocks, numerics, runtime.team)
         plan, reason = _with_levels(placed, together, None, blocks, numerics, runtime)
         return plan, "; ".join(filter(None, (words, reason)))
     if config.partition.kind != "measured":
-        stages = choose_stages(config.partition, len(by_count.modules), runtime.team.size)
+        stages = choose_stages(config.partition, len(by_count.modules), grid.stages)
         return _with_levels(by_count.placed(stages), together, None, blocks, numerics, runtime)
     profile: Profile | None = None
 
@@ -72,13 +77,13 @@ def placed_plan(
     profile = runtime.team.broadcast(profile)
     assert profile is not None  # rank 0 has measured it
     work = [cost.step_s(role) for cost, role in zip(profile.modules, by_count.modules, strict=True)]
-    stages = choose_stages(config.partition, len(work), runtime.team.size, work)
+    stages = choose_stages(config.partition, len(work), grid.stages, work)
     plan, _ = _with_levels(by_count.placed(stages), together, profile.modules, blocks, numerics, runtime)
     work = [cost.step_s(role) for cost, role in zip(profile.modules, plan.modules, strict=True)]
     memory = rank_memory(plan, profile.modules, numerics)
     refuse_too_large(memory, profile.device_bytes)
     slowest = max(_load(stage, work) for stage in stages)
-    by_count_slowest = max(_load(stage, work) for stage in place(len(work), runtime.team.size))
+    by_count_slowest = max(_load(stage, work) for stage in place(len(work), grid.stages))
     parts = " | ".join(f"{1e3 * _load(stage, work):.0f}" for stage in stages)
     sizes = " | ".join(f"{needed / MEBI:.0f}" for needed in memory)
     return plan, (
@@ -110,9 +115,9 @@ def _with_levels(
     return plan.with_levels_together(able.intersection(chosen)), reason
 
 
-def _placed_by_flops(by_count: Plan, blocks: Blocks, numerics: Numerics, runtime: Runtime) -> tuple[Plan, str]:
-    team = runtime.team
-    if team.size in (1, len(by_count.modules)):
+def _placed_by_flops(by_count: Plan, blocks: Blocks, numerics: Numerics, team: Team) -> tuple[Plan, str]:
+    ranks = len(by_count.stages)
+    if ranks in (1, len(by_count.modules)):
         return by_count, ""
     counted: list[float] | str = []
     if team.leads:
@@ -123,7 +128,7 @@ def _placed_by_flops(by_count: Plan, blocks: Blocks, numerics: Numerics, runtime
     work = team.broadcast(counted)
     if isinstance(work, str):
         return by_count, f"placement by count: {work}"
-    plan = by_count.placed(choose_stages(by_count.config.partition, len(work), team.size, work))
+    plan = by_count.placed(choose_stages(by_count.config.partition, len(work), ranks, work))
     whole = sum(work) or 1.0
     parts = " | ".join(f"{100 * _load(stage, work) / whole:.0f}" for stage in plan.stages)
     busiest = max(_load(stage, work) for stage in by_count.stages)

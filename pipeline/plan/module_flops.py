@@ -52,7 +52,7 @@ def counted_step(plan: Plan) -> Plan:
         data=dataclasses.replace(config.data, batch_size=IMAGES),
         precision=dataclasses.replace(config.precision, compile=False),
     )
-    return dataclasses.replace(plan, config=config, stages=()).placed((range(len(plan.modules)),))
+    return dataclasses.replace(plan, config=config, stages=(), replicas=1).placed((range(len(plan.modules)),))
 
 
 def module_flops(plan: Plan, blocks: Blocks, numerics: Numerics) -> list[float]:

@@ -71,7 +71,7 @@ def profile_modules(
                 after_module()
     return Profile(
         tuple(costs),
-        plan.config.data.batch_size,
+        plan.rows,
         plan.micro_batch_rows,
         device_name(numerics.device),
         device_memory(numerics.device, sharing),

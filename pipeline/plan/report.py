@@ -54,6 +54,7 @@ class PlannedRank:
         memory_bytes: weights, optimiser, graphs, queues.
         sent_down_bytes, sent_up_bytes: of one step, to the next and to the previous rank.
         levels_together: its local modules with both levels in one action.
+        averaged_bytes: sent in one step to average its modules over the replicas.
     """
 
     rank: int
@@ -64,6 +65,7 @@ class PlannedRank:
     sent_down_bytes: int
     sent_up_bytes: int
     levels_together: tuple[int, ...]
+    averaged_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class PlanReport:
         refusal: why this cannot run on these devices, or None.
         bp_operations: of a backpropagation step of the whole network; None: not counted.
         forms: ways to do the work of the heads, the configured one first; () where there is one only, or nobody asked.
+        replicas: pipelines side by side, each on its share of a batch; ``ranks`` and times are of one of them.
     """
 
     lines: tuple[str, ...]
@@ -135,6 +138,7 @@ class PlanReport:
     refusal: str | None
     bp_operations: int | None
     forms: tuple[PlannedForm, ...] = ()
+    replicas: int = 1
 
     @property
     def images_per_s(self) -> float:

@@ -7,6 +7,7 @@
         meet/<place>/<rank>  value/<name>/<rank>                     Team: meetings, and what all tell all
         epoch/<epoch>/<rank>  pulse/<rank>                           every rank, for rank 0: telemetry
         saving/<step>/<rank>  saved/<step>/<rank>                    every rank's saver, for that of rank 0
+        summed/<what>/<rank>                                         twins that wait long for each other: twins.py
         clock/<ask|tell>/...                                         clocks of the ranks: clocks.py
 
     what all attempts of a run share (Team.remember)
@@ -39,6 +40,7 @@ class Key(enum.Enum):
     PULSE = "pulse/{rank}"
     SAVING = "saving/{step}/{rank}"
     SAVED = "saved/{step}/{rank}"
+    SUMMED = "summed/{what}/{rank}"
     CLOCK = "clock/{what}/{rank}/{index}"
 
     RUN_DIRECTORY = "run_directory"

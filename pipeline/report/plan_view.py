@@ -30,7 +30,7 @@ def show_plan(report: PlanReport, console: Console | None = None) -> None:
         console.print(line, style="bold" if number == 0 else None, markup=False, highlight=False, soft_wrap=True)
     tables = [
         ("Local modules (milliseconds for a whole batch)", _module_table(report.modules, console.width)),
-        ("Ranks (one step)", _rank_table(report.ranks)),
+        ("Ranks (one step)" if report.replicas == 1 else "Ranks of a replica (one step)", _rank_table(report.ranks)),
     ]
     if report.forms:
         tables.append(("Forms of the heads' work (* as configured)", _form_table(report.forms, console.width)))
@@ -87,7 +87,10 @@ def _module_table(modules: Sequence[PlannedModule], width: int) -> Table:
 
 
 def _rank_table(ranks: Sequence[PlannedRank]) -> Table:
-    table = _table("rank", "modules", "work\nms", "busy\n%", "memory\nMiB", "sent down\nMiB", "sent up\nMiB", gap=2)
+    averaged = any(rank.averaged_bytes for rank in ranks)
+    more = ["averaged\nMiB"] if averaged else []
+    headings = ("rank", "modules", "work\nms", "busy\n%", "memory\nMiB", "sent down\nMiB", "sent up\nMiB", *more)
+    table = _table(*headings, gap=2)
     for rank in ranks:
         first, last = rank.modules
         table.add_row(
@@ -98,6 +101,7 @@ def _rank_table(ranks: Sequence[PlannedRank]) -> Table:
             mebibytes(rank.memory_bytes),
             mebibytes(rank.sent_down_bytes),
             mebibytes(rank.sent_up_bytes),
+            *([mebibytes(rank.averaged_bytes)] if averaged else []),
         )
     return table
 
@@ -134,7 +138,7 @@ def _totals(report: PlanReport) -> list[tuple[str, str]]:
     totals = [
         ("step time", f"{_ms(report.step_s)} ms, {report.images_per_s:,.0f} images/s"),
         ("bound", f"{_ms(report.bound_s)} ms (work of the busiest rank); bubble {100 * report.bubble:.1f} %"),
-        ("one rank alone", f"{_ms(report.alone_s)} ms; {len(report.ranks)} ranks are {gain:.2f} times as fast"),
+        ("one rank alone", f"{_ms(report.alone_s)} ms; {_processes(report)} are {gain:.2f} times as fast"),
     ]
     if report.bp_operations is not None:
         calls = sum(module.operations or 0 for module in report.modules)
@@ -145,6 +149,11 @@ def _totals(report: PlanReport) -> list[tuple[str, str]]:
         sizes = _sizes(placement.sizes)
         totals.append((f"by {placement.kind}", f"{_ms(placement.step_s)} ms a step with {sizes} modules per rank"))
     return totals
+
+
+def _processes(report: PlanReport) -> str:
+    stages = len(report.ranks)
+    return f"{stages} ranks" if report.replicas == 1 else f"{report.replicas} replicas of {stages} ranks"
 
 
 def _sizes(sizes: Sequence[int]) -> str:

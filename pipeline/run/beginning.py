@@ -11,6 +11,7 @@ from torch import nn
 
 from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError, warn
+from pipeline.base.flow import LABEL
 from pipeline.base.numerics import Numerics, resolve_numerics
 from pipeline.base.paths import path_of, text_of
 from pipeline.base.toml import to_toml
@@ -18,6 +19,7 @@ from pipeline.base.validation import validate, with_values
 from pipeline.base.version import code_version
 from pipeline.data.loader_source import LoaderData, LoaderSource
 from pipeline.data.named import open_named
+from pipeline.data.share import Share
 from pipeline.data.source import DataSpec, Source
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.task import Classification, Task, classification, refuse_unusable, task_name
@@ -29,6 +31,7 @@ from pipeline.plan.cost_cut import cut_by_cost
 from pipeline.plan.cut import BY_COST, make_cut
 from pipeline.plan.placement import given, place
 from pipeline.ranks.agreement import agree_on_config
+from pipeline.ranks.grid import Grid
 from pipeline.ranks.keys import Key
 from pipeline.ranks.runtime import Runtime
 from pipeline.ranks.team import Team
@@ -49,7 +52,9 @@ def named_after(config: Config, network: nn.Module | None, data: LoaderData | No
     return validate(config)
 
 
-def refuse_early(config: Config, network: nn.Module | None, task: Task | None, runtime: Runtime) -> Numerics:
+def refuse_early(
+    config: Config, network: nn.Module | None, task: Task | None, runtime: Runtime, grid: Grid
+) -> Numerics:
     """Refusals that need no data: a task that cannot work, more modules than blocks, more ranks than modules, a layout
     that cannot work, a logger that is not installed."""
     if runtime.team.leads:
@@ -71,10 +76,14 @@ def refuse_early(config: Config, network: nn.Module | None, task: Task | None, r
     model = dataclasses.replace(config.model, cuts="auto") if config.model.cuts == BY_COST else config.model
     count = len(make_cut(list(blocks), model))
     if config.partition.kind == "given":
-        given(config.partition.stages, count, runtime.team.size)
-    place(count, runtime.team.size)
+        given(config.partition.stages, count, grid.stages)
+    place(count, grid.stages)
     if network is not None and config.model.weights:
         raise ConfigError("model.weights is for networks with a name; load the file into your own and leave it empty")
+    if config.parallel.sync_batch_norm and runtime.device.type == "cpu":
+        raise ConfigError(
+            "parallel.sync_batch_norm = true on CPUs: torch.nn.SyncBatchNorm needs GPUs; leave it out"
+        )
     if config.precision.compile:
         refuse_without_compiler(runtime.device)
     return resolve_numerics(config.precision, runtime.device, blocks.values())
@@ -89,7 +98,13 @@ def agree_on_all(team: Team, config: Config, task: Task | None) -> None:
 
 
 def begin(
-    config: Config, task: Task | None, run_dir: Path | str | None, resume: str, runtime: Runtime, held: ExitStack
+    config: Config,
+    task: Task | None,
+    run_dir: Path | str | None,
+    resume: str,
+    runtime: Runtime,
+    grid: Grid,
+    held: ExitStack,
 ) -> tuple[Start, RunDirectory, RunLock | None]:
     """Choose run directory and checkpoint on rank 0 and tell all ranks. Collective.
 
@@ -106,7 +121,7 @@ def begin(
         lock = RunLock(directory.path.absolute())
         held.callback(lock.close)
         path = str(directory.path.absolute())
-        start = choose_start(resume, directory.path.absolute(), known is not None, config, task, team.size)
+        start = choose_start(resume, directory.path.absolute(), known is not None, config, task, grid.stages)
         directory.write_config(to_toml(config))
         # Not before: what is refused now must not be done by a restart.
         team.remember(Key.RUN_DIRECTORY(), text_of(path))
@@ -125,18 +140,24 @@ def asked_to_stop(runtime: Runtime) -> str | None:
 
 
 def open_source(
-    config: Config, data: LoaderData | None, numerics: Numerics, runtime: Runtime, task: Task | None = None
+    config: Config, data: LoaderData | None, numerics: Numerics, runtime: Runtime, grid: Grid, task: Task | None = None
 ) -> tuple[Source | None, DataSpec]:
-    """The data on rank 0, and what all ranks must know of it. Collective."""
+    """The data on the first stages, and what all ranks must know of it. Collective."""
     source: Source | None = None
+    share = Share(grid.replica, grid.replicas)
+
+    def opened() -> Source:
+        if data is None:
+            return open_named(config, numerics, share)
+        inputs, target = (None, LABEL) if task is None else (task.inputs, task.target)
+        return LoaderSource(data, config, numerics, runtime.failures.progress, inputs, target, share)
+
     if runtime.team.leads:
-        if data is not None:
-            expected = (task.inputs, task.target) if task is not None else ()
-            source = LoaderSource(data, config, numerics, runtime.failures.progress, *expected)
-        else:
-            source = open_named(config, numerics)
+        source = opened()
     data_spec = runtime.team.broadcast(source.data_spec if source is not None else None)
     assert data_spec is not None  # rank 0 has opened the data
+    if grid.stage == 0 and not grid.leads:  # after rank 0, which may have fetched them
+        source = opened()
     return source, data_spec
 
 

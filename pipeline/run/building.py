@@ -5,20 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch.distributed as dist
+
 from pipeline.base.config import Config
 from pipeline.base.errors import LocalpipeError
 from pipeline.base.numerics import Numerics
 from pipeline.data.source import DataSpec, Source
 from pipeline.edges.connect import Edges, EdgeSpecs, connect
-from pipeline.edges.wire import MessageSpec
+from pipeline.edges.twins import Twins
+from pipeline.edges.wire import FOREVER, MessageSpec
 from pipeline.local.local_module import LocalModule
 from pipeline.local.module_state import BUSY, restore_module
 from pipeline.plan.assembly import Plan
 from pipeline.plan.memory import explain_out_of_memory
+from pipeline.ranks.grid import REPLICAS, Grid, device_mesh
 from pipeline.ranks.runtime import Runtime
 from pipeline.run.loop import total_steps
-from pipeline.run.orders import SaveOrStop
-from pipeline.stage.inlet import DataInlet, Inlet, edge_inlet
+from pipeline.stage.averaging import Averaging
+from pipeline.stage.inlet import DataInlet, Inlet, Orders, edge_inlet
 from pipeline.stage.stage import Stage
 from pipeline.stage.watch import Progress, Watch
 from pipeline.store.checkpoint import Checkpoint, open_verified
@@ -37,9 +41,9 @@ def open_checkpoint(start: Start, plan: Plan, data_spec: DataSpec) -> Checkpoint
     return saved
 
 
-def connect_stage(plan: Plan, numerics: Numerics, runtime: Runtime) -> Edges:
+def connect_stage(plan: Plan, numerics: Numerics, runtime: Runtime, grid: Grid) -> Edges:
     """The edges of this rank. Collective."""
-    rank, last = runtime.team.rank, runtime.team.size - 1
+    rank, last = grid.stage, grid.stages - 1
     wire = (numerics.dtype, numerics.channels_last)
 
     def gradients(sender: int) -> MessageSpec | None:
@@ -69,11 +73,25 @@ def connect_stage(plan: Plan, numerics: Numerics, runtime: Runtime) -> Edges:
         backend=runtime.backend,
         ring=config.schedule.ring if config.schedule.kind == "free" else 0,
         max_uses=config.schedule.max_uses,
+        replicas=grid.replicas,
     )
 
 
+def connect_twins(runtime: Runtime, grid: Grid) -> tuple[Averaging | None, Twins | None]:
+    """What averages over the replicas, and what their first stages agree on orders by; None, None of one replica.
+    Collective."""
+    if grid.replicas == 1:
+        return None, None
+    team, device = runtime.team, runtime.device
+    mesh = device_mesh(grid, device, runtime.backend, FOREVER)
+    averaging = Averaging(Twins(team, grid, mesh.get_group(REPLICAS), "gradients"))
+    group = dist.new_group(list(grid.twins(0)), FOREVER, "gloo")  # on the host, whatever carries the gradients
+    orders = Twins(team, grid, group, "orders") if isinstance(group, dist.ProcessGroup) and grid.stage == 0 else None
+    return averaging, orders
+
+
 def inlet_of(
-    edges: Edges, source: Source | None, config: Config, orders: SaveOrStop, progress: Progress
+    edges: Edges, source: Source | None, config: Config, orders: Orders, progress: Progress
 ) -> Inlet:
     """Where the input of this rank comes from."""
     if edges.activation_in is not None:
@@ -83,9 +101,15 @@ def inlet_of(
 
 
 def stage_of(
-    plan: Plan, rank: int, modules: Sequence[LocalModule], inlet: Inlet, edges: Edges, watch: Watch
+    plan: Plan,
+    rank: int,
+    modules: Sequence[LocalModule],
+    inlet: Inlet,
+    edges: Edges,
+    watch: Watch,
+    averaging: Averaging | None = None,
 ) -> Stage:
-    """The stage of ``rank``."""
+    """Stage ``rank`` of a pipeline."""
     return Stage(
         modules,
         plan.schedules[rank],
@@ -95,6 +119,7 @@ def stage_of(
         plan.image_crosses(rank),
         marks_epochs=plan.config.schedule.kind == "free",
         watch=watch,
+        averaging=averaging,
     )
 
 
@@ -113,7 +138,7 @@ def restore(stage: Stage, saved: Checkpoint | None) -> tuple[Position, list[Epoc
 
 @contextmanager
 def explained_failures(
-    runtime: Runtime, plan: Plan, numerics: Numerics, modules: Sequence[LocalModule], watch: Watch
+    runtime: Runtime, grid: Grid, plan: Plan, numerics: Numerics, modules: Sequence[LocalModule], watch: Watch
 ) -> Iterator[None]:
     """Inside, a failure is reported with the module at work, and with what is held where memory has run out."""
     try:
@@ -121,7 +146,9 @@ def explained_failures(
     except (LocalpipeError, KeyboardInterrupt):
         raise
     except Exception as error:
-        explained = explain_out_of_memory(error, plan, runtime.team.rank, numerics, modules)
+        explained = explain_out_of_memory(error, plan, grid.stage, numerics, modules)
         action = watch.current
-        module = None if action is None else f"module {action.module} ({plan.cut.label(action.module)})"
+        module = None
+        if action is not None:
+            module = grid.named(f"module {action.module} ({plan.cut.label(action.module)})")
         runtime.failures.report(explained or error, module)

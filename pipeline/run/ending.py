@@ -59,7 +59,8 @@ def unsaved(problem: str) -> str:
 def finish(run: Run, loop: Loop, modules: Sequence[LocalModule]) -> dict[str, Any]:
     """Collect weights and write the run directory; returns the summary on every rank. Collective."""
     team = run.runtime.team
-    gathered = team.gather({module.plan.index: module_weights(module) for module in modules})
+    mine = modules if run.grid.leads else ()
+    gathered = team.gather({module.plan.index: module_weights(module) for module in mine})
     summary: dict[str, Any] | None = None
     if gathered is not None and run.view is not None:
         every = {index: state for part in gathered for index, state in part.items()}
@@ -104,6 +105,7 @@ def _settings(run: Run, module: LocalModule, states: list[State]) -> dict[str, A
         "micro_batches": config.schedule.micro_batches,
         "modules": modules,
         "world_size": run.runtime.team.size,
+        "replicas": run.grid.replicas,
         "seed": config.train.seed,
         "precision": str(module.numerics.dtype).removeprefix("torch."),
         "config_sha256": config.fingerprint(),

@@ -24,6 +24,7 @@ from pipeline.base.config import Config
 from pipeline.base.errors import warn
 from pipeline.base.toml import to_toml
 from pipeline.base.version import VERSION
+from pipeline.data.share import Share
 from pipeline.data.source import DataSpec
 from pipeline.edges.connect import Edges
 from pipeline.edges.wire import Directive
@@ -32,6 +33,7 @@ from pipeline.local.optimiser import learning_rate, poly
 from pipeline.local.task import Classification, task_name
 from pipeline.local.to_host import arrival
 from pipeline.plan.assembly import Plan, write_plan
+from pipeline.ranks.grid import Grid
 from pipeline.ranks.runtime import Runtime
 from pipeline.report.loggers import Loggers
 from pipeline.report.view import View
@@ -55,6 +57,7 @@ class Run:
 
     config: Config
     runtime: Runtime
+    grid: Grid
     plan: Plan
     stage: Stage
     edges: Edges
@@ -117,7 +120,7 @@ class Loop:
             if directive is Directive.STOP:
                 self._save(epoch, self.step)
                 return Directive.STOP
-            sent = run.edges.bytes_sent()
+            sent = run.edges.bytes_sent() + run.stage.bytes_averaged()
             self._finished = epoch
             run.telemetry.post(epoch, run.stage, run.stage.take_counters(), wait_s, wall_s, sent)
             if directive is Directive.SAVE or self._due(epoch):
@@ -161,7 +164,8 @@ class Loop:
             for step in steps:
                 self._set_learning_rate(epoch, step)
                 stage.train_step(epoch, step)
-                run.telemetry.pulse(stage, self._epoch_began)
+                if run.grid.leads:
+                    run.telemetry.pulse(stage, self._epoch_began)
                 if run.view is not None and time.monotonic() - self._last_shown > SHOW_S:
                     self._show(epoch, step + 1, first, end)
                 if stage.directive is not Directive.GO and step + 1 < end:
@@ -190,7 +194,8 @@ class Loop:
 
     def _test(self, epoch: int) -> Directive:
         stage = self._run.stage
-        stage.test(epoch, self.step, self._run.data_spec.test_batches)
+        mine = Share(self._run.grid.replica, self._run.grid.replicas).batches(self._run.data_spec.test_batches)
+        stage.test(epoch, self.step, len(mine))
         return Directive.STOP if stage.directive is Directive.STOP else Directive.GO
 
     # --- saving -------------------------------------------------------------------------------------------------------
@@ -208,6 +213,8 @@ class Loop:
         if self._saved == (self.step, self._finished):
             return
         self._saved = (self.step, self._finished)
+        if not run.grid.leads:
+            return  # its twin in the first replica has the same state
         run.runtime.failures.progress(epoch, self.step, "saving")
         states = {index: module_state(module) for index, module in stage.modules.items()}
         for index, busy_s in stage.watch.busy_s.items():
@@ -314,6 +321,7 @@ class Loop:
                     epochs=self.epochs,
                     step=step,
                     learning_rate=self._rate(epoch, step - 1),
+                    stages=run.grid.stages,
                 )
                 self.records.append(record)
                 self._write(record)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.local.task import ERROR, Metric
 from pipeline.plan.assembly import Plan
@@ -34,7 +35,8 @@ class StageReport:
     modules: list[dict[str, Any]]
     images: int
     tested: int
-    test_metrics: dict[str, float]
+    statistics: list[tuple[int, str, str, str, Any]]
+    """module, level, metric, and what that has counted: the dtype, and (nested lists of) numbers"""
     test_loss_sum: float
 
 
@@ -84,30 +86,15 @@ class Telemetry:
 
     def post(self, epoch: int, stage: Stage, counters: Counters, wait_s: float, wall_s: float, sent: int) -> None:
         """Publish this rank's numbers of a finished epoch. ``sent``: bytes sent since the run began."""
-        index_of_last = len(self._plan.modules) - 1
-        measured = {
-            (index, level, metric.name): metric.of(counters.statistics[index, level, metric.name], counters.tested)
-            for index, level, name in counters.statistics
-            for metric in self._plan.task.metrics
-            if metric.name == name
-        }
         modules = []
         for index, module in stage.modules.items():
-            errors: dict[str, float | None] = {}
-            for level in [*module.levels, *(["final"] if module.plan.final else [])]:
-                errors[level] = measured.get((index, level, ERROR.name))
-            others = {
-                f"{level}.{name}": value
-                for (of, level, name), value in measured.items()
-                if of == index and name != ERROR.name
-            }
+            levels = [*module.levels, *(["final"] if module.plan.final else [])]
             module_record = ModuleRecord(
                 index=index,
                 rank=self._team.rank,
                 blocks=self._plan.cut.label(index),
                 losses=module.take_losses(),
-                head_error_pct=errors,
-                head_metrics=others,
+                head_error_pct=dict.fromkeys(levels),
                 busy_s=counters.busy_s.get(index, 0.0),
                 skipped_steps=module.losses.take_skipped(),
             )
@@ -133,9 +120,10 @@ class Telemetry:
             modules=modules,
             images=counters.images,
             tested=counters.tested,
-            test_metrics={
-                name: value for (*where, name), value in measured.items() if where == [index_of_last, "final"]
-            },
+            statistics=[
+                (*key, str(counted.dtype).removeprefix("torch."), counted.tolist())
+                for key, counted in counters.statistics.items()
+            ],
             test_loss_sum=float(counters.test_loss_sum),
         )
         self._team.set(Key.EPOCH(epoch=epoch, rank=self._team.rank), json.dumps(dataclasses.asdict(report)))
@@ -154,15 +142,42 @@ class Telemetry:
 
 
 def merge(
-    reports: list[StageReport], metrics: Sequence[Metric], *, epoch: int, epochs: int, step: int, learning_rate: float
+    reports: list[StageReport],
+    metrics: Sequence[Metric],
+    *,
+    epoch: int,
+    epochs: int,
+    step: int,
+    learning_rate: float,
+    stages: int | None = None,
 ) -> EpochRecord:
-    """One record of the whole pipeline from the reports of all ranks, in order of ranks."""
-    last = reports[-1]
-    modules = tuple(ModuleRecord(**entry) for report in reports for entry in report.modules)
-    stages = tuple(StageRecord(**{**r.stage, "modules": tuple(r.stage["modules"])}) for r in reports)
-    wall_s = max(stage.wall_s for stage in stages)
+    """One record of the whole job from the reports of all ranks, in order of ranks.
+
+    Args:
+        stages: ranks of a replica. Losses are the same in all of them; of a test each has done its part. None: all.
+    """
+    stages = len(reports) if stages is None else stages
+    first, lasts = reports[:stages], reports[stages - 1 :: stages]
+    tested = sum(last.tested for last in lasts)
+    measured = _measured(reports, metrics, tested)
+    modules = tuple(
+        dataclasses.replace(
+            module,
+            head_error_pct={level: measured.get((module.index, level, ERROR.name)) for level in module.head_error_pct},
+            head_metrics={
+                f"{level}.{name}": value
+                for (index, level, name), value in measured.items()
+                if index == module.index and name != ERROR.name
+            },
+        )
+        for module in (ModuleRecord(**entry) for report in first for entry in report.modules)
+    )
+    records = tuple(StageRecord(**{**r.stage, "modules": tuple(r.stage["modules"])}) for r in reports)
+    wall_s = max(record.wall_s for record in records)
     images = reports[0].images
-    tested = last.tested
+    of_network = {
+        name: value for (index, level, name), value in measured.items() if (index, level) == (len(modules) - 1, "final")
+    }
     return EpochRecord(
         epoch=epoch,
         epochs=epochs,
@@ -172,11 +187,28 @@ def merge(
         images_per_s=images / wall_s if wall_s > 0 else 0.0,
         learning_rate=learning_rate,
         train_loss=modules[-1].losses.get("final", float("nan")),
-        test_error_pct=last.test_metrics.get(ERROR.name),
-        test_loss=last.test_loss_sum / tested if tested else None,
-        stages=stages,
+        test_error_pct=of_network.get(ERROR.name),
+        test_loss=sum(last.test_loss_sum for last in lasts) / tested if tested else None,
+        stages=records,
         modules=modules,
-        test_metrics={name: value for name, value in last.test_metrics.items() if name != ERROR.name},
-        test_text=f"{metrics[0].title} {metrics[0].form.text(last.test_metrics.get(metrics[0].name))}",
+        test_metrics={name: value for name, value in of_network.items() if name != ERROR.name},
+        test_text=f"{metrics[0].title} {metrics[0].form.text(of_network.get(metrics[0].name))}",
         metric=metrics[0].form,
     )
+
+
+def _measured(
+    reports: Sequence[StageReport], metrics: Sequence[Metric], tested: int
+) -> dict[tuple[int, str, str], float]:
+    """Of every metric that was counted: (module, level, metric) -> its value over the ``tested`` rows of all."""
+    sums: dict[tuple[int, str, str], Tensor] = {}
+    for report in reports:
+        for index, level, name, dtype, counted in report.statistics:
+            key, more = (index, level, name), torch.tensor(counted, dtype=getattr(torch, dtype))
+            sums[key] = sums[key] + more if key in sums else more
+    return {
+        (index, level, metric.name): metric.of(total, tested)
+        for (index, level, name), total in sums.items()
+        for metric in metrics
+        if metric.name == name
+    }

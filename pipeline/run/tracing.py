@@ -14,11 +14,10 @@ from pipeline.stage.events import SEND, write_trace
 from pipeline.stage.recorder import LIMIT, Recorder, by_time, clock_offset_s
 
 
-def attach(runtime: Runtime, plan: Plan, edges: Edges) -> Recorder:
-    """A recorder for this rank's stage, told of its messages by the edges. Collective: clocks are compared."""
+def attach(runtime: Runtime, stage: range, edges: Edges) -> Recorder:
+    """A recorder for this rank's ``stage``, told of its messages by the edges. Collective: clocks are compared."""
     rank = runtime.team.rank
     recorder = Recorder(rank, runtime.device, clock_offset_s(runtime.team))
-    stage = plan.stages[rank]
     upstream = ((edges.gradient_out, stage[0]), (edges.weights_out, stage[0]))
     for sender, module in ((edges.activation_out, stage[-1]), *upstream):
         if sender is not None:

@@ -4,7 +4,7 @@
     beginning.py              ...            building.py           loop.py                            ending.py
 
 Every rank runs the same code; only the first stage reads images and only rank 0 writes the screen and the files of the
-run (a checkpoint is written by all).
+run (a checkpoint is written by all ranks of the first replica).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pipeline.local.task import Task
 from pipeline.plan.assembly import build_modules, describe, write_plan
 from pipeline.plan.level_choice import levels_line
 from pipeline.plan.measured_placement import placed_plan
+from pipeline.ranks.grid import grid_of
 from pipeline.ranks.runtime import Runtime
 from pipeline.report.loggers import Loggers
 from pipeline.report.view import open_view
@@ -43,10 +44,18 @@ from pipeline.run.beginning import (
     refuse_early,
     show_beginning,
 )
-from pipeline.run.building import connect_stage, explained_failures, inlet_of, open_checkpoint, restore, stage_of
+from pipeline.run.building import (
+    connect_stage,
+    connect_twins,
+    explained_failures,
+    inlet_of,
+    open_checkpoint,
+    restore,
+    stage_of,
+)
 from pipeline.run.ending import Outcome, draw_curve, finish, stopped, unsaved, without_curve
 from pipeline.run.loop import Loop, Run
-from pipeline.run.orders import SaveOrStop
+from pipeline.run.orders import SaveOrStop, shared
 from pipeline.run.telemetry import Telemetry
 from pipeline.stage.schedule import Action
 from pipeline.stage.watch import Watch
@@ -79,7 +88,8 @@ def train(
             Without it ``config.model.name`` is built and initialised from ``config.train.seed``.
         task: what your own network is for; without it, what ``config.data.name`` is for, or classification of the
             data's classes.
-        data: your own loaders; only rank 0 reads from them. Without it ``config.data.name`` is opened.
+        data: your own loaders; only rank 0 reads from them, or the first stage of every replica. Without it
+            ``config.data.name`` is opened.
         run_dir: where config.toml, metrics.jsonl, checkpoints, summary.json, model.pt, heads.pt go; default
             ``runs/<name>-<time>``.
         resume: "auto": go on from the newest valid checkpoint in ``run_dir``, if there is one; "none": begin anew; else
@@ -109,25 +119,26 @@ def train(
         config = named_after(validate(config), network, data)
 
         failures.progress(-1, -1, "choosing where to start")  # the cheap refusals first
-        numerics = refuse_early(config, network, task, runtime)
+        grid = grid_of(config, team.rank, team.size)
+        numerics = refuse_early(config, network, task, runtime, grid)
         task = task if task is not None or data is not None else task_of(config)
         agree_on_all(team, config, task)
-        start, directory, lock = begin(config, task, run_dir, resume, runtime, held)
+        start, directory, lock = begin(config, task, run_dir, resume, runtime, grid, held)
         reason = asked_to_stop(runtime)
         if reason is not None and start.checkpoint is None:  # before what may take minutes
             return stopped(team, Outcome(directory, reason, 0, None))
 
         failures.progress(-1, -1, "opening the data")
-        source, data_spec = open_source(config, data, numerics, runtime, task)
+        source, data_spec = open_source(config, data, numerics, runtime, grid, task)
         failures.progress(-1, -1, "placing the local modules")
         config, blocks, task, cut = cut_network(config, network, data_spec, task, start, team)
         pretrained = pretrained_weights(config, blocks, task, start, team)
         spec, together = data_spec.inputs, start.levels_together
-        plan, placement = placed_plan(config, blocks, task, numerics, runtime, spec, together)
+        plan, placement = placed_plan(config, blocks, task, numerics, runtime, spec, together, grid)
         if team.leads:
             directory.write_config(to_toml(config))  # with the cuts of this run
             write_plan(plan, directory.path / PLAN)
-        failures.describe(plan.stage_label(team.rank))
+        failures.describe(grid.named(plan.stage_label(grid.stage)))
 
         failures.progress(-1, -1, "building the local modules")
         view = held.enter_context(closing(open_view(quiet=quiet))) if team.leads else None
@@ -135,17 +146,20 @@ def train(
             failures.before_exit(view.close)  # a live view hides the cursor
         watch = Watch(failures.progress, before_action)
         modules: list[LocalModule] = []
-        held.enter_context(explained_failures(runtime, plan, numerics, modules, watch))
-        modules += build_modules(plan, team.rank, blocks, numerics, network is None, pretrained)
+        held.enter_context(explained_failures(runtime, grid, plan, numerics, modules, watch))
+        averaging, order_group = connect_twins(runtime, grid)
+        modules += build_modules(plan, grid.stage, blocks, numerics, network is None, pretrained, grid.replica)
         begins = str(pretrained or "")
         del blocks, pretrained  # of the other stages too
         saved = open_checkpoint(start, plan, data_spec)
-        edges = connect_stage(plan, numerics, runtime)
-        recorder = watch.recorder = tracing.attach(runtime, plan, edges) if trace else None
+        edges = connect_stage(plan, numerics, runtime, grid)
+        recorder = watch.recorder = tracing.attach(runtime, plan.stages[grid.stage], edges) if trace else None
         orders = SaveOrStop(config.checkpoint, failures.stop_request)
-        inlet = inlet_of(edges, source, config, orders, failures.progress)
-        stage = stage_of(plan, team.rank, modules, inlet, edges, watch)
+        inlet = inlet_of(edges, source, config, shared(orders, order_group, grid, data_spec), failures.progress)
+        stage = stage_of(plan, grid.stage, modules, inlet, edges, watch, averaging)
         position, records = restore(stage, saved)
+        if averaging is not None:
+            averaging.begin_alike(modules)
         devices = team.gather(str(runtime.device))
         if view is not None:
             goes_on = f"resumed from {start.checkpoint} (step {position.step})" if start.checkpoint else ""
@@ -160,6 +174,7 @@ def train(
         run = Run(
             config=config,
             runtime=runtime,
+            grid=grid,
             plan=plan,
             stage=stage,
             edges=edges,
@@ -167,7 +182,7 @@ def train(
             telemetry=Telemetry(team, plan, runtime.device, live=team.broadcast(not quiet)),
             directory=directory,
             lock=lock,
-            saver=Saver(team, folder, config.checkpoint),
+            saver=Saver(team, folder, config.checkpoint, range(grid.stages)),
             orders=orders,
             view=view,
             loggers=loggers,

@@ -39,12 +39,14 @@ ACTIVATION, LABELS, IMAGE, LOCAL_GRADIENT = "activation", "labels", "image", "lo
 class Batch:
     """A whole batch at the first stage: ``x`` (B, ...), or a dict of named tensors, in the form that the network eats;
     ``labels`` int64 (B, ...); ``image`` uint8 (B, C, H, W), where there is one to reconstruct; ``local_gradient`` like
-    ``x``, where a stage by itself is given what the module before would have sent."""
+    ``x``, where a stage by itself is given what the module before would have sent. ``all_rows``: of the batch that this
+    one is a replica's share of; 0: it is whole."""
 
     x: Flow
     labels: Tensor
     image: Tensor | None
     local_gradient: Tensor | None = None
+    all_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Input:
 
     Attributes:
         batch: what the modules get.
-        batch_rows: rows of the whole batch.
+        batch_rows: rows of the whole batch, over all replicas.
         release: gives its buffers back.
     """
 
@@ -294,6 +296,7 @@ def edge_inlet(receiver: Receiver) -> EdgeInlet:
 def split(batch: Batch, parts: int) -> Iterator[Input]:
     """A batch cut into micro-batches of as equal sizes as can be."""
     rows, start = len(batch.labels), 0
+    every = batch.all_rows or rows
     tensors = named(batch.x)
     for part in torch.tensor_split(torch.arange(rows), parts):
         span = slice(start, start + len(part))
@@ -301,7 +304,7 @@ def split(batch: Batch, parts: int) -> Iterator[Input]:
         image = batch.image[span] if batch.image is not None else None
         inputs = {name: tensor[span] for name, tensor in tensors.items()}
         asked = batch.local_gradient[span] if batch.local_gradient is not None else None
-        yield Input(MicroBatch(inputs, batch.labels[span], image, len(part) / rows, asked), rows)
+        yield Input(MicroBatch(inputs, batch.labels[span], image, len(part) / every, asked), every)
 
 
 def payload(tensors: Mapping[str, T], prefix: str) -> dict[str, T]:

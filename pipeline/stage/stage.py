@@ -25,6 +25,7 @@ from pipeline.edges.wire import Directive, Header, MessageKind
 from pipeline.local.local_module import LocalModule
 from pipeline.local.micro_batch import BatchKey, MicroBatch
 from pipeline.local.updates import Due, losses_together, update_together
+from pipeline.stage.averaging import Averaging
 from pipeline.stage.counters import Counters
 from pipeline.stage.gradients import GRADIENT, GradientInlet
 from pipeline.stage.inlet import ACTIVATION, IMAGE, LABELS, LOCAL_GRADIENT, Inlet, Input, payload
@@ -46,6 +47,7 @@ class Stage:
         forward_image: whether a later stage reconstructs the image, so that it must be sent on.
         marks_epochs: whether the end of an epoch is a message of its own (`free`).
         watch: who looks on.
+        averaging: over the replicas, where there are several.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Stage:
         forward_image: bool = False,
         marks_epochs: bool = False,
         watch: Watch | None = None,
+        averaging: Averaging | None = None,
     ) -> None:
         self.modules: Mapping[int, LocalModule] = {m.plan.index: m for m in modules}
         self.schedule = tuple(schedule)
@@ -69,8 +72,10 @@ class Stage:
         self._gradients = GradientInlet(edges.gradient_in, gradient_order, self.modules)
         self._weights = WeightsUpstream(edges, schedule, self.modules)
         self._last_backwards = last_backwards(schedule)
+        self._last_micro_batch = max(action.micro_batch for action in schedule)
         self._forward_image = forward_image
         self._marks_epochs = marks_epochs
+        self._averaging = averaging
         self._inputs: dict[BatchKey, Input] = {}
         self._unfinished: dict[BatchKey, int] = {}  # modules that still need the input
         self._hidden: dict[BatchKey, tuple[Tensors, Tensor | None]] = {}  # to the next module: outputs, local gradient
@@ -112,10 +117,9 @@ class Stage:
                     case Kind.FINAL:
                         module.final(batch)
                     case Kind.BACKWARD:
-                        if action in self._last_backwards:
-                            losses_together(self._due(self._last_backwards[action], step))
+                        self._before_backward(action, step)
                         self._send_upstream(action, batch, module.backward(batch), epoch)
-                        self._close(module, batch)
+                        self._close(module, action, batch)
                     case Kind.UPDATE:
                         self._update(self._due(actions, step))
                     case Kind.SHARE:
@@ -182,7 +186,8 @@ class Stage:
             self.counters.queue_depth_count += 1
         self._inputs[batch] = self.inlet.next(epoch, *batch)
         self._unfinished[batch] = len(self.modules)
-        self.counters.images += self._inputs[batch].rows
+        if batch[1] == 0:  # images of a batch, whoever trains on its rows
+            self.counters.images += self._inputs[batch].batch_rows
 
     def _given(self, module: LocalModule, batch: BatchKey) -> MicroBatch:
         """What a module works on: the input of the stage, or the output of the module before."""
@@ -234,8 +239,16 @@ class Stage:
                 header = Header(MessageKind.GRADIENT, epoch, *batch, key, item.rows, item.batch_rows)
                 self.edges.gradient_out.send(header, **payload(gradients, GRADIENT))
 
-    def _close(self, module: LocalModule, batch: BatchKey) -> None:
-        """Give buffers back: gradients once their module has used them, the input once every module is done."""
+    def _before_backward(self, action: Action, step: int) -> None:
+        """All losses of updates that are done together may be there; those of a replica are no news by themselves."""
+        if action in self._last_backwards and self._averaging is None:
+            losses_together(self._due(self._last_backwards[action], step))
+
+    def _close(self, module: LocalModule, action: Action, batch: BatchKey) -> None:
+        """Average what is complete; give buffers back: gradients once their module has used them, the input once every
+        module is done."""
+        if self._averaging is not None and action.micro_batch == self._last_micro_batch:
+            self._averaging.begin(module, batch[0])
         self._gradients.release(batch, module)
         self._unfinished[batch] -= 1
         if self._unfinished[batch] == 0:
@@ -243,6 +256,9 @@ class Stage:
             self._inputs.pop(batch).release()
 
     def _update(self, due: Due) -> None:
+        if self._averaging is not None:
+            for module, step in due:
+                self._averaging.finish(module, step)
         try:
             update_together(due)
         except NonFiniteError as error:
@@ -288,7 +304,12 @@ class Stage:
         """Seconds spent waiting for neighbours and data so far."""
         edges = self.edges
         ends = (edges.gradient_in, edges.activation_out, edges.gradient_out, edges.weights_in, edges.weights_out)
-        return self.inlet.wait_s + sum(end.wait_s for end in ends if end is not None)
+        averaging = 0.0 if self._averaging is None else self._averaging.wait_s
+        return self.inlet.wait_s + averaging + sum(end.wait_s for end in ends if end is not None)
+
+    def bytes_averaged(self) -> int:
+        """Bytes sent to the twins in other replicas so far."""
+        return 0 if self._averaging is None else self._averaging.bytes_sent
 
     def wait_since_epoch(self) -> float:
         """Seconds spent waiting since ``begin_epoch``."""

@@ -41,6 +41,7 @@ MAY_CHANGE = frozenset(
         *("method.reconstruction", "method.task", "method.temperature", "method.similarity"),
         *("hierarchy.independent_weight", "hierarchy.cascade_weight"),
         *("precision.channels_last", "precision.compile", "precision.layers", "patches.at_once"),
+        *("parallel.replicas", "parallel.stages", "parallel.sync_batch_norm"),
     }
 )
 """Keys that may differ from those of the checkpoint, besides all of FREE_SECTIONS. The others decide the shape of a

@@ -19,7 +19,7 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty
@@ -60,12 +60,16 @@ class Saver:
             a save, unless it is just slow.
         checkpoints: the directory of all checkpoints of the run, on a file system that all ranks share.
         settings: how many stay.
+        writers: the ranks that save, rank 0 among them; None: all.
     """
 
-    def __init__(self, team: Team, checkpoints: Path, settings: CheckpointConfig) -> None:
+    def __init__(
+        self, team: Team, checkpoints: Path, settings: CheckpointConfig, writers: Sequence[int] | None = None
+    ) -> None:
         self._team = team
         self._checkpoints = checkpoints
         self._settings = settings
+        self._writers = range(team.size) if writers is None else writers
         self._thread: threading.Thread | None = None
         self._notes: list[str] = []
         self._error: Exception | None = None
@@ -180,7 +184,7 @@ class Saver:
         """The outcomes of the other ranks."""
         team = self._team
         begun, saved = team.each(Key.SAVING, step=step), team.each(Key.SAVED, step=step)
-        missing = others = [rank for rank in saved if rank != team.rank]
+        missing = others = [rank for rank in self._writers if rank != team.rank]
         written: dict[int, str] = {}
 
         def look(seconds: float) -> tuple[list[int], dict[int, str]]:

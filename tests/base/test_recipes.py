@@ -18,7 +18,7 @@ RECIPES_SINCE = {"digits-resnet32-k4-infopro-hpff": {"model": {"cuts": "cost"}}}
 
 def test_every_recipe_resolves_to_what_it_was_as_a_file_of_its_own() -> None:
     """Recorded when each of the 97 was one file: the defaults, and what every recipe had otherwise."""
-    assert recipe_names() == sorted(BEFORE["recipes"]) and len(recipe_names()) == 97
+    assert set(BEFORE["recipes"]) <= set(recipe_names()) and len(BEFORE["recipes"]) == 97
     for name, changes in BEFORE["recipes"].items():
         now = json.loads(json.dumps(dataclasses.asdict(load_config(name, say=pytest.fail))))
         for section, entries in BEFORE["defaults"].items():

@@ -15,13 +15,16 @@ from pipeline.base.numerics import Numerics
 from pipeline.base.validation import from_dict
 from pipeline.data.image_source import ImageSource
 from pipeline.data.mixing import Mixer
+from pipeline.data.share import Share
 
 IMAGES = torch.randint(0, 256, (6, 3, 9, 7), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 LABELS = torch.tensor([0, 1, 2, 3, 3, 0])
 
 
 def mixed(epoch: int = 1, batch: int = 0, seed: int = 5, **alphas: float) -> tuple[Tensor, Tensor]:
-    return Mixer(DataConfig(**alphas), 4, seed).train(IMAGES, LABELS, epoch, batch)
+    mixer = Mixer(DataConfig(**alphas), 4, seed)
+    needed = mixer.needed(torch.arange(6), slice(0, 6))
+    return mixer.train(IMAGES[needed], LABELS[needed], epoch, batch)
 
 
 def first(batches: Any, number: int = 0) -> Any:
@@ -67,7 +70,18 @@ def test_what_is_drawn_depends_on_seed_epoch_and_batch_and_not_on_torch() -> Non
 
 def test_without_alphas_nothing_is_touched() -> None:
     images, labels = mixed()
-    assert images is IMAGES and labels is LABELS
+    assert torch.equal(images, IMAGES) and torch.equal(labels, LABELS)
+
+
+@pytest.mark.parametrize("alphas", [{"mixup": 0.4}, {"cutmix": 1.0}, {}])
+def test_replicas_make_the_same_of_their_parts_of_a_batch(alphas: dict[str, float]) -> None:
+    mixer, batch = Mixer(DataConfig(**alphas), 4, 5), torch.arange(6)
+    whole = mixed(**alphas)
+    for index in range(3):
+        rows = Share(index, 3).rows(6)
+        needed = mixer.needed(batch, rows)
+        images, labels = mixer.train(IMAGES[needed], LABELS[needed], 1, 0)
+        assert torch.equal(images, whole[0][rows]) and torch.equal(labels, whole[1][rows])
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])

@@ -1,4 +1,5 @@
-"""Methods that are a file of their own: two and three ranks train the weights of one process, bit for bit."""
+"""Methods that are a file of their own, and heads on tokens: two and four ranks train the weights of one process, bit
+for bit."""
 
 from __future__ import annotations
 
@@ -9,12 +10,15 @@ from typing import Any
 import pytest
 from helpers_spawn import run_ranks
 from tiny import Batches, network
-from tiny_features import configured, feature_batches, transformer
+from tiny_features import configured, feature_batches, image_batches, transformer, vision_transformer
+from tiny_text import CASES as TEXT_CASES
+from tiny_text import trained_on_text
 from torch import nn
 
 from pipeline import LoaderData, train
 
-CASES: dict[str, tuple[Callable[[], nn.Sequential], Callable[[], Any], dict[str, dict[str, Any]]]] = {
+CUT: dict[str, dict[str, Any]] = {"model": {"cuts": [f"encoder.layers.encoder_layer_{i}" for i in (1, 2, 3)]}}
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, dict[str, Any]]]] = {
     "dgl, deepsup": (network, Batches, {"hierarchy": {"variant": "deepsup", "cascade_span": 4}}),
     "dgl, sgr": (
         network,
@@ -32,12 +36,25 @@ CASES: dict[str, tuple[Callable[[], nn.Sequential], Callable[[], Any], dict[str,
     "lopt, parts, async": (
         transformer, feature_batches, {"patches": {"grid": 3, "at_once": 1}, "schedule": {"kind": "async"}}
     ),
+    "greedy, sgr, tokens": (
+        transformer, feature_batches, {"method": {"reconciliation": 0.01}, "hierarchy": {"cascade_span": 1}}
+    ),
+    "infopro, tokens": (
+        vision_transformer, image_batches, {"method": {"feature_dim": 8}, "patches": {"grid": 2, "at_once": 4}, **CUT}
+    ),
+    "predsim, tokens, async": (
+        vision_transformer, image_batches, {"patches": {"grid": 2, "at_once": 1}, "schedule": {"kind": "async"}, **CUT}
+    ),
+    "auglocal, tokens": (
+        vision_transformer, image_batches, {"patches": {"grid": 2, "at_once": 1}, "model": {"cuts": "even"}}
+    ),
 }
 
 
-def trained(rank: int, folder: str) -> dict[str, str]:
-    """The digest of the weights of every case."""
-    found = {}
+def trained(rank: int, folder: str) -> dict[str, Any]:
+    """The digest of the weights of every case; of those on text the perplexity as well."""
+    on_text = trained_on_text(rank, Path(folder) / "text")
+    found: dict[str, Any] = {f"text, {case}": result for case, result in on_text.items()}
     for case, (build, batches, sections) in CASES.items():
         method = {"name": case.split(",")[0], **sections.get("method", {})}
         rest = {name: section for name, section in sections.items() if name != "method"}
@@ -49,14 +66,14 @@ def trained(rank: int, folder: str) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What one process trains."""
     return trained(0, str(tmp_path_factory.mktemp("alone")))
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_the_weights_are_those_of_one_process(alone: dict[str, str], ranks: int, tmp_path: Path) -> None:
-    assert len(set(alone.values())) == len(CASES)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_weights_are_those_of_one_process(alone: dict[str, Any], ranks: int, tmp_path: Path) -> None:
+    assert len(set(alone.values())) == len(CASES) + len(TEXT_CASES)
     results = run_ranks(trained, ranks, str(tmp_path), timeout_s=120)
     assert [result.exit_code for result in results] == [0] * ranks, [result.stderr for result in results]
     assert results[0].value == alone
