@@ -26,7 +26,12 @@ FCN_HEAD = "fcn"  # of a task with an output for every pixel, with any method th
 DECODERS = ("cifar", "imagenet", "imagenet-hpff")
 TUNED_LAYERS = ("batch-norm", "pointwise", "paired", "pooling", "upsampling")  # of heads, see models.tuned
 LOGGERS = ("tensorboard", "wandb")
-DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder", "text")
+DATA_SETS = (
+    "digits", "cifar10", "cifar100", "svhn", "stl10", "folder", "imagenet", "cityscapes", "shapes", "text",
+)
+CITYSCAPES, SHAPES = "cityscapes", "shapes"
+SEGMENTED = (CITYSCAPES, SHAPES)  # data sets with a class for every pixel
+DECODED = ("imagenet", CITYSCAPES)  # data sets that worker processes decode and augment
 YEAR_MIN = 366 * 24 * 60
 MONTH_S = 31 * 24 * 3600
 LARGEST_SEED = 2**63 - 1  # the largest integer of TOML
@@ -231,20 +236,42 @@ class DataConfig:
 
     name: str = key(
         "digits",
-        "the data set; folder: class directories of images; text: a file of bytes, of which the next is told; loader: "
-        "given to train() as it is",
+        "the data set; folder: class directories of images; imagenet: the same, decoded and augmented by workers; "
+        "cityscapes: classes of pixels; shapes: generated scenes with classes of pixels; text: a file of bytes, of "
+        "which the next is told; loader: given to train() as it is",
         choices=(*DATA_SETS, "loader"),
     )
     root: str = key("", "directory of the data set; for folder a directory or a tar file, for text a file")
     download: bool = key(False, "let torchvision fetch a missing data set")
     batch_size: int = key(64, "images per step, over all replicas and micro-batches", at_least=1, at_most=2**20)
     image_size: int = key(
-        0, "folder: resize and crop to this many pixels; 0 = images have one size already", at_least=0, at_most=16_384
+        0,
+        "folder: resize and crop to this many pixels; 0 = images have one size already; imagenet: random crops "
+        "resized to it, for the test 8/7 of it and the centre; 0 = 224",
+        at_least=0, at_most=16_384,
     )
+    crop: tuple[int, ...] = key(
+        (512, 1024), "cityscapes: height and width of the crops that are trained on", at_least=1, at_most=16_384,
+        length=2,
+    )
+    workers: int = key(4, "imagenet, cityscapes: processes that decode and augment", at_least=1, at_most=1024)
     length: int = key(128, "text: bytes of a sequence", at_least=1, at_most=2**20)
     augment: str = key(
         "auto", "auto: as is usual for the data set; text: an epoch begins anywhere", choices=("auto", "none")
     )
+    mixup: float = key(
+        0.0, "alpha of mixup, for classes of whole images: two images of a batch are blended; 0 = none",
+        at_least=0, at_most=10**6,
+    )
+    cutmix: float = key(
+        0.0, "alpha of CutMix: a box of another image is pasted; with mixup: half of the batches each; 0 = none",
+        at_least=0, at_most=10**6,
+    )
+    test_scales: tuple[float, ...] = key(
+        (1.0,), "evaluation of classes of pixels: whole images in these sizes, the class probabilities averaged",
+        at_least=0.1, at_most=10,
+    )
+    test_flip: bool = key(False, "evaluation of classes of pixels: the mirrored images too")
     drop_last: bool = key(False, "leave the short last batch of an epoch out")
     cache_gib: float = key(4.0, "keep decoded images in memory up to this size, in GiB", at_least=0, at_most=10**6)
 
@@ -260,9 +287,11 @@ class OptimConfig:
     weight_decay: float = key(1e-4, "of every parameter, heads included", at_least=0, at_most=10**6)
     schedule: str = key(
         "cosine",
-        "cosine to 0; cosine-peak: an epoch later, from the peak; step: x 0.1 at 1/2 and 3/4 of the epochs; constant",
-        choices=("cosine", "cosine-peak", "step", "constant"),
+        "cosine to 0; cosine-peak: an epoch later, from the peak; step: x 0.1 at 1/2 and 3/4 of the epochs; constant; "
+        "poly: (1 - step / steps) ** 0.9 to min_lr, in every step",
+        choices=("cosine", "cosine-peak", "step", "constant", "poly"),
     )
+    min_lr: float = key(1e-4, "poly: learning rate that it falls to", at_least=0, at_most=10**6)
     warmup_epochs: int = key(10, "epochs of linear warm-up from warmup_lr", at_least=0, at_most=10**6)
     warmup_lr: float = key(0.01, "learning rate of the first epoch of a warm-up", at_least=0, at_most=10**6)
     clip_norm: float = key(
@@ -277,6 +306,9 @@ class TrainConfig:
     epochs: int = key(10, "passes over the training set", at_least=1, at_most=10**6)
     max_steps: int = key(0, "stop after this many steps, then evaluate; 0 = all epochs", at_least=0, at_most=10**12)
     seed: int = key(0, "of weights, order of the images and augmentation", at_least=0, at_most=LARGEST_SEED)
+    label_smoothing: float = key(
+        0.0, "share of the target that is spread over all classes, in every loss that classifies", at_least=0, at_most=1
+    )
     evaluate_every: int = key(
         1, "epochs between tests; the last epoch is always tested", at_least=1, at_most=10**6
     )

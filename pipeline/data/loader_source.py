@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Generator, Iterator
-from contextlib import closing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,7 @@ from pipeline.base.errors import ConfigError, DataError
 from pipeline.base.flow import LABEL, MAIN, Specs, Tensors, TensorSpec, bare
 from pipeline.base.numerics import Numerics, stable_hash
 from pipeline.data.catalogue import CIFAR_MEAN_ROUNDED, CIFAR_STD_ROUNDED
-from pipeline.data.loader_errors import checked, named_deaths, named_errors
+from pipeline.data.loader_errors import checked, guarded, named_errors
 from pipeline.data.normaliser import Normaliser
 from pipeline.data.prefetch import moved, on_device
 from pipeline.data.share import WHOLE, Share
@@ -121,7 +120,7 @@ class LoaderSource:
         if callable(set_epoch):
             set_epoch(epoch)
         batches = on_device(self._ready, self._from(epoch, start), self._device, ahead=1)
-        return self._named(batches, "train")
+        return guarded(batches, "train")
 
     def test(self) -> Iterator[Batch]:
         """The test loader, cut into micro-batches."""
@@ -131,16 +130,7 @@ class LoaderSource:
             for start, part in zip(itertools.count(0, self._micro_batch), labels.split(self._micro_batch), strict=False)
         )
         mine = itertools.islice(parts, self._share.index, None, self._share.of)
-        return self._named(on_device(self._ready, mine, self._device, ahead=1), "test")
-
-    @staticmethod
-    def _named(batches: Generator[Batch, None, None], which: str) -> Iterator[Batch]:
-        with closing(batches):
-            first = next(batches, None)  # starts the workers
-            if first is not None:
-                with named_deaths(which):
-                    yield first
-                    yield from batches
+        return guarded(on_device(self._ready, mine, self._device, ahead=1), "test")
 
     def _from(self, epoch: int, start: int) -> Iterator[Rows]:
         least = 2 * self._parts * self._share.of

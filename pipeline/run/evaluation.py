@@ -30,7 +30,7 @@ from pipeline.data.named import open_named, task_of
 from pipeline.data.source import DataSpec, Source
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.local_module import LocalModule
-from pipeline.local.task import Classification, Task, refuse_unusable, task_name
+from pipeline.local.task import Classification, Task, classification, refuse_unusable, task_name
 from pipeline.local.weights import below, networks
 from pipeline.models.backbones import Blocks, build_blocks
 from pipeline.models.boundaries import blank
@@ -76,7 +76,8 @@ def evaluate(
     if saved.older is not None:
         warn(saved.older)
     config = load_config(file=saved.path / CONFIG, assignments=assignments)
-    task = _task_of(saved, task if task is not None or data is not None else task_of(config))
+    given = task if task is not None or data is not None else task_of(config)
+    task = _task_of(saved, given, config)
     _refuse_what_is_missing(saved, config, network, data)
     with threads_restored():
         set_threads(config.runtime.threads, 1)
@@ -90,8 +91,8 @@ def evaluate(
         numerics = resolve_numerics(config.precision, device, blocks.values())
         images: Source
         if data is not None:
-            expected = (task.inputs, task.target) if saved.task != task_name(None) else ()
-            images = LoaderSource(data, config, numerics, None, *expected)
+            inputs = task.inputs if saved.task != task_name(None) else None
+            images = LoaderSource(data, config, numerics, None, inputs, task.target)
         else:
             images = open_named(config, numerics)
         _refuse_other_data(images.data_spec, task, config)
@@ -132,11 +133,11 @@ def _refuse_assignments(assignments: Iterable[str]) -> None:
             )
 
 
-def _task_of(saved: Checkpoint, task: Task | None) -> Task:
+def _task_of(saved: Checkpoint, task: Task | None, config: Config) -> Task:
     """``task``, or classification, if that is what was trained."""
     where = f"checkpoint '{saved.path}'"
     if task is None and saved.task == task_name(None):
-        return Classification(saved.classes, saved.image_shape)
+        return classification(config, saved.classes, saved.image_shape)
     if task is None:
         raise CheckpointError(
             f"{where} is of the task {saved.task}, which no name can rebuild; call pipeline.evaluate(..., task=...) in "
