@@ -21,6 +21,9 @@ METHODS = ["auglocal", "deinforeg", "dgl", "greedy", "infopro", "infopro-contras
 """Of ``method.name``; register_method adds to it."""
 DGL_HEADS = ("mlp-sr", "mlp", "cnn", "auglocal")
 XCYF = re.compile(r"([012])c([123])f")  # heads of InfoPro: X convolutions, Y linear layers
+IMAGENET_HEAD = "imagenet"  # of InfoPro and HPFF there
+FCN_HEAD = "fcn"  # of a task with an output for every pixel, with any method that has such a head
+DECODERS = ("cifar", "imagenet", "imagenet-hpff")
 TUNED_LAYERS = ("batch-norm", "pointwise", "paired", "pooling", "upsampling")  # of heads, see models.tuned
 LOGGERS = ("tensorboard", "wandb")
 DATA_SETS = (
@@ -56,8 +59,12 @@ class ModelConfig:
     )
     weights: str = key(
         "",
-        "file to begin with, a state dict of the un-cut network (torchvision's or timm's names, .pth or .safetensors); "
-        "empty = weights drawn from the seed",
+        "file to begin with, a state dict of the un-cut network (torchvision's or timm's names, .pth or .safetensors), "
+        "for a DeepLabV3 also one of its ResNet; empty = weights drawn from the seed",
+    )
+    aux_weight: float = key(
+        0.4, 'weight of the last loss on what the network gives as "aux" in training, as DeepLabV3 does',
+        at_least=0, at_most=10**6,
     )
 
 
@@ -66,7 +73,17 @@ class MethodConfig:
     """Which auxiliary heads and losses a module gets."""
 
     name: str = key("infopro", "the local loss", choices=METHODS)
-    head: str = key("", "dgl: mlp-sr, mlp, cnn or auglocal; infopro: 0c1f to 2c3f; empty = the method's default")
+    head: str = key(
+        "",
+        "dgl: mlp-sr, mlp, cnn or auglocal; infopro: 0c1f to 2c3f, or imagenet; one class per pixel: fcn; empty = the "
+        "method's default",
+    )
+    decoder: str = key(
+        "cifar",
+        "of InfoPro's reconstruction: cifar = at once to the size of the image; imagenet = in steps, for large images; "
+        "imagenet-hpff = with HPFF's width",
+        choices=DECODERS,
+    )
     feature_dim: int = key(
         128, "width of hidden linear layers in XcYf heads and of deinforeg's projector", at_least=1, at_most=2**20
     )
@@ -270,9 +287,9 @@ class OptimConfig:
     weight_decay: float = key(1e-4, "of every parameter, heads included", at_least=0, at_most=10**6)
     schedule: str = key(
         "cosine",
-        "cosine to 0; step: x 0.1 at 1/2 and 3/4 of the epochs; constant; poly: (1 - step / steps) ** 0.9 to min_lr, "
-        "in every step",
-        choices=("cosine", "step", "constant", "poly"),
+        "cosine to 0; cosine-peak: an epoch later, from the peak; step: x 0.1 at 1/2 and 3/4 of the epochs; constant; "
+        "poly: (1 - step / steps) ** 0.9 to min_lr, in every step",
+        choices=("cosine", "cosine-peak", "step", "constant", "poly"),
     )
     min_lr: float = key(1e-4, "poly: learning rate that it falls to", at_least=0, at_most=10**6)
     warmup_epochs: int = key(10, "epochs of linear warm-up from warmup_lr", at_least=0, at_most=10**6)

@@ -42,6 +42,8 @@ BALANCED: dict[str, dict[int, tuple[int, ...]]] = {
     "resnet101": {2: (4, 29)},
     "resnet152": {2: (9, 41)},
     "resnext101_32x8d": {2: (6, 27)},
+    "deeplabv3_resnet101": {2: (20, 13)},
+    "deeplabv3_resnet101c": {2: (20, 13)},
 }
 BALANCED_STL10: dict[str, dict[int, tuple[int, ...]]] = {
     "resnet110": {2: (15, 39), 3: (9, 11, 34), 4: (7, 8, 12, 27)},

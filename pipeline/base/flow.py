@@ -8,7 +8,8 @@ block that returns one to every block after it:
     block({"x": x, "skip": skip})  -> x                          a skip connection may cross an edge
 
 Auxiliary heads stand on "x", and see every map as (B, C, H, W), also where the network has it as (B, H, W, C).
-Gradients of a cascade flow back through every tensor of floating point.
+Gradients of a cascade flow back through every tensor of floating point. What the last block gives as "aux" in training
+has the last loss too.
 
 Batches may vary in length up to a maximum: then some axes of some tensors do, and the plan knows which (TensorSpec).
 """
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAIN = "x"
+MAIN, AUX = "x", "aux"
 Tensors = dict[str, Tensor]
 Flow = Tensor | Tensors
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.base.config import DGL_HEADS, XCYF, Config, settings
+from pipeline.base.config import DGL_HEADS, FCN_HEAD, IMAGENET_HEAD, XCYF, Config, settings
 from pipeline.base.cut_tables import TABLES
 from pipeline.base.validation import value_of, with_values
 
@@ -93,10 +93,11 @@ def _whole_span(config: Config) -> tuple[int, str] | None:
 
 def _head(config: Config) -> tuple[str, str] | None:
     name, head = config.method.name, config.method.head
+    of_infopro = XCYF.fullmatch(head) is not None or head in (IMAGENET_HEAD, FCN_HEAD)
     valid = {
-        "dgl": head in DGL_HEADS,
+        "dgl": head in (*DGL_HEADS, FCN_HEAD),
         **dict.fromkeys(("auglocal", "deinforeg", "lopt", "predsim"), False),
-        **dict.fromkeys(("greedy", "infopro", "infopro-contrast"), XCYF.fullmatch(head) is not None),
+        **dict.fromkeys(("greedy", "infopro", "infopro-contrast"), of_infopro),
     }
     return ("", f"it is no head of {name}") if head and not valid.get(name, True) else None
 

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", metavar="P", type=int, default=1, help="processes, of all replicas; default 1")
     parser.add_argument("--schedule", action="store_true", help="print what every rank does in one step")
     parser.add_argument("--profile", metavar="FILE.json", type=Path, help="use these costs, measure nothing")
+    parser.add_argument("--whole", action="store_true", help="measure whole steps, however long they take")
     parser.add_argument("--save-profile", metavar="FILE.json", type=Path, help="write the costs used")
     parser.add_argument("--latency-us", metavar="US", type=float, default=0.0, help="of a message; default 0")
     parser.add_argument("--gbit", metavar="RATE", type=float, default=math.inf, help="Gbit/s of a link; default any")
@@ -39,7 +40,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     config = pipeline.load_config(arguments.recipe, arguments.config, arguments.set)
     profile = pipeline.Profile.read(arguments.profile) if arguments.profile else None  # None: measured here
     link = {"latency_s": arguments.latency_us * 1e-6, "bytes_per_s": arguments.gbit * 1e9 / 8}
-    report = pipeline.explain(config, arguments.ranks, profile, count=True, forms=True, **link)
+    report = pipeline.explain(config, arguments.ranks, profile, count=True, forms=True, whole=arguments.whole, **link)
     pipeline.show_plan(report)
     if arguments.schedule:
         print(f"\n{pipeline.schedule_text(report)}")

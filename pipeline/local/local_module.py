@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from pipeline.base.config import Config
 from pipeline.base.errors import NonFiniteError
-from pipeline.base.flow import MAIN, Flow, Specs, Tensors, bare, channels_first, channels_last, named, passed
+from pipeline.base.flow import AUX, MAIN, Flow, Specs, Tensors, bare, channels_first, channels_last, named, passed
 from pipeline.base.numerics import Numerics, seed_rng, stable_hash
 from pipeline.local.both_levels import BothLevels
 from pipeline.local.compilation import compile_parts
@@ -113,6 +113,7 @@ class LocalModule:
         if replica:
             self._drawn = (config.train.seed, "replica", replica, plan.index)
         self._reconciliation = config.method.reconciliation
+        self._aux_weight = config.model.aux_weight
         parts = (*blocks.values(), *levels.values())
         for part in parts:
             numerics.place(part)
@@ -190,19 +191,26 @@ class LocalModule:
             item.independent, item.own = summed([item.independent, item.own], used_up=True), None
 
     def final(self, key: BatchKey) -> None:
-        """The last module's loss: that of the task on its output, which is the network's."""
+        """The last module's loss: that of the task on its output, which is the network's, and on an output "aux"."""
         item = self.in_flight[key]
         if self.plan.reconciles:
             self._reconcile("final", item, key[0])
             return
-        leaf = item.outputs[MAIN].detach().requires_grad_()
+        total = (self.plan.final_local + self.plan.final_cascade) * item.batch.scale
+        item.independent, loss = self._last_loss(item, MAIN, total)
+        terms = {"final": loss}
+        if AUX in item.outputs and self._aux_weight > 0:
+            item.aux, terms["final.aux"] = self._last_loss(item, AUX, total * self._aux_weight)
+        self.losses.add(key[0], terms, item.batch.scale)
+
+    def _last_loss(self, item: InFlight, name: str, weight: float) -> tuple[Tensor, Tensor]:
+        """The weighted gradient of the task's loss on an output, and that loss."""
+        leaf = item.outputs[name].detach().requires_grad_()
         with torch.enable_grad():
             loss = self.task.loss(leaf, item.batch.labels)
             loss.backward()
-        self.losses.add(key[0], {"final": loss.detach()}, item.batch.scale)
-        total = (self.plan.final_local + self.plan.final_cascade) * item.batch.scale
         assert leaf.grad is not None
-        item.independent = leaf.grad if total == 1.0 else leaf.grad * total
+        return leaf.grad if weight == 1.0 else leaf.grad * weight, loss.detach()
 
     def receive(self, key: BatchKey, message_key: int, gradients: Tensors) -> None:
         """Take gradients of h_m (b, ...) that module m+1 sent under ``message_key``."""
@@ -227,6 +235,7 @@ class LocalModule:
         """Full backward into the parameters; frees the graph. Returns the message upstream where it is `merged`."""
         item = self.in_flight.pop(key)
         received = [item.received[message_key] for message_key in self.plan.incoming]
+        received += [{AUX: item.aux}] if item.aux is not None else []
         keep = self.plan.reconciles  # the next module may have a_m too
         start = OutputGradients(item.outputs, [item.independent, item.own], received, keep)
         merged = self.plan.merged

@@ -26,7 +26,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pipeline.base.config import DGL_HEADS, METHODS, TUNED_LAYERS, Config, MethodConfig
+from pipeline.base.config import DGL_HEADS, FCN_HEAD, IMAGENET_HEAD, METHODS, TUNED_LAYERS, Config, MethodConfig
 from pipeline.base.errors import ConfigError, suggest
 from pipeline.base.flow import LABEL, Tensors
 from pipeline.local import auglocal, deinforeg, lopt, man
@@ -36,7 +36,9 @@ from pipeline.local.term import Term, Terms
 from pipeline.local.upstream import Upstream
 from pipeline.models import heads
 from pipeline.models.backbones import initialise
+from pipeline.models.dense_heads import FcnHead
 from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given
+from pipeline.models.imagenet_heads import LAST_WIDTHS, StepwiseDecoderHead, imagenet_head
 from pipeline.models.later import LaterBlock
 from pipeline.models.layers import VectorInput
 from pipeline.models.losses import full
@@ -195,7 +197,8 @@ def build_level(
     front = man.front(config.method, later)
     if front is not None:
         shape, later = front.shape, later[1:]
-    terms = method_terms(config.method, task, position, later)
+    _, whole_map, _ = reading_of(shape, task.image_shape, 1, True)
+    terms = method_terms(config.method, task, position, later, _stride(whole_map, task))
     if released and level == "independent":  # the released code keeps only the classification term, with weight 1
         terms = [dataclasses.replace(t, weight=1.0) for t in terms if t.name in ("task", "prediction")]
     built: dict[str, tuple[float, PatchedHead]] = {}
@@ -253,11 +256,16 @@ def looks_ahead(config: MethodConfig) -> bool:
     return config.name == "auglocal" or config.front != "none"
 
 
+def _stride(shape: FeatureShape, task: Task) -> float:
+    """Height of the images over that of a map; 1 where there is no such."""
+    return task.image_shape[1] / shape[1] if len(shape) == len(task.image_shape) == 3 else 1.0
+
+
 def method_terms(
-    config: MethodConfig, task: Task, position: float, later: Sequence[LaterBlock] = ()
+    config: MethodConfig, task: Task, position: float, later: Sequence[LaterBlock] = (), stride: float = 1.0
 ) -> list[Term]:
     """The terms of the method's local loss; ``position`` in [0, 1] interpolates InfoPro's weights, ``later`` are the
-    blocks behind the module.
+    blocks behind the module, ``stride`` is the height of the images over that of the module's output.
 
     Raises:
         ConfigError: a head that the method or the task does not have.
@@ -270,6 +278,8 @@ def method_terms(
     _refuse_what_the_task_lacks(config, task)
     head = config.head or DEFAULT_HEADS[config.name]
     if config.name == "dgl":
+        if head == FCN_HEAD:
+            return [Term("task", 1.0, lambda shape: _fcn(shape, task), as_map=True)]
         if head not in DGL_HEADS:
             raise ConfigError(f"method.head = '{head}' is no head of dgl; {suggest(head, DGL_HEADS)}")
         return [
@@ -298,9 +308,13 @@ def method_terms(
     out = config.feature_dim if contrast else task.classes
 
     def network(size: FeatureShape) -> nn.Sequential:
+        if head == IMAGENET_HEAD:
+            return imagenet_head(size, out)
         return heads.xcyf(size, out, head, config.feature_dim, config.widen)
 
     def make_task(shape: FeatureShape) -> AuxiliaryHead:
+        if head == FCN_HEAD:
+            return _fcn(shape, task)
         if not contrast:
             return task.head(shape, network)
         if len(shape) == 1:
@@ -316,7 +330,7 @@ def method_terms(
         Term(
             "reconstruction",
             first + (last - first) * position,
-            lambda shape: _decoder(shape, task, config.widen),
+            lambda shape: _decoder(shape, task, config, stride),
             as_map=True,
         ),
         Term("task", task_first + (task_last - task_first) * position, make_task, as_map=True),
@@ -342,23 +356,39 @@ def _refuse_what_the_task_lacks(config: MethodConfig, task: Task) -> None:
             f"method.name = '{config.name}' reconstructs images, or ids of a known number, but an input of {kind} is "
             f"{task.image_shape} and its vocabulary 0; {alternatives}"
         )
-    if config.head and not isinstance(task, Classification):
+    if config.head == FCN_HEAD:
+        if len(task.output_shape) != 3:
+            raise ConfigError(
+                f"method.head = '{FCN_HEAD}' is for an output of every pixel, but that of {kind} is "
+                f"{task.output_shape}; remove method.head"
+            )
+    elif config.head and not isinstance(task, Classification):
         raise ConfigError(
             f"method.head = '{config.head}' is a network that classifies whole rows, {kind} brings its own head; "
             "remove method.head"
         )
 
 
-def _decoder(shape: FeatureShape, task: Task, widen: int) -> AuxiliaryHead:
+def _decoder(shape: FeatureShape, task: Task, config: MethodConfig, stride: float) -> AuxiliaryHead:
     """Reconstructs what the network was given: an image from a map, ids from a sequence."""
     if len(shape) == 3:
-        return heads.DecoderHead(shape[0], task.image_shape[0], widen)
+        if config.decoder in LAST_WIDTHS:
+            return StepwiseDecoderHead(shape[0], task.image_shape[0], stride, LAST_WIDTHS[config.decoder])
+        return heads.DecoderHead(shape[0], task.image_shape[0], config.widen)
     if len(shape) == 2 and task.vocabulary:
         return IdsHead(shape[-1], task.vocabulary)
     raise ConfigError(
         "a reconstruction head (infopro) needs a feature map, or tokens on a grid of squares of the image, but a local "
         f"module ends in {shape}; use dgl or greedy there"
     )
+
+
+def _fcn(shape: FeatureShape, task: Task) -> AuxiliaryHead:
+    if len(shape) != 3:
+        raise ConfigError(
+            f"method.head = '{FCN_HEAD}' needs a feature map, but a local module ends in {shape}; cut elsewhere"
+        )
+    return FcnHead(shape, task.output_shape, task.loss)
 
 
 def _similarity(shape: FeatureShape, classes: int) -> AuxiliaryHead:

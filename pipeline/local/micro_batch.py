@@ -42,6 +42,7 @@ class InFlight:
         rng_seed: of its random numbers.
         own: c_m, the gradient of "x" of the outputs from the cascade level; None once ``independent`` holds it too.
         independent: a_m, likewise from the independent level or the last loss.
+        aux: the gradient of an output "aux" of the network from the last loss.
         relayed: c_m has gone upstream.
         received: key -> gradients of the outputs from module m+1.
         local_gradient: of "x" of the outputs from the local loss alone, for module m+1 where it reconciles.
@@ -53,6 +54,7 @@ class InFlight:
     rng_seed: int
     own: Gradient | None = None
     independent: Gradient | None = None
+    aux: Tensor | None = None
     relayed: bool = False
     received: dict[int, Tensors] = field(default_factory=dict)
     local_gradient: Tensor | None = None

@@ -154,9 +154,10 @@ def learning_rate(config: OptimConfig, epoch: int, epochs: int) -> float:
     """The learning rate of ``epoch`` (1-based) of ``epochs`` (released code of InfoPro, HPFF, AugLocal).
 
     c(e) = lr/2 (1 + cos(pi e / E)); for e <= w: c(e) (e-1)/w + warmup_lr (w+1-e)/w; so lr(1) = warmup_lr, lr(E) = 0.
+    Their code for ImageNet counts e from 0 (``cosine-peak``).
     """
-    if config.schedule == "cosine":
-        base = 0.5 * config.lr * (1.0 + math.cos(math.pi * epoch / epochs))
+    if config.schedule in ("cosine", "cosine-peak"):
+        base = 0.5 * config.lr * (1.0 + math.cos(math.pi * (epoch - (config.schedule == "cosine-peak")) / epochs))
     elif config.schedule == "step":
         base = config.lr * 0.1 ** sum(epoch > epochs * mark for mark in (0.5, 0.75))
     else:

@@ -38,7 +38,8 @@ class ModulePlan:
         together: both levels run in one action, that of the cascade level; with ``levels = "auto"`` the plan of a run
             decides (see plan.level_choice), here no module does.
         reconciles: its heads work before its output is passed on, with the gradient of their loss (see sgr).
-        evaluations: times the literal definition would run the module in one step (BatchNorm of the released code).
+        evaluations: times the released code runs the module in one step, which moves BatchNorm as often: once in every
+            cascade, and once by itself; without an independent level (its ImageNet code) only module 0 by itself.
     """
 
     index: int
@@ -81,6 +82,7 @@ def plan_hierarchy(modules: int, config: HierarchyConfig) -> tuple[ModulePlan, .
         incoming = outgoing[m + 1] if m < last else ()
         independent = m < last and config.independent_weight > 0 and not (released and m == 0) and not deep
         own_key = lowest.get(m)
+        alone = m == 0 or config.independent_weight > 0
         contributions = set(incoming) | ({own_key} if own_key is not None else set())
         plans.append(
             ModulePlan(
@@ -94,7 +96,7 @@ def plan_hierarchy(modules: int, config: HierarchyConfig) -> tuple[ModulePlan, .
                 incoming=incoming,
                 outgoing=outgoing[m],
                 merged=not independent and len(outgoing[m]) == 1 and contributions == set(outgoing[m]),
-                evaluations=1 + sum(1 for j, low in lowest.items() if low <= m <= j),
+                evaluations=max(1, alone + sum(1 for j, low in lowest.items() if low <= m <= j)),
                 together=config.levels == "together" and independent and has_cascade[m],
             )
         )

@@ -249,7 +249,7 @@ def xcyf(shape: FeatureShape, out: int, config: str, feature_dim: int, widen: in
     """
     match = XCYF.fullmatch(config)
     if match is None or config == "0c3f":
-        raise ConfigError(f"method.head = '{config}' is no XcYf head; use 0c1f, 0c2f, 1c1f ... 2c3f")
+        raise ConfigError(f"method.head = '{config}' is no XcYf head; use 0c1f, 0c2f, 1c1f ... 2c3f, or imagenet")
     convolutions, linears = int(match[1]), int(match[2])
     channels = shape[0]
     layers: list[nn.Module] = []

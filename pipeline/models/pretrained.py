@@ -3,6 +3,9 @@ have it.
 
     conv1.weight --> block stem, conv1.weight            layer4.1.bn2.bias --> block layer4.1, bn2.bias
     fc.weight of 1,000 classes, where the data have 10 --> stays as it is drawn, and a line says so
+
+Of a DeepLabV3 the file may be one of the ResNet that it stands on: then its own heads stay as they are drawn, and the
+ResNet's classifier has no place.
 """
 
 from __future__ import annotations
@@ -22,10 +25,11 @@ from pipeline.base.errors import ConfigError, shown
 from pipeline.base.paths import path_of
 from pipeline.models.backbones import Blocks
 from pipeline.models.part import uncut_name
-from pipeline.models.torchvision import torchvision_name
+from pipeline.models.torchvision import DEEPLABS, name_in_backbone_file, torchvision_name
 
 KEY = "model.weights"
 _COUNTER = "num_batches_tracked"  # older files have none
+_CLASSIFIER = ("fc.weight", "fc.bias")  # of a ResNet
 
 
 class PretrainedWeights:
@@ -39,6 +43,7 @@ class PretrainedWeights:
 
     Attributes:
         drawn: names of what is left out.
+        of_backbone: the file is one of the ResNet that the network stands on.
 
     Raises:
         ConfigError: the file cannot be read, or is of another network.
@@ -49,17 +54,23 @@ class PretrainedWeights:
         self._tensors = _read(path)
         self._places: dict[str, dict[str, str]] = {}
         self.drawn: tuple[str, ...] = ()
-        last, unused = next(reversed(blocks)), set(self._tensors)
+        last = next(reversed(blocks))
+        of_last = [f"{last}.{key}" for key in blocks[last].state_dict()]
+        has_last = any(name in self._tensors for key in of_last for name in (key, torchvision_name(backbone, key)))
+        self.of_backbone = backbone in DEEPLABS and not has_last
+        unused = set(self._tensors) - (set(_CLASSIFIER) if self.of_backbone else set())
         for name, block in blocks.items():
             self._places[name] = {}
             for key, ours in block.state_dict(keep_vars=True).items():
                 own = uncut_name(f"{name}.{key}")
-                theirs = next((n for n in (torchvision_name(backbone, own), own) if n in self._tensors), None)
+                names = self._names_of(backbone, own)
+                if not names:
+                    continue
+                theirs = next((n for n in names if n in self._tensors), None)
                 if theirs is None:
                     if key.endswith(_COUNTER):
                         continue
-                    wanted = torchvision_name(backbone, own)
-                    raise self._refusal(backbone, f"'{wanted}' is missing in it")
+                    raise self._refusal(backbone, f"'{names[0]}' is missing in it")
                 unused.discard(theirs)
                 shape, there = tuple(ours.shape), tuple(self._tensors[theirs].shape)
                 if shape == there:
@@ -70,6 +81,15 @@ class PretrainedWeights:
                     raise self._refusal(backbone, f"'{theirs}' is {there} in it and {shape} in this network")
         if unused:
             raise self._refusal(backbone, f"this network has no {shown(min(unused))}")
+        if self.of_backbone:
+            self.drawn = tuple(dict.fromkeys(torchvision_name(backbone, key).partition(".")[0] for key in of_last))
+
+    def _names_of(self, backbone: str, own: str) -> tuple[str, ...]:
+        """The names under which the file may have it; none of what a file of a ResNet alone has not."""
+        if self.of_backbone:
+            name = name_in_backbone_file(backbone, own)
+            return () if name is None else (name,)
+        return torchvision_name(backbone, own), own
 
     def load_into(self, blocks: Blocks) -> None:
         """Copy what belongs to each of ``blocks`` into it."""
@@ -80,6 +100,10 @@ class PretrainedWeights:
                     state[key].copy_(self._tensors[theirs])
 
     def __str__(self) -> str:
+        if self.of_backbone:
+            without = [name for name in _CLASSIFIER if name in self._tensors]
+            unused = f"; not used: {', '.join(without)}" if without else ""
+            return f"begins with the backbone of {self._path}; drawn anew: {', '.join(self.drawn)}{unused}"
         left_out = f"; drawn anew for these classes: {', '.join(self.drawn)}" if self.drawn else ""
         return f"begins with the weights of {self._path}{left_out}"
 

@@ -6,8 +6,8 @@
              conv bn relu  conv bn relu  maxpool conv bn relu                maxpool, avgpool, classifier
     vit      conv_proj -> encoder.layers.encoder_layer_0 -> ... -> heads.head
     swin     features.0.0 -> features.1.0 -> ... -> features.2.reduction -> features.3.0 -> ... -> head
-    deeplab  stem -> layer1.0 -> ... -> layer4.2 -> classifier
-             as of ResNet-101                       atrous pyramid, upsampling: class scores (B, classes, H, W)
+    deeplab  stem -> layer1.0 -> ... -> layer4.2 -> classifier          see :mod:`pipeline.models.deeplab`
+             as of ResNet-101                       class scores (B, classes, H, W)
 
 The modules are torchvision's own, so the cut network computes what theirs does, and an exported file loads into theirs:
 under the names of :func:`torchvision_name` for ResNets and DeepLabV3, whose two ends we name; the others are cut by
@@ -16,10 +16,6 @@ the in-place ReLUs work on what a BatchNorm or an addition has just made.
 
 VGGs are in DGL's layout: every convolution is a block, and a pooling begins the next one, so that a boundary has the
 map before it; there is no dropout.
-
-DeepLabV3 has output stride 8: stages 3 and 4 dilate by 2 and 4 in place of striding, their first blocks by half of it.
-The sides of its images are multiples of 8. It is for a task of one's own, which takes a network of one's own:
-``UncutModel(build_blocks("deeplabv3_resnet101", 3, 19))``.
 """
 
 from __future__ import annotations
@@ -44,8 +40,9 @@ from pipeline.models.custom import network_blocks
 VGGS = ("vgg13_bn", "vgg19_bn")
 TRANSFORMERS = ("vit_b_16", "swin_t")
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext101_32x8d")
-DEEPLAB = "deeplabv3_resnet101"
-_OUTPUT_STRIDE = 8
+DEEPLAB, DEEPLAB_C = "deeplabv3_resnet101", "deeplabv3_resnet101c"
+DEEPLABS = (DEEPLAB, DEEPLAB_C)
+"""torchvision's, and InfoPro's, which has its names where both have the same."""
 _PARTS_OF_THEIR_OWN = ("stem.", "classifier.")  # torchvision has no names for these two blocks
 
 
@@ -79,16 +76,15 @@ def _residual_blocks(network: nn.Module) -> Blocks:
     return blocks
 
 
-def torchvision_deeplab(in_channels: int, classes: int) -> Blocks:
-    """``torchvision.models.segmentation.deeplabv3_resnet101`` without its auxiliary classifier."""
-    from torchvision.models import segmentation
+def torchvision_deeplab(name: str) -> BackboneFunction:
+    """The function that builds a DeepLabV3."""
 
-    network = segmentation.deeplabv3_resnet101(weights=None, weights_backbone=None, num_classes=classes)
-    _take_channels(network, in_channels)
-    blocks = _residual_blocks(network.backbone)
-    upsample = nn.Upsample(scale_factor=_OUTPUT_STRIDE, mode="bilinear", align_corners=False)
-    blocks["classifier"] = nn.Sequential(OrderedDict(head=network.classifier, upsample=upsample))
-    return blocks
+    def build(in_channels: int, classes: int) -> Blocks:
+        from pipeline.models.deeplab import deeplab  # imports torchvision
+
+        return deeplab(in_channels, classes, like_infopro=name == DEEPLAB_C)
+
+    return build
 
 
 def torchvision_vgg(name: str) -> BackboneFunction:
@@ -153,10 +149,18 @@ def torchvision_name(backbone: str, key: str) -> str:
     if backbone in RESNETS:
         for part in _PARTS_OF_THEIR_OWN:
             key = key.removeprefix(part)
-    if backbone == DEEPLAB:
-        head = key.removeprefix("classifier.head.")
-        return f"backbone.{key.removeprefix('stem.')}" if head == key else f"classifier.{head}"
+    if backbone in DEEPLABS:
+        for ours, theirs in (("classifier.head.", "classifier."), ("classifier.aux.", "aux_classifier.")):
+            if key.startswith(ours):
+                return theirs + key.removeprefix(ours)
+        return f"backbone.{key.removeprefix('stem.')}"
     return key
+
+
+def name_in_backbone_file(backbone: str, key: str) -> str | None:
+    """Its key in a file of the ResNet that a DeepLabV3 stands on; None: it is not of that."""
+    before, _, name = torchvision_name(backbone, key).partition("backbone.")
+    return None if before else name
 
 
 for _name in RESNETS:
@@ -165,4 +169,5 @@ for _name in VGGS:
     register_backbone(_name, torchvision_vgg(_name))
 for _name in TRANSFORMERS:
     register_sized(_name, torchvision_transformer(_name))
-register_backbone(DEEPLAB, torchvision_deeplab)
+for _name in DEEPLABS:
+    register_backbone(_name, torchvision_deeplab(_name))

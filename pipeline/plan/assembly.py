@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
@@ -259,11 +261,12 @@ def build_modules(
     fresh: bool,
     pretrained: PretrainedWeights | None = None,
     replica: int = 0,
+    twins: dist.ProcessGroup | None = None,
 ) -> list[LocalModule]:
     """The local modules of stage ``rank`` of a pipeline. With ``fresh``, blocks are drawn from per-block seeds, planned
     ones made real; a user's own network keeps its weights. Heads are always drawn from a seed of their own, so that no
     weight depends on the placement, and blocks of other ranks are never made real. ``pretrained``: what the blocks get
-    afterwards. ``replica``: which pipeline."""
+    afterwards. ``replica``: which pipeline; ``twins``: of this stage, where BatchNorm is to see the rows of all."""
     seed = plan.config.train.seed
     late = lags(plan.modules, _delay(plan.config)).backward
     whole = functools.cache(
@@ -285,6 +288,11 @@ def build_modules(
         with torch.random.fork_rng(devices=[]):
             for name, build in builders.items():
                 levels[name] = _seeded(build, seed, "head", index, name)
+        if plan.config.parallel.sync_batch_norm:
+            assert twins is not None  # there are several replicas
+            convert = functools.partial(nn.SyncBatchNorm.convert_sync_batchnorm, process_group=twins)
+            mine = OrderedDict((name, convert(block)) for name, block in mine.items())
+            levels = OrderedDict((name, convert(level)) for name, level in levels.items())
         if plan.head_memory is not None:
             plan.head_memory.fit(levels.values(), plan.feature(index), plan.modules[index].together)
         role, mailbox = plan.modules[index], None

@@ -34,6 +34,7 @@ class Profile:
         dtype: of activations on the wire, such as "float32"; "" = not known.
         versions: name -> version of the software.
         date: ISO 8601, UTC.
+        scaled_from: the smaller step whose times were measured and scaled, for people; "" = the step itself.
         work: what was measured, see :func:`pipeline.plan.profiling.work_of`; () for a profile from elsewhere.
     """
 
@@ -46,6 +47,7 @@ class Profile:
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     date: str = ""
     work: tuple[str, ...] = ()
+    scaled_from: str = ""
 
     def write(self, path: Path) -> None:
         """Write the profile as JSON."""

@@ -38,6 +38,7 @@ from pipeline.plan.predicted import STEPS, predicted
 from pipeline.plan.profiling import profile_modules, work_of
 from pipeline.plan.rank_memory import rank_memory, refuse_too_large
 from pipeline.plan.report import Placement, PlannedForm, PlannedModule, PlannedRank, PlanReport
+from pipeline.plan.scaled import scaled_profile, smaller_step
 from pipeline.plan.simulate import ModuleCost
 from pipeline.ranks.grid import grid_of
 from pipeline.ranks.runtime import choose_device, keep_freed_memory, ranks_per_device, set_threads, threads_restored
@@ -57,7 +58,7 @@ def measure(config: Config, ranks: int) -> Profile:
     config = validate(config)
     network = _Network(config)
     config, _ = cut_by_cost(config, network.blocks, network.task)
-    return _measure(config, ranks, network, _plan_by_count(config, network, ranks))
+    return _measure(config, ranks, network, _plan_by_count(config, network, ranks), whole=True)
 
 
 def message_bytes(config: Config, ranks: int) -> list[tuple[int, int]]:
@@ -87,6 +88,7 @@ def explain(
     *,
     count: bool = False,
     forms: bool = False,
+    whole: bool = False,
     latency_s: float = 0.0,
     bytes_per_s: float = math.inf,
 ) -> PlanReport:
@@ -100,6 +102,8 @@ def explain(
         count: give FLOPs, in BP units, and operations of every module too, which takes a few seconds.
         forms: plan the other forms that the work of the heads can take too. Without a ``profile`` their heads are
             measured, which takes less time than measuring the modules did.
+        whole: measure whole steps, however long they take. Else one of more than some seconds is measured on fewer or
+            smaller images, and its memory is counted (see :mod:`pipeline.plan.scaled`).
         latency_s: seconds that a message takes besides its transfer.
         bytes_per_s: bandwidth between two ranks.
 
@@ -115,7 +119,7 @@ def explain(
     plan = _plan_by_count(config, network, ranks)
     measured = profile is None
     if profile is None:
-        profile = _measure(config, ranks, network, plan)
+        profile = _measure(config, ranks, network, plan, whole)
     else:
         profile.check(len(plan.modules), plan.rows, work_of(plan))
     numerics = network.numerics
@@ -166,7 +170,8 @@ def explain(
         operations = units.operations if units is not None else None
         with _threads_of_a_rank(config, ranks, numerics):
             compared = compared_forms(
-                plan, costs, network.blocks, numerics, link, measure=measured, operations=operations
+                plan, costs, network.blocks, numerics, link,
+                measure=measured and not profile.scaled_from, operations=operations,
             )
     first = STEPS // 2
     return PlanReport(
@@ -214,13 +219,17 @@ def _plan_by_count(config: Config, network: _Network, ranks: int) -> Plan:
     return plan
 
 
-def _measure(config: Config, ranks: int, network: _Network, plan: Plan) -> Profile:
-    """What :func:`measure` does, once everything that can be refused has not been."""
+def _measure(config: Config, ranks: int, network: _Network, plan: Plan, whole: bool) -> Profile:
+    """What :func:`measure` does, once everything that can be refused has not been; not ``whole``: on fewer or smaller
+    images where a step takes long."""
     numerics, settings = network.numerics, config.partition
     if numerics.device.type == "cpu":
         keep_freed_memory()  # as a rank of a run does
     with _threads_of_a_rank(config, ranks, numerics):
         sharing = ranks_per_device(config.runtime.device, numerics.device, ranks)
+        smaller = None if whole else smaller_step(plan, network.blocks, numerics)
+        if smaller is not None:
+            return scaled_profile(plan, *smaller, network.blocks, numerics, sharing)
         return profile_modules(plan, network.blocks, numerics, settings.warmup, settings.steps, sharing)
 
 
@@ -330,6 +339,8 @@ def _lines(
     where = profile.device or "an unnamed device"
     what = "its share of a CPU" if numerics.device.type == "cpu" else "a device of its own"
     measured = f", measured {profile.date}" if profile.date else ""
+    if profile.scaled_from:
+        measured += f" on {profile.scaled_from}, times scaled by the pixels, memory counted"
     lines = (
         headline,
         how,

@@ -15,6 +15,7 @@ import platform
 import statistics
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -56,7 +57,7 @@ def profile_modules(
     With ``hierarchy.levels = "auto"`` a module whose levels may go together is measured in both forms. Bytes are those
     of :class:`pipeline.plan.watches.MemoryWatch`.
     """
-    alone = _one_module_a_rank(plan)
+    alone = one_module_a_rank(plan)
     cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []
     costs = []
     both = joinable(plan) if plan.config.hierarchy.levels == "auto" else frozenset()
@@ -65,7 +66,7 @@ def profile_modules(
             cost = _profile_one(alone, index, blocks, numerics, warmup, steps)
             if index in both:
                 together = _profile_one(alone.with_levels_together({index}), index, blocks, numerics, warmup, steps)
-                cost = _with_both_forms(cost, together)
+                cost = with_both_forms(cost, together)
             costs.append(cost)
             if after_module is not None:
                 after_module()
@@ -86,11 +87,12 @@ def module_alone(plan: Plan, index: int, blocks: Blocks, numerics: Numerics) -> 
     """A throwaway local module of a plan, whatever its placement; planned blocks get weights in a copy."""
     copies = OrderedDict((name, copy.deepcopy(blocks[name])) for name in plan.cut.modules[index])
     fresh = any(map(is_planned, copies.values()))
-    (module,) = build_modules(_one_module_a_rank(plan), index, copies, numerics, fresh)
+    (module,) = build_modules(one_module_a_rank(plan), index, copies, numerics, fresh)
     return module
 
 
-def _one_module_a_rank(plan: Plan) -> Plan:
+def one_module_a_rank(plan: Plan) -> Plan:
+    """The same plan on as many ranks as there are modules."""
     return dataclasses.replace(plan, stages=tuple(range(m, m + 1) for m in range(len(plan.modules))))
 
 
@@ -133,14 +135,18 @@ def _profile_one(
             times[kind].append(lap_s)
     parts = alone.config.schedule.micro_batches
     median = {kind: statistics.median(values) for kind, values in times.items()}
-    seconds = {f"{kind.name.lower()}_s": value * parts for kind, value in median.items()}
+    seconds: dict[str, Any] = {f"{kind.name.lower()}_s": value * parts for kind, value in median.items()}
     seconds["update_s"] = median[Kind.UPDATE]
     if module.plan.together:
         seconds["together_s"] = seconds.pop("cascade_s")
+    return dataclasses.replace(bytes_of(alone, module, memory, numerics), **seconds)
+
+
+def bytes_of(alone: Plan, module: LocalModule, memory: MemoryWatch, numerics: Numerics) -> ModuleCost:
+    """The bytes of a module that has done a step, without its seconds; ``alone``: its plan, one module a rank."""
+    index, parts, last = module.plan.index, alone.config.schedule.micro_batches, len(alone.modules) - 1
     wire = (numerics.dtype, numerics.channels_last)
-    last = len(alone.modules) - 1
     return ModuleCost(
-        **seconds,
         state_bytes=_state_bytes(module),
         graph_bytes=memory.graph_bytes,
         work_bytes=memory.work_bytes,
@@ -150,8 +156,8 @@ def _profile_one(
     )
 
 
-def _with_both_forms(separate: ModuleCost, together: ModuleCost) -> ModuleCost:
-    """The form is chosen later; there is memory for either."""
+def with_both_forms(separate: ModuleCost, together: ModuleCost) -> ModuleCost:
+    """The cost of a module whose form is chosen later: there is memory for either."""
     return dataclasses.replace(
         separate,
         together_s=together.together_s,

@@ -148,7 +148,8 @@ def train(
         modules: list[LocalModule] = []
         held.enter_context(explained_failures(runtime, grid, plan, numerics, modules, watch))
         averaging, order_group = connect_twins(runtime, grid)
-        modules += build_modules(plan, grid.stage, blocks, numerics, network is None, pretrained, grid.replica)
+        among_twins = (grid.replica, averaging.twins.group if averaging is not None else None)
+        modules += build_modules(plan, grid.stage, blocks, numerics, network is None, pretrained, *among_twins)
         begins = str(pretrained or "")
         del blocks, pretrained  # of the other stages too
         saved = open_checkpoint(start, plan, data_spec)

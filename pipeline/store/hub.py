@@ -25,7 +25,7 @@ from pipeline.base.version import VERSION
 from pipeline.data.catalogue import normalisation
 from pipeline.local.weights import HEADS
 from pipeline.models.backbones import UncutModel, build_blocks
-from pipeline.models.torchvision import RESNETS, torchvision_name
+from pipeline.models.torchvision import torchvision_name
 from pipeline.store.checkpoint import Checkpoint
 from pipeline.store.run_directory import json_ready
 
@@ -157,9 +157,8 @@ def load_exported(directory: Path | str, *, network: nn.Module | None = None) ->
         raise ConfigError(f"'{directory / WEIGHTS}' cannot be read ({_line(error)}); export it again") from error
     if described["heads"]:
         state = {name: value for name, value in state.items() if not _AUXILIARY.match(name)}
-    if backbone in RESNETS:  # the file has torchvision's names
-        ours = {torchvision_name(backbone, name): name for name in network.state_dict()}
-        state = {ours.get(name, name): value for name, value in state.items()}
+    ours = {torchvision_name(backbone, name): name for name in network.state_dict()}  # the file has torchvision's
+    state = {ours.get(name, name): value for name, value in state.items()}
     try:
         network.load_state_dict(state)
     except RuntimeError as error:

@@ -53,7 +53,8 @@ def test_replicas_add_up_where_all_are_known() -> None:
 
 def test_a_run_records_it_of_loaders_without_workers(tmp_path: Path) -> None:
     data = LoaderData(tiny.Batches(), tiny.Batches())
-    summary = train(tiny_config(train={"epochs": 1}), network=tiny.network(), data=data, run_dir=tmp_path / "run", quiet=True)
+    config = tiny_config(train={"epochs": 1})
+    summary = train(config, network=tiny.network(), data=data, run_dir=tmp_path / "run", quiet=True)
     records = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert all(record["loader_images_per_s"] > 0 for record in records)
     assert summary["loader_images_per_s"] == records[-1]["loader_images_per_s"]

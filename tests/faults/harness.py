@@ -88,11 +88,12 @@ def run_with_agents(
     processes: list[int],
     restarts: int = 0,
     timeout_s: float = 300.0,
+    least: int = 0,
     **job: Any,
 ) -> list[Ended]:
     """The whole job under an agent of torchrun per node, each with some processes, to its end."""
     write_job(folder, faults, **job)
-    agents = run_agents(_rank_of_agent, processes, str(folder), restarts=restarts, timeout_s=timeout_s)
+    agents = run_agents(_rank_of_agent, processes, str(folder), restarts=restarts, timeout_s=timeout_s, least=least)
     return [Ended(agent.exit_code, agent.stderr, folder) for agent in agents]
 
 

@@ -119,6 +119,11 @@ class Faults:
     def kill(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def kill_node(self) -> None:
+        """The whole machine is gone: the agent first, which would start this process again."""
+        os.kill(os.getppid(), signal.SIGKILL)
+        self.kill()
+
     def stop(self) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
 

@@ -23,6 +23,13 @@ def test_cosine_with_warm_up_is_the_published_formula() -> None:
         assert learning_rate(config, epoch, epochs) == pytest.approx(warm if epoch <= 10 else cosine)
 
 
+def test_the_cosine_of_imagenet_begins_at_its_peak() -> None:
+    config = OptimConfig(lr=0.4, schedule="cosine-peak", warmup_epochs=0)
+    rates = [learning_rate(config, epoch, 90) for epoch in range(1, 91)]
+    assert rates == pytest.approx([0.2 * (1 + math.cos(math.pi * e / 90)) for e in range(90)])
+    assert rates[0] == 0.4 and rates[-1] > 0
+
+
 def test_step_schedule_falls_at_half_and_three_quarters() -> None:
     config = OptimConfig(lr=1.0, schedule="step", warmup_epochs=0)
     rates = [learning_rate(config, epoch, 160) for epoch in (80, 81, 120, 121)]

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from own_tasks import SEGMENTATION
 from torch import nn
 
 from pipeline.base.config import MethodConfig
@@ -14,7 +15,9 @@ from pipeline.base.errors import ConfigError
 from pipeline.local.methods import method_terms
 from pipeline.local.task import Classification
 from pipeline.models.heads import DecoderHead, Given, TaskHead, dgl_head, pooled_linear, xcyf
+from pipeline.models.imagenet_heads import imagenet_head
 from pipeline.models.patches import PatchedHead, patch_slices
+from pipeline.models.unbuilt import no_values
 
 
 def layers(network: nn.Module, kind: type) -> list[nn.Module]:
@@ -49,6 +52,56 @@ def test_dgl_heads_follow_the_table(kind: str, convolutions: int, hidden: int) -
 def test_predsim_pools_until_512_inputs_are_left(shape: tuple[int, ...], kernel: tuple[int, int]) -> None:
     head = pooled_linear(shape, 10, 512)
     assert head[0].kernel_size == kernel and head[2].in_features == 512
+
+
+@pytest.mark.parametrize(("channels", "first"), [(256, 128), (512, 128), (1024, 256)])
+def test_the_head_for_imagenet_is_the_published_one(channels: int, first: int) -> None:
+    with torch.device("meta"):
+        head = imagenet_head((channels, 28, 28), 1000)
+    found = [(layer.out_channels, layer.kernel_size[0], layer.stride[0]) for layer in layers(head, nn.Conv2d)]
+    assert found == [(first, 1, 1), (256, 3, 2), (512, 3, 2), (2048, 1, 1)]
+    assert all(layer.bias is None for layer in layers(head, nn.Conv2d)) and len(layers(head, nn.BatchNorm2d)) == 4
+    assert [(layer.in_features, layer.out_features) for layer in layers(head, nn.Linear)] == [(2048, 1000)]
+
+
+@pytest.mark.parametrize(
+    ("side", "decoder", "widths", "sides"),
+    [
+        (28, "imagenet", [128, 32, 12, 3], [28, 56, 112, 224]),
+        (28, "imagenet-hpff", [128, 32, 16, 3], [28, 56, 112, 224]),
+        (14, "imagenet-hpff", [128, 64, 32, 16, 3], [14, 112, 56, 112, 224]),
+        (56, "imagenet-hpff", [128, 16, 3], [56, 112, 224]),
+    ],
+)
+def test_the_decoder_for_imagenet_goes_to_the_image_in_the_published_steps(
+    side: int, decoder: str, widths: list[int], sides: list[int]
+) -> None:
+    config, task = MethodConfig(name="infopro", head="imagenet", decoder=decoder), Classification(1000, (3, 224, 224))
+    with no_values():
+        term, _ = method_terms(config, task, 0.0, stride=224 / side)
+        head = term.make((512, side, side))
+        seen: list[tuple[int, ...]] = []
+        for layer in layers(head, nn.Conv2d):
+            layer.register_forward_hook(lambda _, __, out: seen.append(tuple(out.shape[1:])))
+        image = torch.zeros(2, 3, 224, 224, dtype=torch.uint8)
+        head.loss(torch.zeros(2, 512, side, side), Given(torch.zeros(2, dtype=torch.int64), image))
+    assert seen == [(width, size, size) for width, size in zip(widths, sides, strict=True)]
+    assert [layer.kernel_size[0] for layer in layers(head, nn.Conv2d)] == [1] + [3] * (len(widths) - 1)
+    assert all(layer.bias is not None for layer in layers(head, nn.Conv2d))
+
+
+def test_a_head_for_pixels_has_the_published_layers_and_is_for_a_dense_task() -> None:
+    for name in ("dgl", "infopro"):
+        config = MethodConfig(name=name, head="fcn")
+        *_, term = method_terms(config, SEGMENTATION, 0.0)
+        head = term.make((16, 2, 2))
+        kinds = [type(layer) for layer in head.get_submodule("head").children()]
+        assert kinds == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Dropout2d, nn.Conv2d]
+        assert [layer.out_channels for layer in layers(head, nn.Conv2d)] == [8, SEGMENTATION.classes]
+        scores = head.logits(torch.zeros(2, 16, 2, 2))
+        assert scores is not None and scores.shape[1:] == SEGMENTATION.output_shape
+        with pytest.raises(ConfigError, match=r"head = 'fcn' is for an output of every pixel, but that .* is \(10,\)"):
+            method_terms(config, Classification(10, (3, 32, 32)), 0.0)
 
 
 def test_unknown_heads_are_refused() -> None:

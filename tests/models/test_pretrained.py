@@ -13,7 +13,8 @@ from torchvision import models
 from pipeline import ConfigError, UncutModel, build_blocks
 from pipeline.models.backbones import Blocks
 from pipeline.models.pretrained import PretrainedWeights, sha256_of
-from pipeline.models.unbuilt import planned_blocks
+from pipeline.models.torchvision import DEEPLAB, DEEPLAB_C
+from pipeline.models.unbuilt import planned_blocks, without_weights
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +89,60 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line(theirs: nn.Module, file
     assert "cannot be read (No such file or directory)" in refusal(missing)
     with pytest.raises(ConfigError, match="cannot be read"):
         sha256_of(missing)
+
+
+def resnet101(path: Path, **changes: Tensor | None) -> str:
+    """A file of torchvision's ResNet-101, every tensor of one value, which takes no room; ``None``: left out."""
+    with torch.device("meta"):
+        shapes = {key: value.shape for key, value in models.resnet101().state_dict().items()}
+    state: dict[str, Tensor | None] = {
+        key: torch.tensor(float(number)).expand(shape) for number, (key, shape) in enumerate(shapes.items())
+    }
+    state |= {name.replace("__", "."): value for name, value in changes.items()}
+    torch.save({key: value for key, value in state.items() if value is not None}, path)
+    return str(path)
+
+
+def test_a_deeplab_begins_with_the_weights_of_its_resnet_and_draws_its_own_heads(tmp_path: Path) -> None:
+    path, planned = resnet101(tmp_path / "resnet101.pth"), planned_blocks(DEEPLAB, 3, 19)
+    weights = PretrainedWeights(path, DEEPLAB, planned, 19)
+    assert weights.of_backbone and str(weights) == (
+        f"begins with the backbone of {path}; drawn anew: classifier, aux_classifier; not used: fc.weight, fc.bias"
+    )
+    blocks = Blocks((name, without_weights(planned[name], "cpu")) for name in ("stem", "layer4.2", "classifier"))
+    for value in blocks["classifier"].state_dict().values():
+        value.fill_(7)
+    weights.load_into(blocks)
+    file = torch.load(path)
+    assert torch.equal(blocks["stem"].state_dict()["conv1.weight"], file["conv1.weight"])
+    assert torch.equal(blocks["layer4.2"].state_dict()["bn3.running_var"], file["layer4.2.bn3.running_var"])
+    assert all(bool((value == 7).all()) for value in blocks["classifier"].state_dict().values())
+
+
+@pytest.mark.parametrize(
+    ("backbone", "changes", "why"),
+    [
+        (DEEPLAB, {"layer3__7__conv2__weight": None}, "'layer3.7.conv2.weight' is missing in it"),
+        (DEEPLAB, {"layer5__0__conv1__weight": torch.zeros(1)}, "this network has no 'layer5.0.conv1.weight'"),
+        (DEEPLAB, {"bn1__weight": torch.zeros(32)}, r"'bn1.weight' is \(32,\) in it and \(64,\) in this network"),
+        (DEEPLAB, {"classifier__4__bias": torch.zeros(19)}, "'backbone.conv1.weight' is missing in it"),
+        (DEEPLAB_C, {}, "'conv1.0.weight' is missing in it"),
+    ],
+)
+def test_a_file_of_another_resnet_is_refused(
+    backbone: str, changes: dict[str, Tensor | None], why: str, tmp_path: Path
+) -> None:
+    path = resnet101(tmp_path / "other.pth", **changes)
+    with pytest.raises(ConfigError, match=f"does not fit {backbone} on these images: {why}"):
+        PretrainedWeights(path, backbone, planned_blocks(backbone, 3, 19), 19)
+
+
+def test_a_whole_file_of_torchvisions_deeplab_goes_into_ours(tmp_path: Path) -> None:
+    """Of other classes: both last layers are drawn anew."""
+    with torch.device("meta"):
+        theirs = models.segmentation.deeplabv3_resnet101(weights_backbone=None, num_classes=21, aux_loss=True)
+    path = str(tmp_path / "deeplab.pth")
+    torch.save({key: torch.tensor(1.0).expand(value.shape) for key, value in theirs.state_dict().items()}, path)
+    weights = PretrainedWeights(path, DEEPLAB, planned_blocks(DEEPLAB, 3, 19), 19)
+    last = [f"{head}.4.{part}" for head in ("classifier", "aux_classifier") for part in ("weight", "bias")]
+    assert not weights.of_backbone and weights.drawn == tuple(last)

@@ -19,7 +19,7 @@ from pipeline.base.validation import from_dict, validate
 from pipeline.edges.connect import Edges
 from pipeline.local.task import Classification
 from pipeline.local.weights import model_state, module_weights
-from pipeline.models.torchvision import DEEPLAB, RESNETS, TRANSFORMERS, VGGS, torchvision_name
+from pipeline.models.torchvision import DEEPLAB, DEEPLAB_C, RESNETS, TRANSFORMERS, VGGS, torchvision_name
 from pipeline.models.unbuilt import planned_blocks
 from pipeline.plan.assembly import build_modules, make_plan
 from pipeline.stage.inlet import Batch, BatchInlet
@@ -116,12 +116,13 @@ def test_the_networks_are_there_whatever_is_imported_first() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-@pytest.mark.parametrize("name", [*RESNETS, *VGGS, *TRANSFORMERS])
+@pytest.mark.parametrize("name", [*RESNETS, *VGGS, *TRANSFORMERS, DEEPLAB])
 def test_a_network_has_the_parameters_that_torchvision_publishes(name: str) -> None:
-    blocks = planned_blocks(name, 3, 1000)
-    published = models.get_model_weights(name).DEFAULT.meta["num_params"]  # type: ignore[attr-defined]
+    weights = models.get_model_weights(name).DEFAULT  # type: ignore[attr-defined]
+    blocks = planned_blocks(name, 3, len(weights.meta["categories"]))
+    published = weights.meta["num_params"]
     assert sum(parameter.numel() for block in blocks.values() for parameter in block.parameters()) == published
-    if name in RESNETS:  # test_every_name_leads_back_to_torchvision
+    if name in (*RESNETS, DEEPLAB):  # their names are tested above and below
         return
     with torch.device("meta"):
         theirs = models.get_model(name, weights=None)
@@ -184,21 +185,51 @@ def test_deeplab_has_output_stride_8_and_the_names_of_torchvision() -> None:
     dilations = [m.dilation[0] for m in blocks["layer4.0"].modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
     assert sorted(set(dilations)) == [1, 2]  # the first of a stage as the stage before
     with torch.device("meta"):
-        theirs = models.segmentation.deeplabv3_resnet101(weights=None, weights_backbone=None, num_classes=19)
+        theirs = models.segmentation.deeplabv3_resnet101(
+            weights=None, weights_backbone=None, num_classes=19, aux_loss=True
+        )
     ours = UncutModel(blocks).state_dict()
     assert {torchvision_name(DEEPLAB, key): value.shape for key, value in ours.items()} == {
         key: value.shape for key, value in theirs.state_dict().items()
     }
 
 
-def test_deeplab_computes_what_torchvision_computes() -> None:
+def test_deeplab_computes_what_torchvision_computes_in_training_too() -> None:
+    """There the second head gives "aux", and BatchNorm moves alike."""
     torch.manual_seed(1)
     ours = UncutModel(build_blocks(DEEPLAB, 3, 5)).eval()
     with torch.device("meta"):
-        theirs = models.segmentation.deeplabv3_resnet101(weights=None, weights_backbone=None, num_classes=5)
+        theirs = models.segmentation.deeplabv3_resnet101(
+            weights=None, weights_backbone=None, num_classes=5, aux_loss=True
+        )
     theirs = theirs.to_empty(device="cpu").eval()
     weights = {torchvision_name(DEEPLAB, key): value for key, value in ours.state_dict().items()}
     theirs.load_state_dict(weights, strict=True)
-    x = torch.randn(1, 3, 64, 96)
+    x = torch.randn(2, 3, 32, 48)
     with torch.no_grad():
         assert torch.equal(ours(x), theirs(x)["out"])
+        for network in (ours.train(), theirs.train()):
+            for layer in network.modules():
+                if isinstance(layer, nn.Dropout):
+                    layer.p = 0.0
+        found, expected = ours(x), theirs(x)
+    assert torch.equal(found["x"], expected["out"]) and torch.equal(found["aux"], expected["aux"])
+    after = theirs.state_dict()
+    assert all(torch.equal(value, after[torchvision_name(DEEPLAB, key)]) for key, value in ours.state_dict().items())
+
+
+def test_the_deeplab_of_infopro_has_a_deep_stem_and_a_wide_pyramid() -> None:
+    blocks = planned_blocks(DEEPLAB_C, 3, 19)
+    shapes = boundary_shapes(blocks, (3, 64, 128), entrances=list(blocks)[1:])
+    assert shapes["layer3.12"] == (1024, 8, 16) and shapes["classifier"] == (19, 64, 128)
+    stem = [layer for layer in blocks["stem"].modules() if isinstance(layer, nn.Conv2d)]
+    assert [(layer.out_channels, layer.kernel_size, layer.stride) for layer in stem] == [
+        (32, (3, 3), (2, 2)), (32, (3, 3), (1, 1)), (64, (3, 3), (1, 1))
+    ]  # fmt: skip
+    head = [layer for layer in blocks["classifier"].get_submodule("head").modules() if isinstance(layer, nn.Conv2d)]
+    assert [layer.dilation[0] for layer in head[:4]] == [1, 12, 24, 36]
+    assert {layer.out_channels for layer in head[:-1]} == {512} and head[-1].out_channels == 19
+    drops = [layer for layer in blocks["classifier"].modules() if isinstance(layer, (nn.Dropout, nn.Dropout2d))]
+    assert [(type(layer), layer.p) for layer in drops] == [(nn.Dropout2d, 0.1)] * 2
+    names = {torchvision_name(DEEPLAB_C, f"layer3.0.{key}") for key in blocks["layer3.0"].state_dict()}
+    assert all(name.startswith("backbone.layer3.0.") for name in names)

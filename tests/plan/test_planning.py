@@ -71,6 +71,26 @@ def test_placement_by_measured_cost_beats_placement_by_count() -> None:
     assert [module.rank for module in report.modules] == [0, 1, 1, 1]
 
 
+def test_replicas_are_planned_as_one_pipeline_and_what_averaging_sends() -> None:
+    profile = dataclasses.replace(PROFILE, batch_size=16, micro_batch_size=16)  # half of the batch
+    settings = config("parallel.replicas=2", "partition.kind=count")
+    report = explain(settings, 4, profile)
+    assert report.lines[0].endswith("on 2 replicas x 2 stage(s)") and report.replicas == 2
+    assert [rank.modules for rank in report.ranks] == [(0, 1), (2, 3)]
+    assert report.images_per_s == pytest.approx(32 / report.step_s)
+    of_ranks = [report.modules[:2], report.modules[2:]]
+    weights = [sum(module.parameters + module.head_parameters for module in modules) for modules in of_ranks]
+    assert [rank.averaged_bytes for rank in report.ranks] == [4 * count for count in weights]  # 2 (R-1)/R = 1
+    slow = explain(settings, 4, profile, bytes_per_s=1e7)
+    assert slow.modules[0].seconds["U"] == pytest.approx(
+        0.001 + 4 * (slow.modules[0].parameters + slow.modules[0].head_parameters) / 1e7
+    )
+    assert "averaged" in shown(report, 120) and "2 replicas of 2 ranks" in shown(report, 120)
+    assert "averaged" not in shown(explain(config(), 1, PROFILE), 120)
+    with pytest.raises(ConfigError, match=r"^parallel\.replicas = 2 with 3 processes"):
+        explain(settings, 3, profile)
+
+
 def test_a_given_placement_is_compared_with_both() -> None:
     report = explain(config("partition.kind=given", "partition.stages=[3,1]"), 2, PROFILE)
     assert [p.kind for p in report.placements] == ["given", "count", "measured"]

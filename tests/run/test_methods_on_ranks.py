@@ -1,5 +1,5 @@
-"""Methods that are a file of their own, and heads on tokens: two and four ranks train the weights of one process, bit
-for bit."""
+"""Methods that are a file of their own, heads on tokens, heads for large images: two and four ranks train the weights
+of one process, bit for bit."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import pytest
 from helpers_spawn import run_ranks
 from tiny import Batches, network
 from tiny_features import configured, feature_batches, image_batches, transformer, vision_transformer
+from tiny_strided import CASES as STRIDED_CASES
+from tiny_strided import trained_on_strided
 from tiny_text import CASES as TEXT_CASES
 from tiny_text import trained_on_text
 from torch import nn
@@ -53,6 +55,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, dic
 
 def trained(rank: int, folder: str) -> dict[str, Any]:
     """The digest of the weights of every case; of those on text the perplexity as well."""
+    on_strided = trained_on_strided(rank, folder)
     on_text = trained_on_text(rank, Path(folder) / "text")
     found: dict[str, Any] = {f"text, {case}": result for case, result in on_text.items()}
     for case, (build, batches, sections) in CASES.items():
@@ -62,7 +65,7 @@ def trained(rank: int, folder: str) -> dict[str, Any]:
         data = LoaderData(batches(), batches())
         summary = train(config, network=build(), data=data, run_dir=Path(folder) / case, quiet=True)
         found[case] = summary["weights_sha256"]
-    return found
+    return found | on_strided
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,15 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_weights_are_those_of_one_process(alone: dict[str, Any], ranks: int, tmp_path: Path) -> None:
-    assert len(set(alone.values())) == len(CASES) + len(TEXT_CASES)
+    assert len(set(alone.values())) == len(CASES) + len(TEXT_CASES) + len(STRIDED_CASES)
     results = run_ranks(trained, ranks, str(tmp_path), timeout_s=120)
     assert [result.exit_code for result in results] == [0] * ranks, [result.stderr for result in results]
     assert results[0].value == alone
+
+
+def test_three_ranks_train_the_same_weights_with_heads_for_large_images(
+    alone: dict[str, Any], tmp_path: Path
+) -> None:
+    results = run_ranks(trained_on_strided, 3, str(tmp_path), timeout_s=120)
+    assert [result.exit_code for result in results] == [0] * 3, [result.stderr for result in results]
+    assert results[0].value == {case: alone[case] for case in STRIDED_CASES}

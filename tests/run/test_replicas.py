@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import re
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers_spawn import run_ranks
-from tiny import CLASSES, tiny_config
+from tiny import CLASSES, IMAGE, tiny_blocks, tiny_config
 from torch import Tensor, nn
 
-from pipeline import LoaderData, train
+from pipeline import ConfigError, LoaderData, train
+from pipeline.base.numerics import Numerics
+from pipeline.local.task import Classification
+from pipeline.plan.assembly import build_modules, make_plan
+from pipeline.ranks.grid import Grid, grid_of
 
 ROWS = 12
 
@@ -74,35 +81,153 @@ def run(
         return train(config, network=network(norm, seed), data=data, run_dir=folder, quiet=True)
 
 
-FOUR = {"2 x 2": 2, "4 x 1": 4, "1 x 4": 1}
-
-
-def on_four(rank: int, folder: str) -> None:
-    for name, replicas in FOUR.items():
-        run(Path(folder) / name, replicas, seed=7 + rank // (4 // replicas))  # the first replica's weights count
+def on_four(rank: int, folder: str) -> dict[str, str]:
+    here = Path(folder)
+    for name, replicas in {"2 x 2": 2, "4 x 1": 4, "1 x 4": 1}.items():
+        run(here / name, replicas, seed=7 + rank // (4 // replicas))  # the first replica's weights count
+    run(here / "resumed", 2, train={"max_steps": 2})
+    run(here / "stopped", 2, nn.BatchNorm2d, train={"max_steps": 4})
+    whole = run(here / "whole", 2, nn.BatchNorm2d)
+    return {"whole": whole["weights_sha256"], "stopped": run(here / "stopped", 2, nn.BatchNorm2d)["weights_sha256"]}
 
 
 def on_two(rank: int, folder: str) -> None:
     for name, replicas in {"1 x 2": 1, "2 x 1": 2}.items():
         run(Path(folder) / name, replicas)
+    run(Path(folder) / "resumed", 1, train={"max_steps": 4}, seed=8)  # other weights, which the checkpoint replaces
+
+
+def on_four_again(rank: int, folder: str) -> None:
+    run(Path(folder) / "resumed", 4, seed=8)
+
+
+@dataclass(frozen=True)
+class Runs:
+    """What the ranks have left in ``folder``; ``digests`` by name of the run."""
+
+    folder: Path
+    digests: dict[str, str]
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        states = [torch.load(self.folder / name / f"{part}.pt", weights_only=True) for part in ("model", "heads")]
+        return states[0] | states[1]
+
+    def records(self, name: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("replicas")
-    for function, ranks in ((on_four, 4), (on_two, 2)):
-        results = run_ranks(function, ranks, str(folder), timeout_s=90)
+    digests: dict[str, str] = {}
+    for function, ranks in ((on_four, 4), (on_two, 2), (on_four_again, 4)):
+        results = run_ranks(function, ranks, str(folder), timeout_s=120)
         assert [result.exit_code for result in results] == [0] * ranks, [result.stderr for result in results]
-    return folder
-
-
-def weights(folder: Path) -> dict[str, Tensor]:
-    return torch.load(folder / "model.pt", weights_only=True) | torch.load(folder / "heads.pt", weights_only=True)
+        digests |= results[0].value or {}
+    return Runs(folder, digests)
 
 
 @pytest.mark.parametrize("name", ["2 x 2", "4 x 1", "2 x 1"])
-def test_replicas_end_with_the_weights_of_one_pipeline_on_the_same_batches(runs: Path, name: str) -> None:
-    expected, found = weights(runs / "1 x 2"), weights(runs / name)
+def test_replicas_end_with_the_weights_of_one_pipeline_on_the_same_batches(runs: Runs, name: str) -> None:
+    expected, found = runs.weights("1 x 2"), runs.weights(name)
     begun = network().state_dict()
     assert not torch.allclose(expected["a.conv.weight"], begun["a.conv.weight"], atol=1e-3)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_stages_of_a_replica_change_no_bit(runs: Runs) -> None:
+    torch.testing.assert_close(runs.weights("2 x 2"), runs.weights("2 x 1"), rtol=0, atol=0)
+    torch.testing.assert_close(runs.weights("1 x 4"), runs.weights("1 x 2"), rtol=0, atol=0)
+
+
+def test_metrics_are_those_of_the_whole_batch_and_test_told_once(runs: Runs) -> None:
+    for name in ("2 x 2", "4 x 1"):
+        for found, expected in zip(runs.records(name), runs.records("1 x 2"), strict=True):
+            assert found["images"] == expected["images"] == 33 and found["test_error_pct"] == expected["test_error_pct"]
+            for key in ("train_loss", "test_loss"):
+                assert found[key] == pytest.approx(expected[key], rel=1e-4)
+            losses = [[module["losses"] for module in record["modules"]] for record in (found, expected)]
+            assert [pytest.approx(of_module, rel=1e-4) for of_module in losses[1]] == losses[0]
+            assert [module["index"] for module in found["modules"]] == [0, 1, 2, 3]
+    last = runs.records("2 x 2")[-1]
+    assert [(stage["rank"], stage["modules"]) for stage in last["stages"]] == [
+        (0, [0, 1]), (1, [2, 3]), (2, [0, 1]), (3, [2, 3])
+    ]  # fmt: skip
+    parameters = sum(value.numel() for value in runs.weights("4 x 1").values())
+    (sent,) = {stage["bytes_sent"] for stage in runs.records("4 x 1")[-1]["stages"]}
+    assert sent == pytest.approx(3 * 2 * 3 / 4 * 4 * parameters, rel=0.05)  # 3 steps; the losses besides
+
+
+def test_a_checkpoint_goes_on_with_any_replicas_and_stages(runs: Runs) -> None:
+    """2 x 2, then 1 x 2, then 4 x 1; a module has one file, whoever has written it."""
+    torch.testing.assert_close(runs.weights("resumed"), runs.weights("1 x 2"), rtol=1e-4, atol=1e-5)
+    newest = max((runs.folder / "resumed" / "checkpoints").iterdir())
+    assert sorted(path.name for path in newest.glob("module-*")) == [f"module-00{m}.safetensors" for m in range(4)]
+
+
+def test_running_statistics_are_the_same_on_all_replicas_so_one_saves_for_all(runs: Runs) -> None:
+    assert runs.digests["stopped"] == runs.digests["whole"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "size", "line"),
+    [
+        ({}, 3, "parallel.replicas = 2 with 3 processes: every replica is a pipeline of as many; start 2 or 4"),
+        ({}, 1, "parallel.replicas = 2 with 1 process: every replica is a pipeline of as many; start 2 processes"),
+        ({"parallel": {"stages": 4}}, 4, "parallel.replicas = 2 x parallel.stages = 4 with 4 processes; start 8"),
+        ({"parallel": {"replicas": "auto", "stages": 2}}, 3, "parallel.stages = 2 with 3 processes, which are no"),
+        ({"parallel": {"replicas": "auto", "stages": 1}}, 5, "data.batch_size = 12 is not divisible by parallel"),
+    ],
+)  # fmt: skip
+def test_processes_that_are_no_replicas_are_refused(sections: dict[str, Any], size: int, line: str) -> None:
+    config = tiny_config(data={"batch_size": ROWS}, **{"parallel": {"replicas": 2} | sections.get("parallel", {})})
+    with pytest.raises(ConfigError, match="^" + re.escape(line)):
+        grid_of(config, 0, size)
+
+
+def test_a_job_of_a_wrong_size_prints_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^parallel\.replicas = 2 with 1 process"):
+        run(tmp_path, 2)
+
+
+def test_the_place_of_a_rank() -> None:
+    config = tiny_config(data={"batch_size": ROWS}, parallel={"replicas": "auto", "stages": 2})
+    grid = grid_of(config, 5, 6)
+    assert (grid.replicas, grid.stages, grid.replica, grid.stage) == (3, 2, 2, 1)
+    assert list(grid.twins(1)) == [1, 3, 5] and not grid.leads
+    assert grid.named("module 3 (c)") == "replica 2, module 3 (c)"
+    assert Grid(1, 1, 2).named("module 3 (c)") == "module 3 (c)"
+
+
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        ({"data": {"batch_size": 9}}, "data.batch_size = 9 is not divisible by parallel.replicas = 2; use"),
+        ({"schedule": {"micro_batches": 4}}, "data.batch_size = 12 is not divisible by parallel.replicas = 2 x s"),
+        ({"data": {"batch_size": 2}}, "data.batch_size = 2 with parallel.replicas = 2 leaves BatchNorm one image"),
+        ({"schedule": {"kind": "free"}}, "parallel.replicas = 2 with schedule.kind = 'free', where the stages of two"),
+        ({"parallel": {"sync_batch_norm": True}}, "parallel.sync_batch_norm = true with runtime.device = 'cpu': torch"),
+        ({"parallel": {"replicas": "auto"}}, "parallel.replicas = 'auto' with parallel.stages = 0: set parallel"),
+        ({"parallel": {"replicas": 1, "sync_batch_norm": True}}, "parallel.sync_batch_norm = true with one replica"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_with_replicas_is_refused(sections: dict[str, dict[str, Any]], line: str) -> None:
+    parallel = {"replicas": 2} | sections.pop("parallel", {})
+    with pytest.raises(ConfigError, match="^" + re.escape(line)):
+        tiny_config(**{"data": {"batch_size": ROWS}, **sections, "parallel": parallel})
+
+
+def test_batch_norm_over_all_replicas_is_that_of_torch() -> None:
+    """It runs on GPUs only; here it is put in the place of every BatchNorm, on the same weights."""
+    group: Any = object()
+    parallel = {"replicas": 2, "sync_batch_norm": True}
+    config = tiny_config("dgl", "plain", 1, 3, parallel=parallel, runtime={"device": "auto"})
+    plan = make_plan(config, tiny_blocks(), Classification(CLASSES, IMAGE), 1, replicas=2)
+    blocks = tiny_blocks()
+    weights = [parameter for block in blocks.values() for parameter in block.parameters()]
+    numerics = Numerics(torch.device("cpu"), torch.float32, False)
+    modules = build_modules(plan, 0, blocks, numerics, False, None, 1, group)
+    layers = [layer for module in modules for part in (*module.blocks.values(), *module.levels.values())
+              for layer in part.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]  # fmt: skip
+    assert layers and all(type(layer) is nn.SyncBatchNorm and layer.process_group is group for layer in layers)
+    assert list(map(id, weights)) == [id(parameter) for module in modules for parameter in module.parameters]

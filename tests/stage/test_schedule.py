@@ -139,6 +139,10 @@ def test_span_k_is_end_to_end_flow() -> None:
 
 def test_released_evaluations_match_the_counts_of_the_released_code() -> None:
     assert [role.evaluations for role in plans(6, 2, "released")] == [2, 3, 3, 3, 3, 2]
+    of_imagenet = dataclasses.replace(PAPER, cascade_span=2, variant="released", independent_weight=0.0)
+    roles = plan_hierarchy(4, of_imagenet)
+    assert [role.evaluations for role in roles] == [2, 2, 2, 1]
+    assert [role.independent for role in roles] == [False] * 4 and roles[-1].final_cascade == 1.0
 
 
 # --- schedule `async` -------------------------------------------------------------------------------------------------
