@@ -28,6 +28,7 @@ from pipeline.data.loader_errors import guarded, named_errors
 from pipeline.data.mixing import Mixer
 from pipeline.data.normaliser import Normaliser
 from pipeline.data.prefetch import moved, on_device
+from pipeline.data.rate import LoaderRate
 from pipeline.data.share import WHOLE, Share
 from pipeline.data.source import DataSpec
 from pipeline.data.stream import epoch_order
@@ -86,6 +87,8 @@ class DecodedSource:
         if keep:
             share.check_short(settings.name, short, 2 * parts)
         self._share = share
+        self.rate = LoaderRate()
+        self._workers = settings.workers
         self._keys = _Batches()
         self._loader = DataLoader(
             _ByKey(samples, self._seed),
@@ -115,11 +118,13 @@ class DecodedSource:
             keys.append([("train", epoch, index) for index in needed])
 
         def make(numbered: tuple[int, int, Decoded]) -> Batch:
-            number, every, (images, target, _) = numbered
+            number, every, (images, target, seconds) = numbered
+            self.rate.add(len(images), seconds / self._workers)
             images, target = moved(images, self._device), moved(target, self._device)
             images, target = self._mixer.train(images, target, epoch, number)
             return Batch(self._normalise(images), target, images, all_rows=every)
 
+        self.rate.begin()
         decoded = zip(numbers, rows, self._decoded("train", keys), strict=False)
         return guarded(on_device(make, decoded, self._device), "train")
 

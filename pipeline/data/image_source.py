@@ -50,6 +50,7 @@ class ImageSource:
         self._train = ImageStream(data, settings.batch_size, seed, normalise, drop_last, share, mixer)
         tests = settings.batch_size // (parts * share.of)
         self._test = ImageStream(data, tests, seed, normalise, share=share, mixer=mixer)
+        self.rate = self._train.rate
         self.data_spec = DataSpec(
             classes=len(data.classes),
             inputs={MAIN: TensorSpec(data.image_shape)},

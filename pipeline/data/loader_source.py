@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from pipeline.data.catalogue import CIFAR_MEAN_ROUNDED, CIFAR_STD_ROUNDED
 from pipeline.data.loader_errors import checked, guarded, named_errors
 from pipeline.data.normaliser import Normaliser
 from pipeline.data.prefetch import moved, on_device
+from pipeline.data.rate import LoaderRate
 from pipeline.data.share import WHOLE, Share
 from pipeline.data.source import DataSpec
 from pipeline.stage.inlet import Batch
@@ -79,6 +81,7 @@ class LoaderSource:
     ) -> None:
         self._data = data
         self._share = share
+        self.rate = LoaderRate()
         self._progress = progress
         self._seed = config.train.seed
         self._limit = config.data.batch_size
@@ -119,6 +122,7 @@ class LoaderSource:
         set_epoch = getattr(getattr(self._data.train, "sampler", None), "set_epoch", None)
         if callable(set_epoch):
             set_epoch(epoch)
+        self.rate.begin()
         batches = on_device(self._ready, self._from(epoch, start), self._device, ahead=1)
         return guarded(batches, "train")
 
@@ -164,7 +168,9 @@ class LoaderSource:
                 own.manual_seed(seed)
         state = torch.Generator().manual_seed(seed).get_state()
         batches: Iterator[Any] | None = None
+        waits = getattr(loader, "num_workers", 0) > 0  # for workers, which keep their times to themselves
         while True:
+            started = time.perf_counter()
             with torch.random.fork_rng(devices=[]), named_errors(which):
                 torch.set_rng_state(state)
                 if batches is None:
@@ -173,6 +179,8 @@ class LoaderSource:
                 state = torch.get_rng_state()
             if batch is None:
                 return
+            if not waits and which == "train":
+                self.rate.add(len(batch[1]), time.perf_counter() - started)
             yield batch
 
     def _tests(self) -> Iterator[tuple[Tensors, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,7 @@ from pipeline.data.images import ImageData
 from pipeline.data.mixing import Mixer
 from pipeline.data.normaliser import Normaliser
 from pipeline.data.prefetch import moved, on_device
+from pipeline.data.rate import LoaderRate
 from pipeline.data.share import WHOLE, Share
 from pipeline.stage.inlet import Batch
 
@@ -35,6 +37,7 @@ class ImageStream:
 
     Attributes:
         train_batch_count, test_batch_count: batches of an epoch and of a test, of all replicas.
+        rate: of the training batches.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class ImageStream:
         self._mixer = mixer
         self._device = normalise.numerics.device
         self._share = share
+        self.rate = LoaderRate()
         whole, rest = divmod(len(data.train), batch_size)
         self.train_batch_count = whole + (1 if rest and not drop_last and rest != 1 else 0)
         self.test_batch_count = -(-len(data.test) // batch_size)
@@ -62,7 +66,10 @@ class ImageStream:
         """The shuffled, augmented batches of ``epoch``, from ``start_batch`` on as in the whole epoch."""
         order = epoch_order(len(self._data.train), seed=self._seed, epoch=epoch)
 
+        self.rate.begin()
+
         def make(batch: int) -> Batch:
+            started = time.perf_counter()
             indices = order[batch * self._batch_size : (batch + 1) * self._batch_size]
             rows = len(indices)
             mine = self._share.rows(rows)
@@ -73,7 +80,9 @@ class ImageStream:
             labels = moved(self._data.train.labels[indices], self._device)
             if self._mixer is not None:
                 images, labels = self._mixer.train(images, labels, epoch, batch)
-            return Batch(self._normalise(images), labels, images, all_rows=rows)
+            made = Batch(self._normalise(images), labels, images, all_rows=rows)
+            self.rate.add(len(labels), time.perf_counter() - started)
+            return made
 
         return on_device(make, range(start_batch, self.train_batch_count), self._device)
 

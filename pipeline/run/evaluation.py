@@ -38,6 +38,7 @@ from pipeline.models.custom import network_blocks
 from pipeline.plan.assembly import Plan, build_modules, make_plan
 from pipeline.ranks.runtime import choose_device, set_threads, threads_restored
 from pipeline.report.exits import ALL, PREFIX, Evaluation, ExitRow
+from pipeline.run.views import ONE, View, outputs_of, views_of
 from pipeline.stage.inlet import Batch
 from pipeline.store.checkpoint import Checkpoint, open_checkpoint
 from pipeline.store.manifest import CONFIG
@@ -78,6 +79,7 @@ def evaluate(
     config = load_config(file=saved.path / CONFIG, assignments=assignments)
     given = task if task is not None or data is not None else task_of(config)
     task = _task_of(saved, given, config)
+    views = views_of(config.data, task)
     _refuse_what_is_missing(saved, config, network, data)
     with threads_restored():
         set_threads(config.runtime.threads, 1)
@@ -94,12 +96,12 @@ def evaluate(
             inputs = task.inputs if saved.task != task_name(None) else None
             images = LoaderSource(data, config, numerics, None, inputs, task.target)
         else:
-            images = open_named(config, numerics)
+            images = open_named(config, numerics, whole=True)
         _refuse_other_data(images.data_spec, task, config)
         plan = make_plan(config, blocks, task, 1, images.data_spec.inputs)
         work = _operations(plan, blocks)
         modules = _restored(saved, plan, blocks, numerics)
-        statistics, count = count_exits(modules, images.test(), task)
+        statistics, count = count_exits(modules, images.test(), task, views)
     return Evaluation(
         checkpoint=str(saved.path),
         step=saved.step,
@@ -231,7 +233,7 @@ def _restored(saved: Checkpoint, plan: Plan, blocks: Blocks, numerics: Numerics)
 
 
 def count_exits(
-    modules: Sequence[LocalModule], batches: Iterable[Batch], task: Task
+    modules: Sequence[LocalModule], batches: Iterable[Batch], task: Task, views: Sequence[View] = ONE
 ) -> tuple[Statistics, int]:
     """What the metrics of the task have counted of every exit, and the number of all rows of the test set."""
     statistics: Statistics = {}
@@ -244,11 +246,10 @@ def count_exits(
             statistics[key] = statistics[key] + counted if key in statistics else counted
 
     for batch in batches:
-        x, target = named(batch.x), batch.labels
+        target = batch.labels
         prefix = mean = torch.zeros((), dtype=torch.float64, device=target.device)
-        for module in modules:
+        for module, outputs in zip(modules, outputs_of(modules, named(batch.x), target, views), strict=True):
             index = module.plan.index
-            x, outputs = module.evaluate(x)
             prefix = prefix / 2  # the weights of the next module are twice as large; only their ratio counts
             for level, output in outputs.items():
                 count(index, level, output, target)

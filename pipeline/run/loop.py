@@ -301,6 +301,7 @@ class Loop:
                 eta_s=(now - self._began) / (step - self._start.step) * (self.total - step),
                 phase="train",
                 modules=run.telemetry.live(),
+                loader_images_per_s=_times(run.telemetry.loader_images_per_s, run.grid.replicas),
             )
         )
 
@@ -378,3 +379,8 @@ class Loop:
     def _warn(self) -> None:
         for note in self._run.saver.take_notes():
             warn(note)
+
+
+def _times(rate: float | None, replicas: int) -> float | None:
+    """Of all replicas, whose loaders are alike."""
+    return None if rate is None else rate * replicas

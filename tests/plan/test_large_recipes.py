@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from PIL import Image
 
 from pipeline import load_config, recipe_names, train
 from pipeline.base.config import Config
+from pipeline.data import shapes
 from pipeline.models.unbuilt import planned_blocks
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.cut import make_cut
@@ -107,6 +109,8 @@ def test_a_recipe_is_planned_without_data(name: str) -> None:
 # --- two steps on two ranks -------------------------------------------------------------------------------------------
 
 
+@mock.patch.object(shapes, "TRAIN", 8)
+@mock.patch.object(shapes, "TEST", 2)
 def two_steps(rank: int, names: tuple[str, ...], folder: str) -> dict[str, int]:
     """Steps done by every recipe, on images of a few pixels."""
     done = {}

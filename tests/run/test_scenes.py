@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers_spawn import run_ranks
-from torch import nn
+from torch import Tensor, nn
 
-from pipeline import evaluate, load_config, read_metrics, train
+from pipeline import Classification, ConfigError, evaluate, load_config, read_metrics, train
+from pipeline.base.config import DataConfig
 from pipeline.data import open_data
+from pipeline.local.segmentation import resized
+from pipeline.run.views import outputs_of, views_of
 
 SETTINGS = [
     "data.name=shapes", "data.batch_size=16", "model.modules=2", "model.cuts=even", "method.name=infopro",
@@ -60,6 +64,39 @@ def test_an_evaluation_needs_no_task_where_the_data_have_one(run: Path) -> None:
     assert evaluation.task == "Segmentation" and evaluation.images == 128
     last = read_metrics(run / "metrics.jsonl")[-1]
     assert evaluation.test_metrics["mean_iou_pct"] == pytest.approx(last["test_metrics"]["mean_iou_pct"], abs=1e-6)
+
+
+class Marked(nn.Module):
+    """In place of a local module: scores that show what it was given."""
+
+    def evaluate(self, inputs: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        x = inputs["x"]
+        return inputs, {"final": torch.cat([x[:, :1], -x[:, :1]], dim=1)}
+
+
+def test_views_are_turned_back_before_they_are_averaged() -> None:
+    x = torch.randn(1, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    target = torch.zeros(1, 16, 24, dtype=torch.uint8)
+    modules: Any = [Marked()]
+    (plain,) = outputs_of(modules, {"x": x}, target)
+    (both,) = outputs_of(modules, {"x": x}, target, ((1.0, False), (1.0, True)))
+    assert both["final"].softmax(dim=1).allclose(plain["final"].softmax(dim=1), atol=1e-6)
+    (half,) = outputs_of(modules, {"x": x}, target, ((0.5, False),))
+    small = F.interpolate(x, size=(8, 16), mode="bilinear", align_corners=False)[:, :1]  # 12 is no multiple of 8
+    wanted = resized(torch.cat([small, -small], dim=1), target).softmax(dim=1)
+    assert half["final"].exp().allclose(wanted, atol=1e-6)
+
+
+@pytest.mark.long
+def test_an_evaluation_in_several_views_is_no_worse(run: Path) -> None:
+    plain = evaluate(run, network=network()).test_metrics["mean_iou_pct"]
+    views = evaluate(run, ["data.test_flip=true", "data.test_scales=[1.0, 1.25]"], network=network())
+    assert views.test_metrics["mean_iou_pct"] > plain - 2.0 and views.images == 128
+
+
+def test_views_are_for_classes_of_pixels() -> None:
+    with pytest.raises(ConfigError, match="not for Classification"):
+        views_of(DataConfig(test_flip=True), Classification(10, (3, 32, 32)))
 
 
 def test_scenes_are_the_same_everywhere_and_have_all_classes() -> None:
