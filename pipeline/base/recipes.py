@@ -27,7 +27,7 @@ from pipeline.base.validation import check_values, from_dict, validate
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 PAPERS = "papers.toml"
-FIGURES = ("test_error", "mean_iou")  # of a line of it, in the order of Recipe
+FIGURES = ("test_error", "mean_iou")  # of a line of it
 DEFAULT_RECIPE = "digits-resnet32-k4-infopro-hpff"
 
 Layer = dict[str, Any]  # section -> key -> value, of one source
@@ -128,8 +128,8 @@ def _rows() -> dict[str, tuple[Recipe, Layer]]:
         for name, line in table["recipes"].items():
             layer = {key: value for key, value in line.items() if key not in FIGURES}
             layer["base"] = [*_names(table["base"], PAPERS), *_names(line["base"], PAPERS)]
-            figures = [line.get(key) for key in FIGURES]
-            rows[name] = (Recipe(name, *figures, table["table"], table["paper"]), layer)
+            figures: dict[str, Any] = {key: line.get(key) for key in FIGURES}
+            rows[name] = (Recipe(name, **figures, table=table["table"], paper=table["paper"]), layer)
     return rows
 
 
