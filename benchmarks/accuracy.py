@@ -130,6 +130,7 @@ def results(planned: Sequence[Planned]) -> Iterator[Row]:
         row, errors = same[0].row, [run["error"] for run in runs]
         yield {
             "name": name, "title": row.title, "group": row.group, "epochs": epochs, "modules": runs[0]["modules"],
+            "k": same[0].run.config.model.modules,
             "seeds": [run["seed"] for run in runs], "error": statistics.fmean(errors),
             "spread": statistics.stdev(errors) if len(errors) > 1 else None,
             "published": [list(entry) for entry in row.published],
@@ -212,13 +213,13 @@ def _paper(row: Row) -> str:
 
 
 COLUMNS = (
-    Column("row", "title"), Column("K", lambda row: row["modules"]), Column("epochs", "epochs"),
+    Column("row", "title"), Column("K", "k"), Column("epochs", "epochs"),
     Column("seeds", lambda row: len(row["seeds"])), Column("test error %", _error),
     Column("above BP", "above_bp", "+.2f"), Column("paper's error %", _paper),
     Column("above its BP", "paper_above_bp", "+.2f"),
 )  # fmt: skip
 EXITS = (
-    Column("row", "title"), Column("K", "modules"), Column("epochs", "epochs"),
+    Column("row", "title"), Column("K", "k"), Column("epochs", "epochs"),
     Column("error of the exits, %, from module 0 to the last", "line"),
 )  # fmt: skip
 
@@ -257,9 +258,10 @@ def measure(settings: Settings) -> Report:
     about = (
         f"Budget: {', '.join(f'{count:,}' for count in images)} training images an epoch, batch {settings.batch}, peak "
         f"learning rate {settings.lr:g}, epochs of warm-up: {settings.warmup}, cosine to 0; all else as in the recipe "
-        "of the row. Test error in % after the last epoch, mean ± standard deviation of seeds (no ±: one seed). Above "
-        "BP: points above backpropagation with the same budget; above its BP: the same in the table of the paper, "
-        "which trains for 400 (HPFF) or 160 epochs (InfoPro) of all images in batches of 1024."
+        "of the row. K as the papers count it; their cut of ResNet-32 at K = 16 has 15 modules. Test error in % after "
+        "the last epoch, mean ± standard deviation over seeds (no ±: one seed). Above BP: points above backpropagation "
+        "with the same budget; above its BP: the same in the table of the paper, which trains for 400 (HPFF) or 160 "
+        "epochs (InfoPro) of all images in batches of 1024."
     )
     tables = [Table(COLUMNS, rows), Table(EXITS, list(exit_lines(rows)), "Error by exit")]
     return Report("Test error of the rows of the papers' tables", tables, [about], list(targets(rows)), findings,

@@ -29,7 +29,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         alone = row["modules"] == 1
         style = {"color": BLACK if alone else next(colours), "linewidth": 2.0 if alone else 1.3, "marker": "o",
                  "markersize": 3, "linestyle": "-" if alone or row["modules"] > 8 else DASHED}  # fmt: skip
-        label = row["title"] if alone else f"{row['title']}, K = {row['modules']}"
+        label = row["title"] if alone else f"{row['title']}, K = {row['k']}"
         left.plot(*_mean_curve(row), label=label, **style)
         right.plot(*_mean_exits(row), **style)
     for axes, title, label in ((left, "test error %", "epoch"), (right, "of every exit", "depth: modules / K")):

@@ -83,10 +83,17 @@ def probe(settings: Settings, networks: Sequence[Trained]) -> Report:
         f"Error in % on {len(test):,} test images of a logistic regression on a block's output, averaged to at most "
         f"{settings.pool} x {settings.pool} positions, fitted on {len(train):,} training images without augmentation."
     )
-    columns = (Column("network", "network"), Column("block", "block"), Column("features", "features"),
-               Column("error %", "error", ".2f"))  # fmt: skip
-    tables = [Table(columns, rows)]
-    return Report("Linear probes of every block", tables, [about], draw=lambda path: draw_probe(rows, path))
+    return Report("Linear probes of every block: error %", [_by_block(rows, "error", ".2f")], [about], rows=rows,
+                  draw=lambda path: draw_probe(rows, path))  # fmt: skip
+
+
+def _by_block(rows: Sequence[Row], key: str, form: str) -> Table:
+    """A line per block, a column per network."""
+    names = list(dict.fromkeys(row["network"] for row in rows))
+    lines: dict[str, Row] = {}
+    for row in rows:
+        lines.setdefault(row["block"], {"block": row["block"], **dict.fromkeys(names)})[row["network"]] = row[key]
+    return Table([Column("block", "block"), *(Column(name, name, form) for name in names)], list(lines.values()))
 
 
 def _pooled_outputs(network: Trained, images: Tensor, side: int) -> dict[str, Tensor]:
@@ -107,15 +114,14 @@ def similarity_to_first(settings: Settings, networks: Sequence[Trained]) -> Repo
         matrix = cka((list(a.values()), list(b.values())) for a, b in pairs)
         for block, values in zip(network.blocks, matrix.tolist(), strict=True):
             same = values[first.blocks.index(block)] if block in first.blocks else math.nan
-            rows.append({"network": network.title, "block": block, "same": same, "all": values,
+            rows.append({"network": network.title, "block": block, "same": same, "all": [round(v, 4) for v in values],
                          "reference": first.title, "reference_blocks": list(first.blocks)})  # fmt: skip
     about = (
         f"Linear CKA with the same block of {first.title}, unbiased, from {len(images):,} test images in minibatches "
         f"of {settings.batch}: 1 = the same up to rotation and scale, 0 = nothing in common."
     )
-    columns = (Column("network", "network"), Column("block", "block"), Column(f"CKA with {first.title}", "same", ".3f"))
-    tables = [Table(columns, rows)]
-    return Report(f"Similarity to {first.title}", tables, [about], draw=lambda path: draw_cka(rows, path))
+    return Report(f"Similarity to {first.title}: CKA", [_by_block(rows, "same", ".3f")], [about], rows=rows,
+                  draw=lambda path: draw_cka(rows, path))  # fmt: skip
 
 
 def plane(settings: Settings, networks: Sequence[Trained]) -> Report:
@@ -158,7 +164,7 @@ def maps(settings: Settings, networks: Sequence[Trained]) -> Report:
                 scaled = ((image - low) / (high - low).clamp(min=1e-12)).tolist()
                 rows.append({
                     "network": network.title, "block": block, "image": index, "label": int(labels[index]),
-                    "area": _active_area(image - low), "map": [[round(v, 3) for v in line] for line in scaled],
+                    "area": _active_area(image - low), "map": [[round(v, 2) for v in line] for line in scaled],
                 })  # fmt: skip
     means = [
         {"network": title, "block": block, "area": sum(found) / len(found)}

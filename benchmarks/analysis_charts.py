@@ -20,10 +20,20 @@ def draw_probe(rows: Sequence[Row], path: Path) -> None:
 
 
 def draw_cka(rows: Sequence[Row], path: Path) -> None:
-    """Left: CKA with the same block, a line per network. Right of it a map of all pairs for each."""
+    """Above: CKA with the same block, a line per network. Below a map of all pairs for each."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     names = list(dict.fromkeys(row["network"] for row in rows))
-    with _panels(path, 1 + len(names), 3.6) as (figure, panels):
-        lines, *pairs = panels
+    width = max(2, len(names))
+    figure = pyplot.figure(figsize=(2.3 * width + 0.9, 5.6), dpi=150, layout="constrained")
+    try:
+        above, below = figure.subfigures(2, 1, height_ratios=(1.15, 1), squeeze=False)[:, 0]
+        lines = above.subplots()
+        lines.spines[["top", "right"]].set_visible(False)
+        pairs = below.subplots(1, len(names), squeeze=False, sharey=True)[0]
         _lines(lines, rows, "same", first_black=False)
         lines.set_ylim(0, 1)
         lines.set_title(f"CKA with the same block of {rows[0]['reference']}", loc="left", fontsize=9, color=INK)
@@ -33,9 +43,14 @@ def draw_cka(rows: Sequence[Row], path: Path) -> None:
             shown = axes.imshow([row["all"] for row in of], vmin=0, vmax=1, cmap="viridis", origin="lower")
             axes.set_title(name, loc="left", fontsize=9, color=INK)
             axes.set_xlabel(f"block of {of[0]['reference']}", fontsize=8, color=INK)
-            axes.set_ylabel("block", fontsize=8, color=INK)
+            axes.set_xticks(range(0, len(of[0]["all"]), 4))
+            axes.set_yticks(range(0, len(of), 4))
             axes.tick_params(colors=INK, length=0, labelsize=7)
-        figure.colorbar(shown, ax=pairs, shrink=0.8)
+        pairs[0].set_ylabel("block", fontsize=8, color=INK)
+        below.colorbar(shown, ax=pairs, shrink=0.8).ax.tick_params(labelsize=7)
+        figure.savefig(path, bbox_inches="tight", pad_inches=0.1)
+    finally:
+        pyplot.close(figure)
 
 
 def draw_tsne(rows: Sequence[Row], path: Path) -> None:
@@ -47,31 +62,31 @@ def draw_tsne(rows: Sequence[Row], path: Path) -> None:
             x, y = zip(*row["points"], strict=True)
             axes.scatter(x, y, c=row["labels"], cmap=colormaps["tab10"], s=4, linewidths=0)
             axes.set_title(f"{row['network']} ({row['silhouette']:.2f})", loc="left", fontsize=9, color=INK)
-            axes.set_xticks([])
-            axes.set_yticks([])
+            axes.set_axis_off()
 
 
 def draw_maps(rows: Sequence[Row], pixels: Sequence[Any], path: Path) -> None:
-    """A line of pictures per network and block below the images themselves."""
+    """A line per image: the image, then a picture per block and network."""
+    import matplotlib
+
+    matplotlib.use("Agg")
     import numpy as np
     from matplotlib import pyplot
 
-    lines = list(dict.fromkeys((row["network"], row["block"]) for row in rows))
-    height, width = len(lines) + 1, len(pixels)
+    columns = sorted(dict.fromkeys((row["block"], row["network"]) for row in rows), key=lambda each: each[0])
+    height, width = len(pixels), len(columns) + 1
     figure, grid = pyplot.subplots(
-        height, width, figsize=(1.1 * width + 2.2, 1.12 * height), dpi=150, layout="constrained", squeeze=False
+        height, width, figsize=(0.8 * width, 0.82 * height + 0.5), dpi=150, layout="constrained", squeeze=False
     )
+    by = {(row["block"], row["network"], row["image"]): row["map"] for row in rows}
+    for index, (line, image) in enumerate(zip(grid, pixels, strict=True)):
+        line[0].imshow(np.array(image, dtype=np.uint8).squeeze(), cmap="gray")
+        for axes, place in zip(line[1:], columns, strict=True):
+            axes.imshow(by[*place, index], cmap="inferno", vmin=0, vmax=1)
+    for axes, (block, network) in zip(grid[0][1:], columns, strict=True):
+        axes.set_title(f"{block}\n{network}", fontsize=5.5, color=INK)
     for axes in grid.flat:
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.spines[:].set_visible(False)
-    for axes, image in zip(grid[0], pixels, strict=True):
-        axes.imshow(np.array(image, dtype=np.uint8).squeeze(), cmap="gray")
-    by = {(row["network"], row["block"], row["image"]): row["map"] for row in rows}
-    for line, (network, block) in zip(grid[1:], lines, strict=True):
-        for index, axes in enumerate(line):
-            axes.imshow(by[network, block, index], cmap="inferno", vmin=0, vmax=1)
-        line[0].set_ylabel(f"{network}\n{block}", fontsize=7, color=INK, rotation=0, ha="right", va="center")
+        axes.set_axis_off()
     figure.savefig(path)
     pyplot.close(figure)
 

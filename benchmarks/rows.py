@@ -24,7 +24,7 @@ ENDINGS: dict[str, tuple[str, list[str], str]] = {
     "-hilo": ("-hpff", ["patches.grid=1"], " + cascade"),
     "-cascade": ("-hpff", ["patches.grid=1", "hierarchy.independent_weight=0"], ", cascade only"),
     "-patches": ("", ["patches.grid=2"], " + patches"),
-    "-deepsup": ("", ["hierarchy.variant=deepsup"], ": BP + its local losses"),
+    "-deepsup": ("", ["hierarchy.variant=deepsup"], " losses on BP (DeepSup)"),
     "-man": ("", ["method.front=man"], " + MAN"),
     "-hpff-released": ("-hpff", ["hierarchy.variant=released"], " + HPFF, released"),
     "-hpff": ("-hpff", [], " + HPFF"),

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -181,12 +182,18 @@ def main(
         print(report.points)
     document = report.document(chosen)
     if files["json"] is not None:
-        files["json"].write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        files["json"].write_text(as_json(document) + "\n", encoding="utf-8")
     if files["output"] is not None:
         command = shlex.join(["python", f"benchmarks/{script}", *sys.argv[1:]])
         files["output"].write_text(report.page(document, command, files["chart"]), encoding="utf-8")
     if files["chart"] is not None and report.draw is not None:
         report.draw(files["chart"])
+
+
+def as_json(document: Any) -> str:
+    """Indented, but a list of plain values on one line."""
+    text = json.dumps(document, indent=2)
+    return re.sub(r"\[\s+([^][{}]*?)\s+\]", lambda found: "[" + re.sub(r",\n *", ", ", found[1]) + "]", text)
 
 
 def check_files(chart: Path | None = None, **files: Path | None) -> None:

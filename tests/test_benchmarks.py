@@ -259,6 +259,12 @@ def test_a_ratio_is_to_the_bursts_of_the_reference_around_it() -> None:
     assert [turn.ratio for turn in turns[0]] == pytest.approx([1, 1, 1])
 
 
+def test_json_has_a_line_for_a_list_of_plain_values() -> None:
+    document = {"rows": [{"values": [1, -2.5, None, "a, [b]"], "points": [[1, 2], [3, 4]], "none": []}]}
+    text = runner.as_json(document)
+    assert json.loads(text) == document and "[1, 2]" in text and len(text.splitlines()) < 24
+
+
 def test_a_target_is_met_where_all_values_are_within() -> None:
     target = runner.Target("share", {"P = 2": 0.98, "P = 4": 0.96}, least=0.97)
     assert str(target) == "Expected: share >= 0.97. Measured: 0.960 (P = 4), 0.980 (P = 2). Missed."
