@@ -199,12 +199,11 @@ def check_replicas(config: Config, replicas: int) -> None:
         raise ConfigError(
             f"data.batch_size = {batch} with {many} leaves BatchNorm one image; use fewer replicas or a larger batch"
         )
-    if kind != "exact":
-        why = {
-            "free": "the stages of two replicas are at no common step",
-            "async": "a checkpoint of one replica would lack the gradients that the others have on their way",
-        }
-        raise ConfigError(f"{many} with schedule.kind = '{kind}', where {why[kind]}; use schedule.kind=exact")
+    if kind == "free":
+        raise ConfigError(
+            f"{many} with schedule.kind = 'free', where the stages of two replicas are at no common step; use "
+            "schedule.kind=exact, async, or one replica"
+        )
     if config.parallel.sync_batch_norm and config.runtime.device == "cpu":
         raise ConfigError(
             "parallel.sync_batch_norm = true with runtime.device = 'cpu': torch.nn.SyncBatchNorm needs GPUs; leave it "

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from pipeline.base.errors import ConfigError
 from pipeline.base.flow import MAIN, Tensors
+from pipeline.local.late_parts import STRIDES
 from pipeline.local.local_module import LocalModule
 from pipeline.local.micro_batch import BatchKey, InFlight, MicroBatch
 from pipeline.local.to_host import to_host
 from pipeline.local.weights import State, below, live_weights, weights_of
 from pipeline.models.spread import whole
 
-STRIDES = "@strides"  # in which a tensor of four dimensions lies decides which kernels work on it, so on the last bits
 BUSY = "busy_s"
 OPTIMISER = "optimiser."
 

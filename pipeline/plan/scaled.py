@@ -43,7 +43,7 @@ def smaller_step(plan: Plan, blocks: Blocks, numerics: Numerics) -> tuple[Plan, 
     one can, or nobody can tell."""
     rate = RATES[numerics.device.type].flops_per_s
     try:
-        step_s = sum(module_flops(plan, blocks, numerics)) / IMAGES * plan.config.data.batch_size / rate
+        step_s = sum(module_flops(plan, blocks, numerics)) / IMAGES * plan.rows / rate
     except Uncountable:
         return None
     if step_s <= LONGEST_STEP_S:
@@ -113,7 +113,7 @@ def scaled_profile(
     return dataclasses.replace(
         measured,
         modules=tuple(costs),
-        batch_size=plan.config.data.batch_size,
+        batch_size=plan.rows,
         micro_batch_size=plan.micro_batch_rows,
         work=work_of(plan),
         scaled_from=f"{smaller.config.data.batch_size} images of {shape}",
@@ -121,7 +121,7 @@ def scaled_profile(
 
 
 def _pixels(plan: Plan) -> int:
-    pixels = plan.config.data.batch_size
+    pixels = plan.rows
     for side in plan.task.image_shape[1:]:
         pixels *= side
     return pixels

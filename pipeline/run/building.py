@@ -14,6 +14,7 @@ from pipeline.data.source import DataSpec, Source
 from pipeline.edges.connect import Edges, EdgeSpecs, connect
 from pipeline.edges.twins import Twins
 from pipeline.edges.wire import FOREVER, MessageSpec
+from pipeline.local.late_parts import shared_out
 from pipeline.local.local_module import LocalModule
 from pipeline.local.module_state import BUSY, restore_module
 from pipeline.plan.assembly import Plan
@@ -123,12 +124,14 @@ def stage_of(
     )
 
 
-def restore(stage: Stage, saved: Checkpoint | None) -> tuple[Position, list[EpochRecord]]:
+def restore(stage: Stage, saved: Checkpoint | None, grid: Grid) -> tuple[Position, list[EpochRecord]]:
     """Put what was saved into the modules of a stage; where the run goes on, and the epochs before."""
     if saved is None:
         return Position(), []
     for index, module in stage.modules.items():
-        state = saved.module_state(index)
+        state, parts = saved.module_state(index), saved.parts(index)
+        if parts or (grid.replicas > 1 and module.stashes is not None):
+            state = shared_out(state, parts, grid.replica, grid.replicas, stage.micro_batches)
         restore_module(module, state)
         if BUSY in state:
             stage.watch.busy_s[index] = float(state[BUSY])

@@ -28,6 +28,7 @@ from pipeline.data.share import Share
 from pipeline.data.source import DataSpec
 from pipeline.edges.connect import Edges
 from pipeline.edges.wire import Directive
+from pipeline.local.late_parts import own_part
 from pipeline.local.module_state import BUSY, module_state
 from pipeline.local.optimiser import learning_rate, poly
 from pipeline.local.task import Classification, task_name
@@ -76,6 +77,11 @@ def total_steps(config: Config, data_spec: DataSpec) -> int:
     """Training steps of the whole run."""
     total = config.train.epochs * data_spec.train_batches
     return min(total, config.train.max_steps) if config.train.max_steps else total
+
+
+def saves_parts(plan: Plan) -> bool:
+    """Whether batches in flight between two steps are known to their replica only."""
+    return plan.replicas > 1 and any(action.lag for schedule in plan.schedules for action in schedule)
 
 
 class Loop:
@@ -213,10 +219,15 @@ class Loop:
         if self._saved == (self.step, self._finished):
             return
         self._saved = (self.step, self._finished)
-        if not run.grid.leads:
+        if not run.grid.leads and not saves_parts(run.plan):
             return  # its twin in the first replica has the same state
         run.runtime.failures.progress(epoch, self.step, "saving")
         states = {index: module_state(module) for index, module in stage.modules.items()}
+        if not run.grid.leads:
+            late = {index: states[index] for index, module in stage.modules.items() if module.stashes is not None}
+            parts = {index: own_part(state) for index, state in late.items()}
+            run.saver.save(self.step, parts, None, arrival(run.runtime.device))
+            return
         for index, busy_s in stage.watch.busy_s.items():
             states[index][BUSY] = torch.tensor(busy_s, dtype=torch.float64)
         document = None

@@ -54,7 +54,7 @@ from pipeline.run.building import (
     stage_of,
 )
 from pipeline.run.ending import Outcome, draw_curve, finish, stopped, unsaved, without_curve
-from pipeline.run.loop import Loop, Run
+from pipeline.run.loop import Loop, Run, saves_parts
 from pipeline.run.orders import SaveOrStop, shared
 from pipeline.run.telemetry import Telemetry
 from pipeline.stage.schedule import Action
@@ -158,8 +158,8 @@ def train(
         orders = SaveOrStop(config.checkpoint, failures.stop_request)
         inlet = inlet_of(edges, source, config, shared(orders, order_group, grid, data_spec), failures.progress)
         stage = stage_of(plan, grid.stage, modules, inlet, edges, watch, averaging)
-        position, records = restore(stage, saved)
-        if averaging is not None:
+        position, records = restore(stage, saved, grid)
+        if averaging is not None and saved is None:
             averaging.begin_alike(modules)
         devices = team.gather(str(runtime.device))
         if view is not None:
@@ -172,6 +172,7 @@ def train(
         folder = directory.path / checkpoint.FOLDER
         loggers = Loggers(config.log.to, directory.path, json_ready(dataclasses.asdict(config)))
         held.callback(loggers.close)
+        writers = range(team.size if saves_parts(plan) else grid.stages)
         run = Run(
             config=config,
             runtime=runtime,
@@ -185,7 +186,7 @@ def train(
             ),
             directory=directory,
             lock=lock,
-            saver=Saver(team, folder, config.checkpoint, range(grid.stages)),
+            saver=Saver(team, folder, config.checkpoint, writers, grid.replica),
             orders=orders,
             view=view,
             loggers=loggers,

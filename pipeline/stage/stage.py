@@ -72,7 +72,7 @@ class Stage:
         self._gradients = GradientInlet(edges.gradient_in, gradient_order, self.modules)
         self._weights = WeightsUpstream(edges, schedule, self.modules)
         self._last_backwards = last_backwards(schedule)
-        self._last_micro_batch = max(action.micro_batch for action in schedule)
+        self.micro_batches = 1 + max(action.micro_batch for action in schedule)
         self._forward_image = forward_image
         self._marks_epochs = marks_epochs
         self._averaging = averaging
@@ -247,7 +247,7 @@ class Stage:
     def _close(self, module: LocalModule, action: Action, batch: BatchKey) -> None:
         """Average what is complete; give buffers back: gradients once their module has used them, the input once every
         module is done."""
-        if self._averaging is not None and action.micro_batch == self._last_micro_batch:
+        if self._averaging is not None and action.micro_batch == self.micro_batches - 1:
             self._averaging.begin(module, batch[0])
         self._gradients.release(batch, module)
         self._unfinished[batch] -= 1

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -42,6 +43,7 @@ from pipeline.store.manifest import (
     STEP_NAME,
     module_file,
     module_folder,
+    part_file,
     read_manifest,
     sealed,
 )
@@ -70,9 +72,17 @@ def partial_folder(checkpoints: Path, step: int) -> Path:
 
 def write_module(partial: Path, index: int, state: dict[str, Tensor]) -> Files:
     """Write the state of one local module and return its files. Raises OSError."""
+    return _write_state(partial, module_file(index), state)
+
+
+def write_part(partial: Path, index: int, replica: int, state: dict[str, Tensor]) -> Files:
+    """Likewise what only ``replica``, not the first, knows of it."""
+    return _write_state(partial, part_file(index, replica), state)
+
+
+def _write_state(partial: Path, name: str, state: dict[str, Tensor]) -> Files:
     _make_way(partial)
     partial.mkdir(parents=True, exist_ok=True)
-    name = module_file(index)
     write_state(partial / name, state)
     return {name: _digest(partial / name)}
 
@@ -229,6 +239,13 @@ class Checkpoint:
 
             return read_older_state(self.path / module_folder(index))
         return read_state(self.path / module_file(index))
+
+    def parts(self, index: int) -> list[dict[str, Tensor]]:
+        """What the replicas but the first have saved of local module ``index``; mostly nothing (see
+        :mod:`pipeline.local.late_parts`)."""
+        names = (part_file(index, replica) for replica in itertools.count(1))
+        found = itertools.takewhile(self.manifest["files"].__contains__, names)
+        return [read_state(self.path / name) for name in found]
 
     @property
     def older(self) -> str | None:

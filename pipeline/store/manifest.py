@@ -31,6 +31,11 @@ def module_file(index: int) -> str:
     return f"{module_folder(index)}.safetensors"
 
 
+def part_file(index: int, replica: int) -> str:
+    """Where what only ``replica``, not the first, knows of a late module is."""
+    return f"{module_folder(index)}.replica-{replica}.safetensors"
+
+
 def module_folder(index: int) -> str:
     """Where it is in format 1."""
     return f"module-{index:03d}"

@@ -61,15 +61,22 @@ class Saver:
         checkpoints: the directory of all checkpoints of the run, on a file system that all ranks share.
         settings: how many stay.
         writers: the ranks that save, rank 0 among them; None: all.
+        replica: of this rank; of all but the first only parts are saved (see :mod:`pipeline.local.late_parts`).
     """
 
     def __init__(
-        self, team: Team, checkpoints: Path, settings: CheckpointConfig, writers: Sequence[int] | None = None
+        self,
+        team: Team,
+        checkpoints: Path,
+        settings: CheckpointConfig,
+        writers: Sequence[int] | None = None,
+        replica: int = 0,
     ) -> None:
         self._team = team
         self._checkpoints = checkpoints
         self._settings = settings
         self._writers = range(team.size) if writers is None else writers
+        self._replica = replica
         self._thread: threading.Thread | None = None
         self._notes: list[str] = []
         self._error: Exception | None = None
@@ -144,7 +151,11 @@ class Saver:
             files: Files = {}
             for index, state in states.items():
                 self._count(step)
-                files |= checkpoint.write_module(checkpoint.partial_folder(self._checkpoints, step), index, state)
+                folder = checkpoint.partial_folder(self._checkpoints, step)
+                if self._replica:
+                    files |= checkpoint.write_part(folder, index, self._replica, state)
+                else:
+                    files |= checkpoint.write_module(folder, index, state)
                 self._moved += 1
             outcome = {"files": files}
         except BaseException as error:  # a panic of Rust, in which safetensors is written, is no Exception

@@ -24,6 +24,7 @@ from pipeline.plan.assembly import build_modules, make_plan
 from pipeline.ranks.grid import Grid, grid_of
 
 ROWS = 12
+LATE = {"kind": "async"}
 
 
 class Block(nn.Module):
@@ -70,7 +71,12 @@ class Images:
 
 
 def run(
-    folder: Path, replicas: int, norm: type[nn.Module] | None = None, seed: int = 7, **sections: Any
+    folder: Path,
+    replicas: int,
+    norm: type[nn.Module] | None = None,
+    seed: int = 7,
+    resume: str = "auto",
+    **sections: Any,
 ) -> dict[str, Any]:
     """A short run on this rank, and its summary."""
     sections["parallel"] = {"replicas": replicas, **sections.get("parallel", {})}
@@ -78,7 +84,7 @@ def run(
     config = tiny_config("greedy", "plain", 2, 4, data={"batch_size": ROWS}, **sections)
     data = LoaderData(Images(), Images((5, 12, 3)))
     with contextlib.redirect_stdout(io.StringIO()):
-        return train(config, network=network(norm, seed), data=data, run_dir=folder, quiet=True)
+        return train(config, network=network(norm, seed), data=data, run_dir=folder, quiet=True, resume=resume)
 
 
 def on_four(rank: int, folder: str) -> dict[str, str]:
@@ -87,14 +93,21 @@ def on_four(rank: int, folder: str) -> dict[str, str]:
         run(here / name, replicas, seed=7 + rank // (4 // replicas))  # the first replica's weights count
     run(here / "resumed", 2, train={"max_steps": 2})
     run(here / "stopped", 2, nn.BatchNorm2d, train={"max_steps": 4})
-    whole = run(here / "whole", 2, nn.BatchNorm2d)
-    return {"whole": whole["weights_sha256"], "stopped": run(here / "stopped", 2, nn.BatchNorm2d)["weights_sha256"]}
+    found = {name: run(here / name, 2, nn.BatchNorm2d) for name in ("whole", "stopped")}
+    late = {"schedule": LATE, "checkpoint": {"every_steps": 2, "keep": 9}}
+    found["late"] = run(here / "late 2 x 2", 2, **late)
+    saved = str(here / "late 2 x 2" / "checkpoints" / "step-00000002")
+    found["late, resumed"] = run(here / "late, resumed", 2, resume=saved, seed=8, **late)
+    return {name: summary["weights_sha256"] for name, summary in found.items()}
 
 
 def on_two(rank: int, folder: str) -> None:
     for name, replicas in {"1 x 2": 1, "2 x 1": 2}.items():
         run(Path(folder) / name, replicas)
     run(Path(folder) / "resumed", 1, train={"max_steps": 4}, seed=8)  # other weights, which the checkpoint replaces
+    saved = str(Path(folder) / "late 2 x 2" / "checkpoints" / "step-00000002")
+    run(Path(folder) / "late 1 x 2", 1, schedule=LATE)
+    run(Path(folder) / "late, then 1 x 2", 1, schedule=LATE, resume=saved, seed=8)
 
 
 def on_four_again(rank: int, folder: str) -> None:
@@ -163,6 +176,17 @@ def test_a_checkpoint_goes_on_with_any_replicas_and_stages(runs: Runs) -> None:
     torch.testing.assert_close(runs.weights("resumed"), runs.weights("1 x 2"), rtol=1e-4, atol=1e-5)
     newest = max((runs.folder / "resumed" / "checkpoints").iterdir())
     assert sorted(path.name for path in newest.glob("module-*")) == [f"module-00{m}.safetensors" for m in range(4)]
+
+
+def test_gradients_on_their_way_are_saved_by_every_replica(runs: Runs) -> None:
+    """Schedule async, in the middle of an epoch: to the bit on as many replicas, to rounding on others."""
+    assert runs.digests["late, resumed"] == runs.digests["late"]
+    assert not torch.equal(runs.weights("late 1 x 2")["a.conv.weight"], runs.weights("1 x 2")["a.conv.weight"])
+    for name in ("late 2 x 2", "late, then 1 x 2"):
+        torch.testing.assert_close(runs.weights(name), runs.weights("late 1 x 2"), rtol=1e-4, atol=1e-5)
+    saved = runs.folder / "late 2 x 2" / "checkpoints" / "step-00000002"
+    parts = sorted(path.name for path in saved.glob("*replica*"))
+    assert parts == [f"module-00{module}.replica-1.safetensors" for module in range(2)]  # those that wait
 
 
 def test_running_statistics_are_the_same_on_all_replicas_so_one_saves_for_all(runs: Runs) -> None:
