@@ -18,7 +18,7 @@ from step_cost import METHODS, Case, method_case, run_steps
 from tables import Column, Row, Table
 from torch.profiler import ProfilerActivity, profile
 
-SHOWN = ("BP", "HPFF as released, 2c2f", "InfoPro + HPFF, 2c2f", "DGL + HPFF")
+SHOWN = ("BP", "HPFF as released, 2c2f", "InfoPro + HPFF, 2c2f", "DGL + HPFF", "PredSim + HPFF", "DGL")
 COLUMNS = (
     Column("operation", lambda row: row["name"].removeprefix("aten::")), Column("calls", "calls"),
     Column("ms", "ms", ".1f"), Column("share %", "share", ".1f"),
@@ -28,6 +28,7 @@ COLUMNS = (
 @dataclass(frozen=True)
 class Settings:
     method: tuple[str, ...] = option(SHOWN, "what to run", "NAME", choices=list(METHODS))
+    precision: str = option("fp32", "of BP and of the methods", choices=("fp32", "bf16"))
     batch: int = option(128, "images of a step", "N", above=1)
     steps: int = option(1, "profiled steps", "N")
     top: int = option(16, "operations to show", "N")
@@ -82,7 +83,7 @@ def table(found: list[Row], top: int) -> Table:
 def measure(settings: Settings) -> Report:
     """One table for every method."""
     names = [name for name in METHODS if name in settings.method]
-    found = [operations(method_case(name, settings.batch), settings.steps) for name in names]
+    found = [operations(method_case(name, settings.batch, settings.precision), settings.steps) for name in names]
     tables = [summary(found), *(table(rows, settings.top) for rows in found)]
     return Report("Operations of a training step", tables, rows=[row for rows in found for row in rows])
 

@@ -14,6 +14,8 @@ import re
 import typing
 from dataclasses import dataclass, field
 
+from pipeline.base.cut_tables import group_sizes, modules_of_cut
+from pipeline.base.data_config import DataConfig
 from pipeline.base.keys import Setting, key
 
 CUTS = ("auto", "cost", "even", "equal", "hpff", "balanced", "balanced-stl10")
@@ -26,12 +28,8 @@ FCN_HEAD = "fcn"  # of a task with an output for every pixel, with any method th
 DECODERS = ("cifar", "imagenet", "imagenet-hpff")
 TUNED_LAYERS = ("batch-norm", "pointwise", "paired", "pooling", "upsampling")  # of heads, see models.tuned
 LOGGERS = ("tensorboard", "wandb")
-DATA_SETS = (
-    "digits", "cifar10", "cifar100", "svhn", "stl10", "folder", "imagenet", "cityscapes", "shapes", "text",
-)
-CITYSCAPES, SHAPES = "cityscapes", "shapes"
-SEGMENTED = (CITYSCAPES, SHAPES)  # data sets with a class for every pixel
-DECODED = ("imagenet", CITYSCAPES)  # data sets that worker processes decode and augment
+LevelWeight = float | tuple[float, ...]
+"""A number, or its values in the first and the last epoch."""
 YEAR_MIN = 366 * 24 * 60
 MONTH_S = 31 * 24 * 3600
 LARGEST_SEED = 2**63 - 1  # the largest integer of TOML
@@ -65,6 +63,11 @@ class ModelConfig:
     aux_weight: float = key(
         0.4, 'weight of the last loss on what the network gives as "aux" in training, as DeepLabV3 does',
         at_least=0, at_most=10**6,
+    )
+    group: int | tuple[int, ...] = key(
+        1,
+        "w: so many consecutive local modules of the cut are joined to one, or a list of how many each one is made of",
+        at_least=1, at_most=10_000,
     )
 
 
@@ -142,12 +145,17 @@ class HierarchyConfig:
         "module but the last, and every loss flows through the whole network",
         choices=("paper", "released", "deepsup"),
     )
-    independent_weight: float | None = key(
-        None, "level weight; default 1, 0.001 in the released variant, 0 in deepsup; 0 = no heads",
-        at_least=0, at_most=10**6,
+    independent_weight: LevelWeight | None = key(
+        None,
+        "level weight; two numbers: linear from the first to the last epoch; default 1, 0.001 in the released "
+        "variant, 0 in deepsup; 0 = no heads",
+        at_least=0, at_most=10**6, length=2,
     )
-    cascade_weight: float | None = key(
-        None, "level weight; default 1, or 0.999 in the released variant; 0 = no heads", at_least=0, at_most=10**6
+    cascade_weight: LevelWeight | None = key(
+        None,
+        "level weight; two numbers: linear from the first to the last epoch; default 1, or 0.999 in the released "
+        "variant; 0 = no heads",
+        at_least=0, at_most=10**6, length=2,
     )
     levels: str = key(
         "separate",
@@ -231,58 +239,16 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where images come from."""
-
-    name: str = key(
-        "digits",
-        "the data set; folder: class directories of images; imagenet: the same, decoded and augmented by workers; "
-        "cityscapes: classes of pixels; shapes: generated scenes with classes of pixels; text: a file of bytes, of "
-        "which the next is told; loader: given to train() as it is",
-        choices=(*DATA_SETS, "loader"),
-    )
-    root: str = key("", "directory of the data set; for folder a directory or a tar file, for text a file")
-    download: bool = key(False, "let torchvision fetch a missing data set")
-    batch_size: int = key(64, "images per step, over all replicas and micro-batches", at_least=1, at_most=2**20)
-    image_size: int = key(
-        0,
-        "folder: resize and crop to this many pixels; 0 = images have one size already; imagenet: random crops "
-        "resized to it, for the test 8/7 of it and the centre; 0 = 224",
-        at_least=0, at_most=16_384,
-    )
-    crop: tuple[int, ...] = key(
-        (512, 1024), "cityscapes: height and width of the crops that are trained on", at_least=1, at_most=16_384,
-        length=2,
-    )
-    workers: int = key(4, "imagenet, cityscapes: processes that decode and augment", at_least=1, at_most=1024)
-    length: int = key(128, "text: bytes of a sequence", at_least=1, at_most=2**20)
-    augment: str = key(
-        "auto", "auto: as is usual for the data set; text: an epoch begins anywhere", choices=("auto", "none")
-    )
-    mixup: float = key(
-        0.0, "alpha of mixup, for classes of whole images: two images of a batch are blended; 0 = none",
-        at_least=0, at_most=10**6,
-    )
-    cutmix: float = key(
-        0.0, "alpha of CutMix: a box of another image is pasted; with mixup: half of the batches each; 0 = none",
-        at_least=0, at_most=10**6,
-    )
-    test_scales: tuple[float, ...] = key(
-        (1.0,), "evaluation of classes of pixels: whole images in these sizes, the class probabilities averaged",
-        at_least=0.1, at_most=10,
-    )
-    test_flip: bool = key(False, "evaluation of classes of pixels: the mirrored images too")
-    drop_last: bool = key(False, "leave the short last batch of an epoch out")
-    cache_gib: float = key(4.0, "keep decoded images in memory up to this size, in GiB", at_least=0, at_most=10**6)
-
-
-@dataclass(frozen=True)
 class OptimConfig:
     """One optimiser per local module."""
 
-    name: str = key("sgd", "SGD with (Nesterov) momentum, or AdamW", choices=("sgd", "adamw"))
+    name: str = key(
+        "sgd",
+        "SGD with (Nesterov) momentum, AdamW, or Muon for hidden matrices with AdamW for all else",
+        choices=("sgd", "adamw", "muon"),
+    )
     lr: float = key(0.1, "peak learning rate", above=0, at_most=10**6)
-    momentum: float = key(0.9, "of sgd", at_least=0, at_most=1)
+    momentum: float = key(0.9, "of sgd and muon", at_least=0, at_most=1)
     nesterov: bool = key(True, "Nesterov's form of the momentum")
     weight_decay: float = key(1e-4, "of every parameter, heads included", at_least=0, at_most=10**6)
     schedule: str = key(
@@ -297,6 +263,7 @@ class OptimConfig:
     clip_norm: float = key(
         0.0, "largest gradient norm of one local module with its heads; 0 = no clipping", at_least=0, at_most=10**9
     )
+    error_feedback: bool = key(False, "async: an update that comes late also makes up for those still under way")
 
 
 @dataclass(frozen=True)
@@ -311,6 +278,14 @@ class TrainConfig:
     )
     evaluate_every: int = key(
         1, "epochs between tests; the last epoch is always tested", at_least=1, at_most=10**6
+    )
+    accumulate: int = key(
+        1, "n: batches whose mean gradient makes one update; an epoch ends with the rest", at_least=1, at_most=65_536
+    )
+    ema: float = key(
+        0.0,
+        "share of the moving average of all weights that an update keeps; tested and exported beside them; 0 = none",
+        at_least=0, at_most=1,
     )
     nonfinite: str = key(
         "stop",
@@ -410,6 +385,12 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    @property
+    def local_modules(self) -> int:
+        """The number of local modules: of the cut, joined in groups."""
+        model = self.model
+        return len(group_sizes(modules_of_cut(model.name, model.modules, model.cuts), model.group))
 
     def fingerprint(self) -> str:
         """SHA-256 over every key that can change the result (all but ``partition``, ``checkpoint``, ``log`` and

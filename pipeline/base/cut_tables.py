@@ -50,3 +50,17 @@ BALANCED_STL10: dict[str, dict[int, tuple[int, ...]]] = {
 }
 TABLES = {"equal": EQUAL, "hpff": HPFF, "balanced": BALANCED, "balanced-stl10": BALANCED_STL10}
 
+
+def modules_of_cut(network: str, modules: int, cuts: str | tuple[str, ...]) -> int:
+    """Local modules that a cut makes: K, or what its table has for it (the released HPFF code builds 15 for K = 16)."""
+    table = TABLES[cuts].get(network, {}) if isinstance(cuts, str) and cuts in TABLES else {}
+    return len(table.get(modules, range(modules)))
+
+
+def group_sizes(modules: int, group: int | tuple[int, ...]) -> tuple[int, ...]:
+    """How many consecutive ones of ``modules`` each group has: so many, the last one what is left; or as listed, which
+    may not add up."""
+    if isinstance(group, tuple):
+        return group
+    whole, rest = divmod(modules, group)
+    return (group,) * whole + ((rest,) if rest else ())

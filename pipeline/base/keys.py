@@ -157,6 +157,8 @@ class Setting:
             return "text"
         low, high = number(bounds.low), number(bounds.high)
         numbers = f"greater than {low}, at most {high}" if bounds.above else f"{low} to {high}"
+        if bounds.length and len(self.kinds) > 1:
+            return f"{numbers}, or a list of {bounds.length} such numbers"
         if bounds.choices:
             return f"{' | '.join(bounds.choices)} | {numbers}"
         return f"each {numbers}" if typing.get_origin(self.kinds[0]) is tuple else numbers

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.base.config import DGL_HEADS, FCN_HEAD, IMAGENET_HEAD, XCYF, Config, settings
-from pipeline.base.cut_tables import TABLES
+from pipeline.base.cut_tables import TABLES, modules_of_cut
 from pipeline.base.validation import value_of, with_values
 
 
@@ -52,13 +52,6 @@ def give_way(config: Config, origin: Mapping[str, int]) -> tuple[Config, list[st
     return config, lines
 
 
-def modules_built(config: Config) -> int:
-    """Local modules of the cut: K, or what the cut table has for it (the released HPFF code builds 15 for K = 16)."""
-    model = config.model
-    table = TABLES[model.cuts].get(model.name, {}) if model.cuts in TABLES else {}
-    return len(table.get(model.modules, range(model.modules)))
-
-
 def _cuts(config: Config) -> tuple[str, str] | None:
     model = config.model
     if isinstance(model.cuts, tuple):
@@ -72,6 +65,13 @@ def _cuts(config: Config) -> tuple[str, str] | None:
     return "auto", f"it has {', '.join(map(str, known)) or 'no K'} for {model.name}"
 
 
+def _group(config: Config) -> tuple[int, str] | None:
+    model = config.model
+    built = modules_of_cut(model.name, model.modules, model.cuts)
+    odd = isinstance(model.group, tuple) and sum(model.group) != built
+    return (1, f"the cut makes {built} local modules") if odd else None
+
+
 def _modules(config: Config) -> tuple[int, str] | None:
     cuts = config.model.cuts
     if not isinstance(cuts, tuple) or config.model.modules == len(cuts) + 1:
@@ -80,7 +80,7 @@ def _modules(config: Config) -> tuple[int, str] | None:
 
 
 def _span(config: Config) -> tuple[int, str] | None:
-    modules = config.model.modules
+    modules = config.local_modules
     longer = config.hierarchy.cascade_span > modules > 1
     return (modules, "the largest span is K") if longer else None
 
@@ -122,7 +122,7 @@ def _stages(config: Config) -> tuple[tuple[int, ...], str] | None:
     stages = config.partition.stages
     if stages and config.partition.kind != "given":
         return (), "stages belong to kind 'given'"
-    if stages and sum(stages) != modules_built(config):
+    if stages and sum(stages) != config.local_modules:
         return (), f"it holds {sum(stages)} modules"
     return None
 
@@ -143,18 +143,24 @@ def _nesterov(config: Config) -> tuple[bool, str] | None:
     return (False, "it needs momentum") if alone else None
 
 
+def _error_feedback(config: Config) -> tuple[bool, str] | None:
+    return (False, "it belongs to 'async'") if config.optim.error_feedback and config.schedule.kind != "async" else None
+
+
 def _rules() -> Iterator[Rule]:
     yield Rule(("model.modules", "model.name"), "model.cuts", _cuts)
     yield Rule(("model.cuts",), "model.modules", _modules)
-    yield Rule(("model.modules", "model.cuts"), "hierarchy.cascade_span", _span)
+    yield Rule(("model.modules", "model.name", "model.cuts"), "model.group", _group)
+    yield Rule(("model.modules", "model.cuts", "model.group"), "hierarchy.cascade_span", _span)
     yield Rule(("model.modules", "hierarchy.variant"), "hierarchy.cascade_span", _whole_span)
     yield Rule(("method.name",), "method.head", _head)
     yield from (_of_schedule(*pair) for pair in (("delay", "async"), ("ring", "free"), ("max_uses", "free")))
     yield Rule(("schedule.kind",), "schedule.micro_batches", _parts)
-    yield Rule(("partition.kind", "model.modules"), "partition.stages", _stages)
+    yield Rule(("partition.kind", "model.modules", "model.group"), "partition.stages", _stages)
     yield Rule(("partition.stages",), "partition.kind", _kind_with_stages)
-    yield Rule(("model.modules",), "partition.kind", _kind_without_stages)
+    yield Rule(("model.modules", "model.group"), "partition.kind", _kind_without_stages)
     yield Rule(("optim.momentum", "optim.name"), "optim.nesterov", _nesterov)
+    yield Rule(("schedule.kind",), "optim.error_feedback", _error_feedback)
 
 
 RULES = tuple(_rules())

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.base.config import SEGMENTED, Config, ScheduleConfig, sections, settings
+from pipeline.base.config import Config, LevelWeight, ScheduleConfig, sections, settings
+from pipeline.base.cut_tables import modules_of_cut
+from pipeline.base.data_config import SEGMENTED
 from pipeline.base.errors import ConfigError, shown, suggest
 
 ALIASES = {
@@ -121,6 +123,7 @@ def check_combinations(config: Config) -> None:
             f"model.cuts = {shown(list(config.model.cuts))} makes {len(config.model.cuts) + 1} local modules, but "
             f"model.modules = {config.model.modules}; use model.modules={len(config.model.cuts) + 1}, or other cuts"
         )
+    _refuse_groups(config)
     if config.model.modules > 1 and config.hierarchy.cascade_span > config.model.modules:
         raise ConfigError(
             f"hierarchy.cascade_span = {config.hierarchy.cascade_span} is larger than model.modules = "
@@ -128,6 +131,13 @@ def check_combinations(config: Config) -> None:
         )
     if config.hierarchy.variant == "deepsup":
         _refuse_parts_of_the_network(config)
+    if config.hierarchy.variant == "released":
+        for name in ("independent_weight", "cascade_weight"):
+            if isinstance(value := getattr(config.hierarchy, name), tuple):
+                raise ConfigError(
+                    f"hierarchy.{name} = {shown(list(value))} with hierarchy.variant = 'released', whose last loss has "
+                    "constant shares of both levels; give one number"
+                )
     if config.method.front != "none" and config.hierarchy.levels != "separate":
         raise ConfigError(
             f"method.front = '{config.method.front}' with hierarchy.levels = '{config.hierarchy.levels}': the heads of "
@@ -137,6 +147,17 @@ def check_combinations(config: Config) -> None:
         _refuse_unreconciled(config)
     if config.schedule.kind == "free":
         _refuse_free(config)
+    if config.optim.error_feedback and (config.schedule.kind != "async" or config.schedule.delay == 0):
+        raise ConfigError(
+            f"optim.error_feedback = true with schedule.kind = '{config.schedule.kind}' and schedule.delay = "
+            f"{config.schedule.delay}: no update is late by declaration; use schedule.kind=async with a delay, or "
+            "remove it"
+        )
+    if config.optim.error_feedback and config.train.accumulate > 1:
+        raise ConfigError(
+            f"optim.error_feedback = true with train.accumulate = {config.train.accumulate}: an update that comes late "
+            "by batches is not late by updates; remove one of them"
+        )
     if (config.partition.kind == "given") != bool(config.partition.stages):
         stages = shown(list(config.partition.stages))
         raise ConfigError(
@@ -211,6 +232,30 @@ def check_replicas(config: Config, replicas: int) -> None:
         )
 
 
+def _refuse_groups(config: Config) -> None:
+    """Groups of local modules that are not of this cut, or fewer than a cascade reaches."""
+    model, hierarchy, groups = config.model, config.hierarchy, config.local_modules
+    if model.group == 1:
+        return
+    where = f"model.group = {shown(list(model.group) if isinstance(model.group, tuple) else model.group)}"
+    built = modules_of_cut(model.name, model.modules, model.cuts)
+    if isinstance(model.group, tuple) and sum(model.group) != built:
+        raise ConfigError(
+            f"{where} joins {sum(model.group)} local modules, but the cut of model.modules = {model.modules} makes "
+            f"{built}; let the list add up to {built}"
+        )
+    if hierarchy.variant == "released":
+        raise ConfigError(
+            f"{where} with hierarchy.variant = 'released', whose weights go by the K of its own cuts; use "
+            "hierarchy.variant=paper"
+        )
+    if hierarchy.variant == "paper" and hierarchy.cascade_span > groups > 1:
+        raise ConfigError(
+            f"{where} makes {groups} local modules of {built}, fewer than hierarchy.cascade_span = "
+            f"{hierarchy.cascade_span}; the largest span is {groups}"
+        )
+
+
 def _refuse_parts_of_the_network(config: Config) -> None:
     """DeepSup-BP has one level, whose losses flow through everything, as the last one does."""
     hierarchy, modules = config.hierarchy, config.model.modules
@@ -255,7 +300,7 @@ def _refuse_unreconciled(config: Config) -> None:
 
 def _refuse_free(config: Config) -> None:
     """Without waiting there is no gradient from the next module and no batch in parts."""
-    if config.model.modules > 1 and config.hierarchy.cascade_span > 1:
+    if config.local_modules > 1 and config.hierarchy.cascade_span > 1:
         raise ConfigError(
             f"schedule.kind = 'free' with hierarchy.cascade_span = {config.hierarchy.cascade_span}: a cascade's "
             "gradient belongs to one batch, and free stages train on different ones; use hierarchy.cascade_span=1 or "
@@ -268,5 +313,5 @@ def _refuse_free(config: Config) -> None:
         )
 
 
-def _default(value: float | None, default: float) -> float:
+def _default(value: LevelWeight | None, default: float) -> LevelWeight:
     return default if value is None else value

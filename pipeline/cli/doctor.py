@@ -42,7 +42,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     config = pipeline.load_config(arguments.recipe, arguments.config, arguments.set)
     if arguments.nproc is not None:
         os.environ.pop("RANK", None)  # PyTorchJob's number of a node
-        torchrun.become_torchrun(arguments.nproc, config.model.modules, ["doctor", *arguments.words])
+        torchrun.become_torchrun(arguments.nproc, config.local_modules, ["doctor", *arguments.words])
     diagnosis = pipeline.diagnose(
         config,
         run_dir=arguments.run_dir,

@@ -17,6 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="data.*, precision.*, runtime.device, .threads"
     )
+    parser.add_argument("--ema", action="store_true", help="the moving averages of all weights (train.ema)")
     parser.add_argument("--json", metavar="FILE.json", type=Path, help="write the numbers")
 
 
@@ -25,7 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    evaluation = pipeline.evaluate(arguments.source, arguments.set)
+    evaluation = pipeline.evaluate(arguments.source, arguments.set, ema=arguments.ema)
     pipeline.show_evaluation(evaluation)
     if arguments.json:
         evaluation.write_json(arguments.json)

@@ -2,6 +2,7 @@
 
     python launch/export.py runs/mine --output mine.pt                     the newest valid checkpoint of a run
     localpipe export runs/mine/checkpoints/step-00000800 --output mine.safetensors --heads
+    localpipe export runs/mine --output mine.pt --ema                      the averages of a run with train.ema
     localpipe export runs/mine --output mine --format hub                  config.json, model.safetensors, README.md
 """
 
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", metavar="PATH", type=Path, required=True, help="a new .pt, .pth or .safetensors; hub: a directory"
     )
     parser.add_argument("--heads", action="store_true", help="add the auxiliary heads (heads.module0. ...)")
+    parser.add_argument("--ema", action="store_true", help="the moving averages of all weights (train.ema)")
     parser.add_argument("--format", choices=("pt", "safetensors", "hub"), help="default: as the name of the file says")
 
 
@@ -27,5 +29,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    print(pipeline.export(arguments.source, arguments.output, heads=arguments.heads, fmt=arguments.format))
+    heads, fmt, ema = arguments.heads, arguments.format, arguments.ema
+    print(pipeline.export(arguments.source, arguments.output, heads=heads, fmt=fmt, ema=ema))
     return 0

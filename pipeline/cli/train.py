@@ -59,7 +59,7 @@ def _train(arguments: argparse.Namespace, starts: bool) -> int:
     if starts:
         replicas = (config.parallel.replicas, config.parallel.stages)
         torchrun.become_torchrun(
-            arguments.nproc, config.model.modules, ["train", *arguments.words], *replicas
+            arguments.nproc, config.local_modules, ["train", *arguments.words], *replicas
         )
     pipeline.train(
         config, run_dir=arguments.run_dir, resume=arguments.resume, quiet=arguments.quiet, trace=arguments.trace

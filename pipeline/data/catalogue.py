@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.base.config import CITYSCAPES, DECODED, SHAPES, DataConfig
+from pipeline.base.data_config import CITYSCAPES, DECODED, SHAPES, DataConfig
 from pipeline.base.errors import ConfigError, suggest
 from pipeline.data.augmentation import Augmentation
 from pipeline.data.digits import load_digits

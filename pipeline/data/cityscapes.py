@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.base.config import DataConfig
+from pipeline.base.data_config import DataConfig
 from pipeline.base.errors import ConfigError
 from pipeline.base.flow import TensorSpec
 from pipeline.base.paths import path_of

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pipeline.base.config import CITYSCAPES, Config
+from pipeline.base.config import Config
+from pipeline.base.data_config import CITYSCAPES
 from pipeline.base.errors import ConfigError
 from pipeline.base.flow import MAIN, TensorSpec
 from pipeline.base.numerics import Numerics, stable_hash

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pipeline.base.config import DataConfig
+from pipeline.base.data_config import DataConfig
 from pipeline.base.flow import LABEL, TensorSpec
 from pipeline.data.catalogue import known_entry
 from pipeline.data.decoding import UNREADABLE, unreadable

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.base.config import DataConfig
+from pipeline.base.data_config import DataConfig
 from pipeline.base.numerics import stable_hash
 
 Mixing = Callable[[Tensor, Tensor, dict[str, Any]], tuple[Tensor, Tensor]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.base.config import DECODED, SEGMENTED, Config
+from pipeline.base.config import Config
+from pipeline.base.data_config import DECODED, SEGMENTED
 from pipeline.base.numerics import Numerics
 from pipeline.data.catalogue import known_entry
 from pipeline.data.decoded_source import DecodedSource

@@ -104,7 +104,7 @@ class _Told:
 def _ranks_to_come(config: Config) -> int:
     """How many ranks this node would have, if this process is not one of several: one per GPU."""
     gpus = torch.cuda.device_count() if config.runtime.device != "cpu" else 0
-    return max(1, min(gpus, config.model.modules))
+    return max(1, min(gpus, config.local_modules))
 
 
 def _batch_bytes(config: Config) -> int:

@@ -22,12 +22,11 @@ from pipeline.models.spread import Gradient, whole
 
 @dataclass(frozen=True)
 class _Term:
-    """Heads of one name: of which levels, with which weights within the module's loss, and whether they are alike."""
+    """Heads of one name: of which levels, and whether they are alike."""
 
     name: str
     levels: tuple[str, ...]
     heads: tuple[PatchedHead, ...]
-    weights: tuple[float, ...]
     alike: bool
 
 
@@ -35,15 +34,14 @@ class BothLevels:
     """Runs the heads of all levels of a module, term by term."""
 
     def __init__(self, levels: OrderedDict[str, Level]) -> None:
-        self._levels = tuple(levels)
+        self._levels = dict(levels)
         self._fronts = any(level.front is not None for level in levels.values())
         self._terms = []
         for term in dict.fromkeys(term for level in levels.values() for term, _ in level.heads()):
             having = {name: head for name, level in levels.items() for other, head in level.heads() if other == term}
             heads = tuple(having.values())
-            weights = tuple(levels[name].weights[term] for name in having)
             alike = len(heads) > 1 and all(head.like(heads[0]) for head in heads[1:])
-            self._terms.append(_Term(term, tuple(having), heads, weights, alike))
+            self._terms.append(_Term(term, tuple(having), heads, alike))
 
     def pays(self, feature: Tensor, given: Given) -> bool:
         """Whether heads of two levels are done at once on such a feature, which they then share, and no head may draw
@@ -59,7 +57,7 @@ class BothLevels:
         gradients: dict[str, Gradient | None] = dict.fromkeys(self._levels)
         losses: dict[str, dict[str, Tensor]] = {name: {} for name in self._levels}
         for term in self._terms:
-            weights = [scale * weight for weight in term.weights]
+            weights = [scale * self._levels[name].weights[term.name] for name in term.levels]
             before = [None if (known := gradients[name]) is None else whole(known) for name in term.levels]
             if term.alike and term.heads[0].groups(feature, given):
                 found = backward_together(term.heads, feature, given, weights, before, autocast)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +26,15 @@ from pipeline.base.config import Config
 from pipeline.base.errors import NonFiniteError
 from pipeline.base.flow import AUX, MAIN, Flow, Specs, Tensors, bare, channels_first, channels_last, named, passed
 from pipeline.base.numerics import Numerics, seed_rng, stable_hash
+from pipeline.local.accumulation import Accumulation
+from pipeline.local.average import WeightAverage
 from pipeline.local.both_levels import BothLevels
 from pipeline.local.compilation import compile_parts
 from pipeline.local.guard import FiniteGuard
 from pipeline.local.losses import Losses
 from pipeline.local.methods import Level
 from pipeline.local.micro_batch import BatchKey, InFlight, MicroBatch
+from pipeline.local.muon import hidden_matrices
 from pipeline.local.optimiser import Optimiser
 from pipeline.local.output_gradients import OutputGradients, summed
 from pipeline.local.roles import ModulePlan
@@ -39,7 +42,7 @@ from pipeline.local.sgr import differentiable_twice, reconcile
 from pipeline.local.stashes import Stashes
 from pipeline.local.task import Task
 from pipeline.local.upstream import FlatWeights, Mailbox, shapes_of
-from pipeline.models.heads import IMAGE, INPUTS, Given
+from pipeline.models.heads import EMBEDDING, IMAGE, INPUTS, Given
 from pipeline.models.spread import Gradient, whole
 
 
@@ -81,6 +84,8 @@ class LocalModule:
     Attributes:
         asks: what its heads ask for, see :class:`pipeline.models.heads.Given`.
         in_flight: micro-batches between their forward and their backward.
+        accumulation: of the gradients of several batches, None where every batch has an update.
+        average: of its weights, in the order of their state, None where none is asked for.
         losses: of its heads.
         stashes: of a late module, None of others.
         guard: against updates that are not finite.
@@ -122,7 +127,11 @@ class LocalModule:
         self.parameters = [p for block in blocks.values() for p in block.parameters()]
         head_parameters = [p for level in levels.values() for p in level.parameters()]
         self._trained = self.parameters + head_parameters
-        self.optimiser = Optimiser(self._trained, config.optim)
+        self.optimiser = Optimiser(self._trained, config.optim, self._hidden(), lag)
+        several = config.train.accumulate
+        self.accumulation = Accumulation(self.optimiser, several) if several > 1 else None
+        weights = [weight for part in parts for weight in part.state_dict().values()]
+        self.average = WeightAverage(weights, config.train.ema) if config.train.ema else None
         self._repeated = self._imitate_repeated_evaluations() if config.hierarchy.variant == "released" else []
         self.stashes = Stashes(blocks, head_parameters) if lag > 0 else None
         self.in_flight: dict[BatchKey, InFlight] = {}
@@ -132,10 +141,18 @@ class LocalModule:
         self._counts_steps_itself = config.schedule.kind == "free"
         self.guard = FiniteGuard(self.losses, buffers, skips, on_gpu, self._not_finite)
 
+    def _hidden(self) -> list[nn.Parameter]:
+        """What the optimiser takes for hidden matrices."""
+        heads = [head for level in self.levels.values() for _, patched in level.heads() for head in patched.heads]
+        fronts = [level.front for level in self.levels.values() if level.front is not None]
+        return hidden_matrices(self.blocks.values(), heads, fronts, self.plan.index == 0, self.plan.final)
+
     def _imitate_repeated_evaluations(self) -> list[nn.modules.batchnorm._BatchNorm]:
         """The released code evaluates a module n times a step, which moves BatchNorm statistics n times: momentum
         1 - 0.9^n gives the same statistics in one evaluation. The stem of module 0 is evaluated once there."""
-        repeated = []
+        repeated: list[nn.modules.batchnorm._BatchNorm] = []
+        if self.plan.evaluations == 1:
+            return repeated
         for block in [block for name, block in self.blocks.items() if name != "stem"]:
             for child in block.modules():
                 if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.momentum is not None:
@@ -155,7 +172,7 @@ class LocalModule:
         seed_rng(seed, self.numerics.device)
         self._set_training(True)
         twice = differentiable_twice() if self.plan.reconciles else contextlib.nullcontext()
-        with torch.enable_grad(), self.numerics.autocast(), twice:
+        with torch.enable_grad(), self.numerics.autocast(), twice, self._embedding(inputs[MAIN]) as embedding:
             if self.stashes is not None:
                 if key[0] not in self.stashes.open:
                     self.guard.mend_buffers()  # its first updates are a few forwards away
@@ -168,7 +185,7 @@ class LocalModule:
                 batchnorm.num_batches_tracked += self.plan.evaluations - 1
         outputs = named(h)
         kept = MicroBatch(inputs, batch.labels, batch.image, batch.scale, batch.local_gradient)
-        self.in_flight[key] = InFlight(kept, outputs, weights, seed)
+        self.in_flight[key] = InFlight(kept, outputs, weights, seed, embedding=embedding.get(MAIN))
         return self._boundary(outputs)
 
     def cascade(self, key: BatchKey) -> None:
@@ -279,9 +296,20 @@ class LocalModule:
         for level in self.levels.values():
             level.receive_weights(weights, step)
 
+    def kept_tensors(self) -> list[Tensor]:
+        """What its updates keep besides the weights: momentum, moments, averages, sums of gradients."""
+        kept = [value for _, value in self.optimiser.state()]
+        kept += self.average.values if self.average is not None else []
+        return kept + (self.accumulation.sums if self.accumulation is not None else [])
+
     def set_learning_rate(self, lr: float) -> None:
         """Use ``lr`` from the next update on."""
         self.optimiser.lr = lr
+
+    def set_level_weights(self, epoch: int, epochs: int) -> None:
+        """Use the levels' weights of ``epoch`` (1-based) of ``epochs`` from the next batch on."""
+        for level in self.levels.values():
+            level.begin_epoch(epoch, epochs)
 
     def take_losses(self) -> dict[str, float]:
         """Mean of every loss over the steps that were updated since the last call.
@@ -296,6 +324,24 @@ class LocalModule:
         for block in self.blocks.values():
             flow = passed(block(flow))
         return flow
+
+    @contextlib.contextmanager
+    def _embedding(self, x: Tensor) -> Iterator[Tensors]:
+        """Filled with what the first block gives inside, where heads ask for it and it is of another shape than x."""
+        found: Tensors = {}
+
+        def keep(_block: nn.Module, _given: tuple[Flow], output: Flow) -> None:
+            if (features := named(output)[MAIN]).shape != x.shape:
+                found[MAIN] = features.detach()
+
+        if INPUTS not in self.asks or self.plan.index > 0 or len(self.blocks) == 1:
+            yield found
+            return
+        handle = next(iter(self.blocks.values())).register_forward_hook(keep)
+        try:
+            yield found
+        finally:
+            handle.remove()
 
     def _run_level(self, name: str, item: InFlight, step: int) -> Gradient:
         heads = self.levels[name]
@@ -344,6 +390,7 @@ class LocalModule:
         if INPUTS in self.asks:
             maps = self._maps.inputs
             inputs = {n: channels_first(x.detach()) if n in maps else x.detach() for n, x in batch.inputs.items()}
+            inputs |= {} if item.embedding is None else {EMBEDDING: item.embedding}
         return Given(batch.labels, batch.image if IMAGE in self.asks else None, inputs, step)
 
     def _feature(self, outputs: Tensors) -> Tensor:

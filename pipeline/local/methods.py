@@ -26,10 +26,20 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pipeline.base.config import DGL_HEADS, FCN_HEAD, IMAGENET_HEAD, METHODS, TUNED_LAYERS, Config, MethodConfig
+from pipeline.base.config import (
+    DGL_HEADS,
+    FCN_HEAD,
+    IMAGENET_HEAD,
+    METHODS,
+    TUNED_LAYERS,
+    Config,
+    LevelWeight,
+    MethodConfig,
+)
 from pipeline.base.errors import ConfigError, suggest
 from pipeline.base.flow import LABEL, Tensors
 from pipeline.local import auglocal, deinforeg, lopt, man
+from pipeline.local.level_weights import level_weight
 from pipeline.local.roles import ModulePlan, lambda_position
 from pipeline.local.task import Classification, Task
 from pipeline.local.term import Term, Terms
@@ -83,18 +93,25 @@ class Level(nn.Module):
     """All heads of one level (independent or cascade) of one module, and their weights.
 
     Args:
-        weight: of the whole level.
+        weight: of the whole level, or its values in the first and the last epoch.
         terms: name -> (weight within the level, head).
         front: what stands before all heads, if anything.
     """
 
     def __init__(
-        self, weight: float, terms: dict[str, tuple[float, PatchedHead]], front: man.MomentumFront | None = None
+        self, weight: LevelWeight, terms: dict[str, tuple[float, PatchedHead]], front: man.MomentumFront | None = None
     ) -> None:
         super().__init__()
         self.front = front
         self.terms = nn.ModuleDict({name: head for name, (_, head) in terms.items()})
-        self.weights = {name: weight * term_weight for name, (term_weight, _) in terms.items()}
+        self._weight = weight
+        self._shares = {name: share for name, (share, _) in terms.items()}
+        self.begin_epoch(1, 1)
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Use the weight of ``epoch`` (1-based) of ``epochs``."""
+        weight = level_weight(self._weight, epoch, epochs)
+        self.weights = {name: weight * share for name, share in self._shares.items()}
 
     def heads(self) -> list[tuple[str, PatchedHead]]:
         """Names and heads in the order in which they run."""

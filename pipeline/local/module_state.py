@@ -2,6 +2,8 @@
 
     blocks...., heads....           parameters and buffers, see weights
     optimiser.<parameter>.<name>    momentum, moments, step counts
+    accumulated.<weight>, .seen, .good      sums of the gradients of batches whose common update is still to come
+    average.<name of a weight>      its moving average, once there is one
     losses.<term>, losses.steps     sums of the epoch so far            losses.skipped    updates left out
     open.<step>.<term>              losses of a step whose update is still to come
     late.<step>...                  schedule `async`: what is in flight between a forward and its late update
@@ -25,11 +27,11 @@ from pipeline.local.late_parts import STRIDES
 from pipeline.local.local_module import LocalModule
 from pipeline.local.micro_batch import BatchKey, InFlight, MicroBatch
 from pipeline.local.to_host import to_host
-from pipeline.local.weights import State, below, live_weights, weights_of
+from pipeline.local.weights import AVERAGE, State, below, live_weights, weights_of
 from pipeline.models.spread import whole
 
 BUSY = "busy_s"
-OPTIMISER = "optimiser."
+OPTIMISER, ACCUMULATED = "optimiser.", "accumulated."
 
 
 def module_state(module: LocalModule) -> State:
@@ -45,6 +47,11 @@ def module_state(module: LocalModule) -> State:
     for name, value in live_weights(module).items():
         state[name] = to_host(value)
     state |= {OPTIMISER + name: to_host(value) for name, value in module.optimiser.state()}
+    if module.accumulation is not None:
+        state |= {ACCUMULATED + name: to_host(value) for name, value in module.accumulation.state()}
+    if module.average is not None and module.average.values:
+        named = zip(live_weights(module), module.average.values, strict=True)
+        state |= {AVERAGE + name: to_host(value) for name, value in named}
     losses = module.losses
     for name, total in losses.sums.items():
         state[f"losses.{name}"] = to_host(total)
@@ -110,6 +117,11 @@ def restore_module(module: LocalModule, state: State) -> None:
             value.data.copy_(state[name])
     module.guard.mend_buffers()
     module.optimiser.restore(below(state, OPTIMISER))
+    if module.accumulation is not None:
+        module.accumulation.restore(below(state, ACCUMULATED))
+    averages = below(state, AVERAGE)
+    if module.average is not None and averages:
+        module.average.restore([averages[name] for name in expected])
     device = module.numerics.device
     for name, total in state.items():
         if name.startswith("open."):

@@ -1,11 +1,16 @@
-"""SGD and AdamW of local modules, one call for all that are updated together, and the learning rate of an epoch.
+"""SGD, AdamW and Muon of local modules, one call for all that are updated together, and the learning rate of an epoch.
 
     module 0   weights, state --+
     module 1   weights, state --+--> step_together: as many operations as for one weight
     module 2   weights, state --+    (torch._foreach_*: the operations of torch.optim's own loop, over lists)
 
 Each module keeps the state of its own weights, as its checkpoint needs it; the arithmetic is that of
-:class:`torch.optim.SGD` and :class:`torch.optim.AdamW`, on a CPU to the bit.
+:class:`torch.optim.SGD` and :class:`torch.optim.AdamW`, on a CPU to the bit, and Muon is torch's own (see muon).
+
+With ``optim.error_feedback`` an update that comes L steps late also makes up for the L that are still under way:
+
+    D_s = what the optimiser makes of the gradient of batch s, known in step s + L
+    theta <- theta - D_s - L (D_s - D_s-1)          the newest D stands for those that are not known yet
 """
 
 from __future__ import annotations
@@ -18,9 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.base.config import OptimConfig
+from pipeline.local import muon
 
 MOMENTUM, MEAN, SQUARE, STEP = "momentum_buffer", "exp_avg", "exp_avg_sq", "step"
 """Names of states, those of torch.optim."""
+LAST = "last_update"
+"""Name of D_s-1, for error feedback."""
 BETAS, EPS = (0.9, 0.999), 1e-8
 """Of AdamW (Loshchilov and Hutter 2019, algorithm 2)."""
 POLY_POWER = 0.9
@@ -28,9 +36,11 @@ POLY_POWER = 0.9
 
 @dataclass(eq=False, slots=True)
 class Weight:
-    """A parameter and what its optimiser keeps: tensors like it, by name, and the number of its updates (AdamW)."""
+    """A parameter and what its optimiser keeps: tensors like it, by name, and the number of its updates (AdamW).
+    ``hidden``: one of the matrices that Muon is for."""
 
     parameter: nn.Parameter
+    hidden: bool = False
     state: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
 
@@ -41,16 +51,26 @@ class Optimiser:
     Args:
         parameters: of the module and its heads; those that require no gradient are left out.
         config: which optimiser.
+        hidden: those of ``parameters`` that are hidden matrices, which Muon is for.
+        lag: steps from a forward to the update of its batch (schedule `async`).
 
     Attributes:
         weights: in the order of ``parameters``.
         lr: the learning rate of the next update.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], config: OptimConfig) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        config: OptimConfig,
+        hidden: Iterable[nn.Parameter] = (),
+        lag: int = 0,
+    ) -> None:
         self.config = config
-        self.weights = [Weight(parameter) for parameter in parameters if parameter.requires_grad]
+        matrices = {id(parameter) for parameter in hidden} if config.name == "muon" else set()
+        self.weights = [Weight(p, id(p) in matrices) for p in parameters if p.requires_grad]
         self.lr = config.lr
+        self.lag = lag
 
     def gradients(self) -> list[Tensor]:
         """Of the weights that have one, in their order."""
@@ -60,6 +80,12 @@ class Optimiser:
         """Drop all gradients."""
         for weight in self.weights:
             weight.parameter.grad = None
+
+    def kept_bytes(self) -> int:
+        """Of its state once all weights have been updated."""
+        fed_back = 1 if self.lag and self.config.error_feedback else 0
+        rest = (1 if self.config.momentum else 0) if self.config.name == "sgd" else 2
+        return sum(weight.parameter.nbytes * (fed_back + (1 if weight.hidden else rest)) for weight in self.weights)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """``<index of the weight>.<name>`` and value, not copied: shaped like the weight, but for "step", ()."""
@@ -90,12 +116,45 @@ def step_together(optimisers: Sequence[Optimiser]) -> None:
     if not weights:
         return
     config, (lr,) = optimisers[0].config, {each.lr for each in optimisers}
+    late = [each for each in optimisers if each.lag and config.error_feedback]
+    before = [_copies(each) for each in late]
+    if config.name == "muon":
+        _muon(config, lr, [weight for weight in weights if weight.hidden])
+        weights = [weight for weight in weights if not weight.hidden]
     parameters: list[Tensor] = [weight.parameter for weight in weights]
-    gradients = [gradient for each in optimisers for gradient in each.gradients()]
-    if config.name == "adamw":
-        _adamw(config, lr, weights, parameters, gradients)
-    else:
+    gradients = [weight.parameter.grad for weight in weights if weight.parameter.grad is not None]
+    if config.name == "sgd":
         _sgd(config, lr, weights, parameters, gradients)
+    elif weights:
+        _adamw(config, lr, weights, parameters, gradients)
+    for optimiser, copies in zip(late, before, strict=True):
+        _feed_back(optimiser, copies)
+
+
+def _copies(optimiser: Optimiser) -> list[tuple[Weight, Tensor]]:
+    """The weights about to be updated, with what they are before."""
+    moving = [weight for weight in optimiser.weights if weight.parameter.grad is not None]
+    return [(weight, weight.parameter.detach().clone()) for weight in moving]
+
+
+def _feed_back(optimiser: Optimiser, before: list[tuple[Weight, Tensor]]) -> None:
+    """Add the correction of updates that came late; the first one of a weight has none before it."""
+    parameters: list[Tensor] = [weight.parameter for weight, _ in before]
+    updates = [copy for _, copy in before]
+    torch._foreach_sub_(updates, parameters)
+    known = [(weight, update) for (weight, _), update in zip(before, updates, strict=True) if LAST in weight.state]
+    if known:
+        changes = torch._foreach_sub([update for _, update in known], [weight.state[LAST] for weight, _ in known])
+        torch._foreach_add_([weight.parameter for weight, _ in known], changes, alpha=-optimiser.lag)
+    for (weight, _), update in zip(before, updates, strict=True):
+        weight.state[LAST] = update
+
+
+def _muon(config: OptimConfig, lr: float, weights: list[Weight]) -> None:
+    for weight in weights:
+        weight.state.setdefault(MOMENTUM, torch.zeros_like(weight.parameter, requires_grad=False))
+    gradients = [weight.parameter.grad for weight in weights if weight.parameter.grad is not None]
+    muon.step(config, lr, [w.parameter for w in weights], gradients, [w.state[MOMENTUM] for w in weights])
 
 
 def _sgd(

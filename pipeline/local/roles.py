@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeline.base.config import HierarchyConfig
+from pipeline.local.level_weights import has_heads
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,12 @@ class ModulePlan:
 
 def plan_hierarchy(modules: int, config: HierarchyConfig) -> tuple[ModulePlan, ...]:
     """The role of each of ``modules`` local modules (weights already resolved by ``config.validate``)."""
-    assert config.independent_weight is not None and config.cascade_weight is not None
     deep, released = config.variant == "deepsup", config.variant == "released"
     span = modules if deep else min(config.cascade_span, modules)
     first, last = 0 if deep else 1, modules - 1
     final_local, final_cascade = _final_shares(modules, span, config)
     has_cascade = [
-        (first <= j < last and span > 1 and config.cascade_weight > 0) or (j == last and final_cascade > 0)
+        (first <= j < last and span > 1 and has_heads(config.cascade_weight)) or (j == last and final_cascade > 0)
         for j in range(modules)
     ]
     lowest = {j: max(0, j - span + 1) for j in range(modules) if has_cascade[j]}
@@ -80,9 +80,9 @@ def plan_hierarchy(modules: int, config: HierarchyConfig) -> tuple[ModulePlan, .
     plans = []
     for m in range(modules):
         incoming = outgoing[m + 1] if m < last else ()
-        independent = m < last and config.independent_weight > 0 and not (released and m == 0) and not deep
+        independent = m < last and has_heads(config.independent_weight) and not (released and m == 0) and not deep
         own_key = lowest.get(m)
-        alone = m == 0 or config.independent_weight > 0
+        alone = m == 0 or has_heads(config.independent_weight)
         contributions = set(incoming) | ({own_key} if own_key is not None else set())
         plans.append(
             ModulePlan(
@@ -104,10 +104,10 @@ def plan_hierarchy(modules: int, config: HierarchyConfig) -> tuple[ModulePlan, .
 
 
 def _final_shares(modules: int, span: int, config: HierarchyConfig) -> tuple[float, float]:
-    assert config.independent_weight is not None and config.cascade_weight is not None
     if modules == 1:
         return 1.0, 0.0
     if config.variant == "released":
+        assert isinstance(config.independent_weight, int | float) and isinstance(config.cascade_weight, int | float)
         if span == 1:
             return config.independent_weight + config.cascade_weight, 0.0
         return config.independent_weight, config.cascade_weight

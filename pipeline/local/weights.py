@@ -30,6 +30,8 @@ from pipeline.models.backbones import Sides, UncutModel, build_blocks
 from pipeline.models.part import uncut_name
 
 BLOCKS, HEADS = "blocks.", "heads."
+AVERAGE = "average."
+"""Before the name of a weight in the state of a local module: its moving average."""
 State = dict[str, Tensor]
 
 
@@ -55,6 +57,11 @@ def module_weights(module: LocalModule) -> State:
 def weights_of(state: State) -> State:
     """The weights in the state of a local module, which may hold more."""
     return {name: value for name, value in state.items() if name.startswith((BLOCKS, HEADS))}
+
+
+def averages_of(state: State) -> State:
+    """The moving averages in the state of a local module, called as the weights; none without ``train.ema``."""
+    return weights_of(below(state, AVERAGE))
 
 
 def below(state: State, prefix: str) -> State:

@@ -96,6 +96,7 @@ class PatchedHead(nn.Module):
         self.at_once = at_once
         self.reading = reading
         self.heads = nn.ModuleList(make() for _ in range(grid * grid if separate else 1))
+        self._takes: dict[int, bool] = {}  # by dimensions; asked in every step, and all of the head's layers answer
 
     @property
     def asks(self) -> frozenset[str]:
@@ -153,7 +154,19 @@ class PatchedHead(nn.Module):
 
     def takes_patches(self, dims: int) -> bool:
         """Whether its head takes many patches at once of such features."""
-        return self.first.takes_patches(self._dims(dims))
+        return self._head_takes_patches(self._dims(dims))
+
+    def largest_block(self, dims: int) -> int:
+        """Most patches of such a feature that one call works on: whole rows of the grid, or a part of one."""
+        patches = self.patches(dims)
+        if patches == 1 or not self.takes_patches(dims):
+            return 1
+        return max(len(a) * len(b) for a, b in rectangles(patches // self.grid, self.grid, self.at_once))
+
+    def _head_takes_patches(self, dims: int) -> bool:
+        if dims not in self._takes:
+            self._takes[dims] = self.first.takes_patches(dims)
+        return self._takes[dims]
 
     def window(self, feature: Tensor) -> tuple[int, int]:
         """Windows by which the whole map may be pooled before it is cut; (1, 1) where patches do not allow it."""
@@ -209,7 +222,7 @@ class PatchedHead(nn.Module):
             return False
         image = feature if given.image is None else given.image
         sides = [*feature.shape[2:], *image.shape[2:]] if feature.dim() == 4 else [feature.size(1)]
-        return all(side % self.grid == 0 for side in sides) and self.of(0).takes_patches(feature.dim())
+        return all(side % self.grid == 0 for side in sides) and self._head_takes_patches(feature.dim())
 
     def _read(self, feature: Tensor, given: Given) -> tuple[Tensor, Given]:
         """What the head stands on, and what goes with it."""

@@ -340,7 +340,8 @@ def describe(plan: Plan, numerics: Numerics, devices: list[str]) -> list[str]:
         f"{config.model.name} on {config.data.name}: {' + '.join(parts)}, "
         f"K = {len(plan.modules)} local modules{cut_note} on {_ranks_of(plan)}",
         f"schedule {_schedule_name(plan)}, {config.schedule.micro_batches} micro-batch(es) of "
-        f"{plan.micro_batch_rows} images, {dtype}{', channels last' if numerics.channels_last else ''}",
+        f"{plan.micro_batch_rows} images, {dtype}{', channels last' if numerics.channels_last else ''}"
+        f"{f', an update every {config.train.accumulate} batches' if config.train.accumulate > 1 else ''}",
     ]
     if plan.upstream is not None:
         lines.append(f"heads see the weights of the next module's first block: {plan.upstream.declared}")

@@ -5,11 +5,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.base.config import ModelConfig
-from pipeline.base.cut_tables import EQUAL, HPFF, TABLES
+from pipeline.base.cut_tables import EQUAL, HPFF, TABLES, group_sizes
 from pipeline.base.errors import ConfigError, suggest
 
 BY_COST = "cost"
@@ -38,12 +39,25 @@ class Cut:
 
 def make_cut(blocks: Sequence[str], config: ModelConfig) -> Cut:
     """Cut the named blocks into ``config.modules`` local modules; not by cost, as a name has none
-    (see :mod:`pipeline.plan.cost_cut`).
+    (see :mod:`pipeline.plan.cost_cut`). Then ``config.group`` joins consecutive ones:
+
+        cut          stem a | b | c | d | e classifier        K = 5
+        group = 2    stem a b   | c d   | e classifier        local modules, each with the levels of one
 
     Raises:
         ConfigError: more modules than blocks, a named table without an entry for this network and K, names that are no
             blocks or not in their order.
     """
+    cut = _cut(blocks, config)
+    if config.group == 1:
+        return cut
+    ends = list(itertools.accumulate(group_sizes(len(cut), config.group)))
+    joined = [tuple(itertools.chain(*cut.modules[a:b])) for a, b in itertools.pairwise([0, *ends])]
+    return Cut(tuple(joined), len(joined))
+
+
+def _cut(blocks: Sequence[str], config: ModelConfig) -> Cut:
+    """Before modules are joined."""
     if isinstance(config.cuts, tuple):
         return _by_names(blocks, config.cuts)
     wanted = config.modules

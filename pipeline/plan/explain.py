@@ -281,7 +281,7 @@ def _modules(
                 step_s=work[role.index],
                 memory_bytes=cost.memory_bytes,
                 bp_units=units.modules[role.index].total if units is not None else None,
-                operations=round(units.modules[role.index].operations) if units is not None else None,
+                operations=units.modules[role.index].operations if units is not None else None,
             )
         )
     return tuple(rows)

@@ -107,8 +107,7 @@ def _heads(plan: Plan) -> tuple[tuple[tuple[int, int], ...], ...]:
             plan.head_memory.fit(levels, shape, role.together)
         of_module = []
         for head in (head for level in levels for _, head in level.heads() if head.grid > 1):
-            patches = head.patches(len(shape) + 1)
-            of_module.append((min(head.at_once, patches) if head.takes_patches(len(shape) + 1) else 1, patches))
+            of_module.append((head.largest_block(len(shape) + 1), head.patches(len(shape) + 1)))
         found.append(tuple(of_module))
     return tuple(found)
 

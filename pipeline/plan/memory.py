@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pipeline.base.config import OptimConfig
 from pipeline.base.errors import MemoryExhausted
 from pipeline.base.numerics import Numerics
 from pipeline.base.units import mebibytes
@@ -84,16 +83,12 @@ def _held_bytes(plan: Plan, rank: int, numerics: Numerics, modules: Sequence[Loc
         "weights": sum(weights.values()),
         "heads": heads,
         "gradients": gradients,
-        "optimiser": gradients * _states_per_weight(config.optim),
+        "optimiser": sum(module.optimiser.kept_bytes() for module in modules),
+        "sums of gradients": gradients * (config.train.accumulate > 1),
+        "averages of weights": (sum(weights.values()) + heads) * bool(config.train.ema),
         "late copies of weights": copies,
         "messages": rank_memory(plan, nothing, numerics)[rank],
     }
-
-
-def _states_per_weight(optim: OptimConfig) -> int:
-    if optim.name == "adamw":
-        return 2
-    return 1 if optim.momentum else 0
 
 
 def _bytes_of(networks: Iterable[nn.Module]) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from pipeline.base.numerics import Numerics
+from pipeline.base.validation import with_values
 from pipeline.base.version import VERSION
 from pipeline.local.local_module import LocalModule
 from pipeline.models.backbones import Blocks
@@ -92,8 +93,9 @@ def module_alone(plan: Plan, index: int, blocks: Blocks, numerics: Numerics) -> 
 
 
 def one_module_a_rank(plan: Plan) -> Plan:
-    """The same plan on as many ranks as there are modules."""
-    return dataclasses.replace(plan, stages=tuple(range(m, m + 1) for m in range(len(plan.modules))))
+    """The same plan on as many ranks as there are modules, with an update in every step."""
+    config = with_values(plan.config, {"train.accumulate": 1})
+    return dataclasses.replace(plan, config=config, stages=tuple(range(m, m + 1) for m in range(len(plan.modules))))
 
 
 def work_of(plan: Plan) -> tuple[str, ...]:
@@ -168,10 +170,9 @@ def with_both_forms(separate: ModuleCost, together: ModuleCost) -> ModuleCost:
 
 
 def _state_bytes(module: LocalModule) -> int:
-    """Parameters, their gradients, buffers and optimiser state."""
+    """Parameters, their gradients, buffers and what the updates keep."""
     parts = (*module.blocks.values(), *module.levels.values())
     parameters = [p for part in parts for p in part.parameters()]
     buffers = [b for part in parts for b in part.buffers()]
-    optimiser = [value for _, value in module.optimiser.state()]
     gradients = sum(p.nbytes for p in parameters if p.requires_grad)
-    return gradients + sum(tensor.nbytes for tensor in (*parameters, *buffers, *optimiser))
+    return gradients + sum(tensor.nbytes for tensor in (*parameters, *buffers, *module.kept_tensors()))

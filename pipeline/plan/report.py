@@ -26,7 +26,8 @@ class PlannedModule:
         step_s: their sum, over all messages.
         memory_bytes: of a stage that owns it alone.
         bp_units: FLOPs of a step in units of one backpropagation step of the whole network; None: not counted.
-        operations: that PyTorch is asked for in a step of one micro-batch, with its update; None: not counted.
+        operations: that PyTorch is asked for in a step of one micro-batch, with its update and its share of what
+            is done for several modules; None: not counted.
     """
 
     index: int
@@ -39,7 +40,7 @@ class PlannedModule:
     step_s: float
     memory_bytes: int
     bp_units: float | None
-    operations: int | None
+    operations: float | None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import nn
 from pipeline.base.alive import Alive
 from pipeline.base.config import Config
 from pipeline.base.numerics import Numerics
+from pipeline.base.validation import with_values
 from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import no_values, without_memory
 from pipeline.plan.alone import random_batch, random_gradients, stands
@@ -38,7 +39,7 @@ class StepMemory:
         modules: number of its local modules.
         weights: parameters and buffers of its blocks.
         heads: those of its auxiliary heads.
-        optimiser: momentum, moments.
+        optimiser: momentum, moments, averages of weights, sums of gradients.
         messages: slots of its queues; a received activation or gradient is used where it is.
         work: the most that gradients, activations, a batch of the data and operations take besides, at one time.
     """
@@ -70,7 +71,8 @@ def step_memory(config: Config, image_shape: tuple[int, ...], classes: int, rank
     Raises:
         ConfigError: the plan does not exist (see :func:`pipeline.plan.assembly.make_plan`).
     """
-    config = dataclasses.replace(config, precision=dataclasses.replace(config.precision, compile=False))
+    several = min(config.train.accumulate, 2)  # more batches of an update are no more memory
+    config = with_values(config, {"precision.compile": False, "train.accumulate": several})
     plan, blocks, numerics = plan_of_name(config, image_shape, classes, ranks)
     messages = rank_memory(plan, [ModuleCost()] * len(plan.modules), numerics)
     known: dict[str, StepMemory] = {}
@@ -109,12 +111,12 @@ def _of_rank(plan: Plan, rank: int, blocks: Blocks, numerics: Numerics) -> StepM
         following = plan.gradient_order(rank + 1) if rank + 1 < len(plan.stages) else ()
         edges = stands(plan, stage, gradients)
         alone = Stage(modules, plan.schedules[rank], BatchInlet(batch, parts), edges, following, watch=Reads())
-        steps = 2 + max(action.lag for action in plan.schedules[rank])
+        steps = 1 + plan.config.train.accumulate + max(action.lag for action in plan.schedules[rank])
         with alive:
             for step in range(steps):  # the first ones make what stays: states of the optimiser, constants of heads
                 alive.most = alive.now
                 alone.train_step(1, step)
-        optimiser = sum(value.nbytes for module in modules for _, value in module.optimiser.state())
+        optimiser = sum(value.nbytes for module in modules for value in module.kept_tensors())
         weights = _bytes_of(block for module in modules for block in module.blocks.values())
         heads = _bytes_of(level for module in modules for level in module.levels.values())
         data = 0

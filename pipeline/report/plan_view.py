@@ -77,7 +77,7 @@ def _module_table(modules: Sequence[PlannedModule], width: int) -> Table:
     about.append(("all", 0, lambda m: _ms(m.step_s)))
     if counted:
         about.append(("BP\nunits", 84, lambda m: f"{m.bp_units:.3f}"))
-        about.append(("opera-\ntions", 94, lambda m: f"{m.operations:,}"))
+        about.append(("opera-\ntions", 94, lambda m: f"{m.operations:,.0f}"))
     about += [("memory\nMiB", 90, lambda m: mebibytes(m.memory_bytes))]
     columns = [(heading, cell) for heading, least, cell in about if room >= least]
     table = _table(*(heading for heading, _ in columns), gap=2 if room >= (144 if counted else 120) else 1)
@@ -141,7 +141,7 @@ def _totals(report: PlanReport) -> list[tuple[str, str]]:
         ("one rank alone", f"{_ms(report.alone_s)} ms; {_processes(report)} are {gain:.2f} times as fast"),
     ]
     if report.bp_operations is not None:
-        calls = sum(module.operations or 0 for module in report.modules)
+        calls = round(sum(module.operations or 0 for module in report.modules))
         ratio = f"{calls / report.bp_operations:.2f} times those of a BP step"
         totals.append(("FLOPs", f"{sum(units):.2f} units of one BP step of the whole network"))
         totals.append(("operations", f"{calls:,} calls for a step of one micro-batch, {ratio}"))

@@ -93,6 +93,8 @@ class View(ABC):
         facts = {"test error": measured} if metric == ERROR else {
             "test": f"{metric.title} {measured} ({metric.direction})"
         }
+        if averaged := summary.get("ema_metrics"):
+            facts["with averages"] = metric.text(averaged.get(metric.name))
         facts |= {
             "epochs": f"{summary['epochs']} ({summary['steps']:,} steps)",
             "training time": f"{duration(summary['train_wall_s'])} (tests not included)",

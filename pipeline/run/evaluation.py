@@ -56,6 +56,7 @@ def evaluate(
     network: nn.Module | None = None,
     data: LoaderData | None = None,
     task: Task | None = None,
+    ema: bool = False,
 ) -> Evaluation:
     """Test a checkpoint on its test set, in this process.
 
@@ -66,9 +67,11 @@ def evaluate(
         network: the network that was trained, where it was your own; it gets the weights of the checkpoint.
         data: your own loaders, of which the test loader is used; else ``data.name`` is opened.
         task: what the network was trained for, where that was a task of your own.
+        ema: test the moving averages of all weights (``train.ema``) in their place.
 
     Raises:
-        CheckpointError: the checkpoint is incomplete, a file of it has changed, or it is of another network or task.
+        CheckpointError: the checkpoint is incomplete, a file of it has changed, it is of another network or task, or
+            it has no averages.
         ConfigError: started on several ranks, a key that may not change, data of other classes or another image size.
     """
     _refuse_ranks()
@@ -100,7 +103,7 @@ def evaluate(
         _refuse_other_data(images.data_spec, task, config)
         plan = make_plan(config, blocks, task, 1, images.data_spec.inputs)
         work = _operations(plan, blocks)
-        modules = _restored(saved, plan, blocks, numerics)
+        modules = _restored(saved, plan, blocks, numerics, ema)
         statistics, count = count_exits(modules, images.test(), task, views)
     return Evaluation(
         checkpoint=str(saved.path),
@@ -206,8 +209,8 @@ def _operations(plan: Plan, blocks: Blocks) -> list[int]:
     return done
 
 
-def _restored(saved: Checkpoint, plan: Plan, blocks: Blocks, numerics: Numerics) -> list[LocalModule]:
-    """All local modules with the weights and heads of the checkpoint."""
+def _restored(saved: Checkpoint, plan: Plan, blocks: Blocks, numerics: Numerics, ema: bool) -> list[LocalModule]:
+    """All local modules with the weights and heads of the checkpoint, or with ``ema`` their averages."""
     names = [list(names) for names in plan.cut.modules]
     if names != saved.module_names:
         raise CheckpointError(
@@ -216,7 +219,7 @@ def _restored(saved: Checkpoint, plan: Plan, blocks: Blocks, numerics: Numerics)
         )
     modules = build_modules(plan, 0, blocks, numerics, fresh=False)
     for module in modules:
-        state = saved.module_state(module.plan.index)
+        state = saved.averages(module.plan.index) if ema else saved.module_state(module.plan.index)
         for prefix, network in networks(module):
             try:
                 network.load_state_dict(below(state, prefix))

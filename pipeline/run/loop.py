@@ -112,6 +112,8 @@ class Loop:
             first = (epoch - 1) * run.data_spec.train_batches
             end = min(first + run.data_spec.train_batches, self.total)
             self._set_learning_rate(epoch, max(self.step - 1, 0))
+            for module in run.stage.modules.values():
+                module.set_level_weights(epoch, settings.epochs)
             self._epoch_began = time.monotonic() - self._start_of_epoch(first)
             late = self.step == self._start.step > self._start.late_since
             directive = self._train(epoch, first, end) if self.step < end or late else Directive.GO
@@ -202,6 +204,8 @@ class Loop:
         stage = self._run.stage
         mine = Share(self._run.grid.replica, self._run.grid.replicas).batches(self._run.data_spec.test_batches)
         stage.test(epoch, self.step, len(mine))
+        if self._run.config.train.ema and stage.directive is not Directive.STOP:
+            stage.test_averages(epoch, self.step, len(mine))
         return Directive.STOP if stage.directive is Directive.STOP else Directive.GO
 
     # --- saving -------------------------------------------------------------------------------------------------------

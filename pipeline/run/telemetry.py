@@ -39,6 +39,8 @@ class StageReport:
     statistics: list[tuple[int, str, str, str, Any]]
     """module, level, metric, and what that has counted: the dtype, and (nested lists of) numbers"""
     test_loss_sum: float
+    averaged: dict[str, Any]
+    """``tested``, ``statistics`` and ``test_loss_sum`` of a test with the averages of all weights; empty without"""
     loader_images_per_s: float | None = None
 
 
@@ -130,12 +132,8 @@ class Telemetry:
             stage=dataclasses.asdict(record),
             modules=modules,
             images=counters.images,
-            tested=counters.tested,
-            statistics=[
-                (*key, str(counted.dtype).removeprefix("torch."), counted.tolist())
-                for key, counted in counters.statistics.items()
-            ],
-            test_loss_sum=float(counters.test_loss_sum),
+            **_tested(counters),
+            averaged={} if counters.averaged is None else _tested(counters.averaged),
             loader_images_per_s=self.loader_images_per_s,
         )
         self._team.set(Key.EPOCH(epoch=epoch, rank=self._team.rank), json.dumps(dataclasses.asdict(report)))
@@ -171,7 +169,7 @@ def merge(
     stages = len(reports) if stages is None else stages
     first, lasts = reports[:stages], reports[stages - 1 :: stages]
     tested = sum(last.tested for last in lasts)
-    measured = _measured(reports, metrics, tested)
+    measured = _measured([report.statistics for report in reports], metrics, tested)
     modules = tuple(
         dataclasses.replace(
             module,
@@ -207,7 +205,29 @@ def merge(
         test_text=f"{metrics[0].title} {metrics[0].form.text(of_network.get(metrics[0].name))}",
         metric=metrics[0].form,
         loader_images_per_s=_all_of([report.loader_images_per_s for report in reports[::stages]]),
+        ema_metrics=_of_averages([last.averaged for last in lasts if last.averaged], metrics, len(modules) - 1),
     )
+
+
+def _tested(counters: Counters) -> dict[str, Any]:
+    """What a rank has counted in a test, in the fields of a StageReport."""
+    statistics = [
+        (*key, str(counted.dtype).removeprefix("torch."), counted.tolist())
+        for key, counted in counters.statistics.items()
+    ]
+    return {
+        "tested": counters.tested, "statistics": statistics, "test_loss_sum": float(counters.test_loss_sum)
+    }  # fmt: skip
+
+
+def _of_averages(tests: Sequence[dict[str, Any]], metrics: Sequence[Metric], module: int) -> dict[str, float]:
+    """Metrics and loss of the network's output, that of local module ``module``, in the tests of averaged weights."""
+    tested = sum(test["tested"] for test in tests)
+    if not tested:
+        return {}
+    measured = _measured([test["statistics"] for test in tests], metrics, tested)
+    found = {name: value for (index, level, name), value in measured.items() if (index, level) == (module, "final")}
+    return found | {"loss": sum(test["test_loss_sum"] for test in tests) / tested}
 
 
 def _all_of(rates: Sequence[float | None]) -> float | None:
@@ -217,12 +237,12 @@ def _all_of(rates: Sequence[float | None]) -> float | None:
 
 
 def _measured(
-    reports: Sequence[StageReport], metrics: Sequence[Metric], tested: int
+    ranks: Sequence[list[tuple[int, str, str, str, Any]]], metrics: Sequence[Metric], tested: int
 ) -> dict[tuple[int, str, str], float]:
     """Of every metric that was counted: (module, level, metric) -> its value over the ``tested`` rows of all."""
     sums: dict[tuple[int, str, str], Tensor] = {}
-    for report in reports:
-        for index, level, name, dtype, counted in report.statistics:
+    for statistics in ranks:
+        for index, level, name, dtype, counted in statistics:
             key, more = (index, level, name), torch.tensor(counted, dtype=getattr(torch, dtype))
             sums[key] = sums[key] + more if key in sums else more
     return {

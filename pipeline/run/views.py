@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.base.config import DataConfig
+from pipeline.base.data_config import DataConfig
 from pipeline.base.errors import ConfigError
 from pipeline.base.flow import MAIN, Tensors
 from pipeline.local.local_module import LocalModule

@@ -11,7 +11,8 @@ from torch import Tensor
 class Counters:
     """Sums since the last :meth:`pipeline.stage.stage.Stage.take_counters`. Seconds of host time; ``statistics``
     of the task's metrics by (module, level, metric) and ``test_loss_sum`` stay on the device; ``reused``,
-    ``skipped`` and ``held_back`` as in :class:`pipeline.edges.replay.ReplayCounts`."""
+    ``skipped`` and ``held_back`` as in :class:`pipeline.edges.replay.ReplayCounts`. ``averaged``: of the test with the
+    averages of the weights in their place."""
 
     busy_s: dict[int, float] = field(default_factory=dict)
     queue_depth_sum: int = 0
@@ -24,3 +25,4 @@ class Counters:
     reused: int = 0
     skipped: int = 0
     held_back: int = 0
+    averaged: Counters | None = None

@@ -13,7 +13,7 @@ that schedule `async` has left late. The stage knows nothing of files or screens
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 
 import torch
@@ -24,7 +24,7 @@ from pipeline.base.flow import MAIN, Tensors
 from pipeline.edges.wire import Directive, Header, MessageKind
 from pipeline.local.local_module import LocalModule
 from pipeline.local.micro_batch import BatchKey, MicroBatch
-from pipeline.local.updates import Due, losses_together, update_together
+from pipeline.local.updates import Due, losses_together, update_rest, update_together
 from pipeline.stage.averaging import Averaging
 from pipeline.stage.counters import Counters
 from pipeline.stage.gradients import GRADIENT, GradientInlet
@@ -143,6 +143,7 @@ class Stage:
         for step in range(end_step, end_step + self._longest_lag):
             self.train_step(epoch, step)
         assert not self._inputs and not self._hidden and not self._held and not self._gradients
+        update_rest(list(self.modules.values()))
         ended_at = self.inlet.end_epoch(epoch, end_step)
         if self._marks_epochs and self.edges.activation_out is not None:
             self.edges.activation_out.send(Header(MessageKind.EPOCH, epoch, ended_at, 0, directive=self.directive))
@@ -276,6 +277,16 @@ class Stage:
                 self.test_step(epoch, number)
                 if self.directive is Directive.STOP:
                     return
+
+    def test_averages(self, epoch: int, step: int, batches: int) -> None:
+        """:meth:`test` with the averages of all weights in their place, counted apart."""
+        of_weights, self.counters = self.counters, Counters()
+        with ExitStack() as held:
+            for module in self.modules.values():
+                assert module.average is not None
+                held.enter_context(module.average.in_place())
+            self.test(epoch, step, batches)
+        of_weights.averaged, self.counters = self.counters, of_weights
 
     @torch.no_grad()
     def test_step(self, epoch: int, step: int) -> None:

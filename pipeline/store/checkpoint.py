@@ -35,6 +35,7 @@ from pipeline.base.config import Config
 from pipeline.base.errors import CheckpointError
 from pipeline.base.validation import from_dict, validate
 from pipeline.local.task import task_name
+from pipeline.local.weights import averages_of
 from pipeline.store.manifest import (
     CONFIG,
     FORMAT,
@@ -239,6 +240,20 @@ class Checkpoint:
 
             return read_older_state(self.path / module_folder(index))
         return read_state(self.path / module_file(index))
+
+    def averages(self, index: int) -> dict[str, Tensor]:
+        """The moving averages of the weights of local module ``index``, called as the weights.
+
+        Raises:
+            CheckpointError: its file cannot be read, or the run keeps none.
+        """
+        found = averages_of(self.module_state(index))
+        if not found:
+            raise CheckpointError(
+                f"checkpoint '{self.path}' has no moving averages of weights: train.ema = "
+                f"{self.config.train.ema:g}; train with train.ema=0.999, or leave --ema out"
+            )
+        return found
 
     def parts(self, index: int) -> list[dict[str, Tensor]]:
         """What the replicas but the first have saved of local module ``index``; mostly nothing (see

@@ -52,7 +52,9 @@ class Exported:
         )
 
 
-def export(source: Path | str, output: Path | str, *, heads: bool = False, fmt: str | None = None) -> Exported:
+def export(
+    source: Path | str, output: Path | str, *, heads: bool = False, fmt: str | None = None, ema: bool = False
+) -> Exported:
     """Write the ``state_dict`` of the un-cut network of a checkpoint: a file, or a directory that says what it is of.
 
     The keys are those of :class:`pipeline.UncutModel`, of torchvision's network for its backbones, of the
@@ -65,9 +67,10 @@ def export(source: Path | str, output: Path | str, *, heads: bool = False, fmt: 
         heads: add the auxiliary heads as ``heads.module<m>.<level>.<name>``.
         fmt: "pt" or "safetensors", where the name of the file does not say it; "hub" for a directory of config.json,
             model.safetensors and README.md.
+        ema: the moving averages of all weights (``train.ema``) in their place.
 
     Raises:
-        CheckpointError: the checkpoint is incomplete, or a file of it has changed.
+        CheckpointError: the checkpoint is incomplete, a file of it has changed, or it has no averages.
         ConfigError: an ``output`` that exists or cannot be written, an unknown format.
     """
     output = Path(output)
@@ -80,20 +83,21 @@ def export(source: Path | str, output: Path | str, *, heads: bool = False, fmt: 
     if saved.older is not None:
         warn(saved.older)
     config = saved.config
-    state = _uncut_state(saved, config.model.name, heads)
+    state = _uncut_state(saved, config.model.name, heads, ema)
     about = {"step": str(saved.step), "config_sha256": config.fingerprint(), "backbone": config.model.name}
     content = encode(state, about)
     if fmt == hub.FORMAT:
-        _write(output, lambda: write_directory(output, hub.files(saved, config, heads, content)))
+        _write(output, lambda: write_directory(output, hub.files(saved, config, heads, content, ema)))
     else:
         _write(output, lambda: write_atomically(output, lambda file: file.write(content)))
     parameters = sum(value.numel() for name, value in state.items() if name.rpartition(".")[2] not in _STATISTICS)
     return Exported(output, saved.path, saved.step, parameters, hashlib.sha256(content).hexdigest())
 
 
-def _uncut_state(saved: Checkpoint, backbone: str, heads: bool) -> State:
-    """Blocks in order; then, with ``heads``, all heads."""
-    states = [weights_of(saved.module_state(index)) for index in range(len(saved.module_names))]
+def _uncut_state(saved: Checkpoint, backbone: str, heads: bool, ema: bool) -> State:
+    """Blocks in order; then, with ``heads``, all heads; with ``ema`` their averages."""
+    modules = range(len(saved.module_names))
+    states = [saved.averages(index) if ema else weights_of(saved.module_state(index)) for index in modules]
     blocks = {torchvision_name(backbone, name): value for name, value in model_state(states).items()}
     return blocks | (heads_state(states, HEADS) if heads else {})
 

@@ -36,15 +36,15 @@ _FORMAT = "localpipe-model-1"
 _AUXILIARY = re.compile(re.escape(HEADS) + r"module\d+\.")  # "heads." alone begins names of a vision transformer
 
 
-def files(saved: Checkpoint, config: Config, heads: bool, weights: bytes) -> dict[str, bytes]:
+def files(saved: Checkpoint, config: Config, heads: bool, weights: bytes, ema: bool = False) -> dict[str, bytes]:
     """The directory of a checkpoint, content by name. ``weights``: model.safetensors; ``heads``: whether the auxiliary
-    heads are in it."""
-    described = description(saved, config, heads)
+    heads are in it; ``ema``: whether it holds moving averages."""
+    described = description(saved, config, heads, ema)
     text = json.dumps(described, indent=1, allow_nan=False) + "\n"
     return {CONFIG: text.encode(), WEIGHTS: weights, CARD: card(described).encode()}
 
 
-def description(saved: Checkpoint, config: Config, heads: bool) -> dict[str, Any]:
+def description(saved: Checkpoint, config: Config, heads: bool, ema: bool = False) -> dict[str, Any]:
     """The content of config.json; what nobody knows is null, what was not measured is not there."""
     modules = len(saved.module_names)
     channels = None if saved.custom_network else normalisation(config.data.name, saved.image_shape)
@@ -59,13 +59,14 @@ def description(saved: Checkpoint, config: Config, heads: bool) -> dict[str, Any
         "normalisation": None if channels is None else dict(zip(("mean", "std"), channels, strict=True)),
         "modules": saved.module_names,
         "heads": heads,
+        "ema": ema,
         "method": config.method.name if modules > 1 else "bp",
         "cascade_span": config.hierarchy.cascade_span,
         "patches_grid": config.patches.grid,
         "data": config.data.name,
         "step": saved.step,
         "epoch": saved.epoch,
-        "metrics": _measured(saved),
+        "metrics": _measured(saved, ema),
         "config_sha256": config.fingerprint(),
     }
     found: dict[str, Any] = json_ready(described)
@@ -103,6 +104,7 @@ def card(described: dict[str, Any]) -> str:
         else "model = pipeline.load_exported(\"DIRECTORY\")"
     )
     heads = f" The auxiliary heads are in the file, too, under `{HEADS}module`." if described["heads"] else ""
+    weights = "moving averages of the weights up to" if described["ema"] else "the weights of"
     return f"""---
 library_name: localpipe
 tags:
@@ -111,7 +113,7 @@ tags:
 
 # {name}, trained on {data}
 
-{cut} These are the weights of step {described['step']} of a run of localpipe {described['localpipe']}.{heads}
+{cut} These are {weights} step {described['step']} of a run of localpipe {described['localpipe']}.{heads}
 
 ## Use
 
@@ -185,11 +187,14 @@ def _described(path: Path) -> dict[str, Any]:
     return described
 
 
-def _measured(saved: Checkpoint) -> dict[str, float]:
-    """Metrics of the test at this step, where there was one."""
+def _measured(saved: Checkpoint, ema: bool) -> dict[str, float]:
+    """Metrics of the test at this step, where there was one; with ``ema`` those of the averages."""
     if saved.manifest["finished_epochs"] != saved.epoch:
         return {}
     record = saved.history()[-1]
+    if ema:
+        averaged: dict[str, float] = record.get("ema_metrics", {})
+        return {f"test_{name}" if name in (ERROR.name, "loss") else name: value for name, value in averaged.items()}
     errors = {f"test_{name}": record.get(f"test_{name}") for name in (ERROR.name, "loss")}
     named = {name: value for name, value in record.get("test_metrics", {}).items() if name != ERROR.name}
     return {name: value for name, value in {**errors, **named}.items() if value is not None}

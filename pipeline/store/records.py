@@ -87,12 +87,13 @@ class StageRecord:
 class EpochRecord:
     """One finished epoch of the whole pipeline; one line of metrics.jsonl.
 
-    ``epoch`` counts from 1 to ``epochs``; ``step`` is the number of optimiser steps since the run began.
+    ``epoch`` counts from 1 to ``epochs``; ``step`` is the number of steps since the run began, a batch each.
     ``images`` were trained in ``wall_s`` seconds, testing excluded. ``train_loss`` is the final module's.
     ``loader_images_per_s`` is what the loader could have given, None where that was not measured.
     ``test_error_pct`` (percent) and ``test_loss`` are None in an epoch without a test, the error also for a task that
     counts none. ``test_metrics`` holds other metrics of the task by name. ``metric`` says what the first one is and how
-    it reads, ``test_text`` is its value for people.
+    it reads, ``test_text`` is its value for people. ``ema_metrics`` holds the metrics and the loss of the test with the
+    averages of all weights in their place, by name; empty without ``train.ema``.
     """
 
     epoch: int
@@ -110,6 +111,7 @@ class EpochRecord:
     test_metrics: dict[str, float] = field(default_factory=dict)
     test_text: str = ""
     metric: MetricForm = ERROR
+    ema_metrics: dict[str, float] = field(default_factory=dict)
     loader_images_per_s: float | None = None
 
     @property
@@ -161,6 +163,7 @@ def epoch_parts(record: EpochRecord, eta_s: float) -> list[str]:
         f"epoch {record.epoch:>{len(str(record.epochs))}}/{record.epochs}",
         f"step {record.step:>{len(f'{last_step:.0f}')}}",
         f"test {metric.title} {metric.number(record.measured):>5} {metric.unit}".rstrip(),
+        *([f"ema {metric.number(record.ema_metrics.get(metric.name)):>5}"] if record.ema_metrics else []),
         f"train loss {loss_text(record.train_loss):>5}",
         _rates(record.images_per_s, record.loader_images_per_s),
         f"lr {record.learning_rate:.3g}".ljust(10),

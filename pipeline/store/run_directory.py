@@ -139,6 +139,7 @@ def summarise(epochs: Sequence[EpochRecord], *, settings: Mapping[str, Any]) -> 
         "test_text": last.test_text,
         "metric": asdict(last.metric),
         "test_loss": last.test_loss,
+        "ema_metrics": last.ema_metrics,
         "train_loss": last.train_loss,
         "epochs": last.epoch,
         "steps": last.step,

@@ -24,6 +24,14 @@ CASES = [
         ["model.modules = 4 gives way to 3: one local module begins at every cut, and model.cuts = "],
     ),
     (
+        None, "[hierarchy]\ncascade_span = 4\n", "model.group=2", {"hierarchy.cascade_span": 2},
+        ["hierarchy.cascade_span = 4 gives way to 2: the largest span is K, and model.group = 2 is set"],
+    ),
+    (
+        None, "[model]\nmodules = 6\ngroup = [2, 4]\n", "model.modules=5", {"model.group": 1},
+        ["model.group = [2, 4] gives way to 1: the cut makes 5 local modules, and model.modules = 5 is set"],
+    ),
+    (
         None, "[hierarchy]\ncascade_span = 4\n", "model.modules=3", {"hierarchy.cascade_span": 3},
         ["hierarchy.cascade_span = 4 gives way to 3: the largest span is K, and model.modules = 3 is set"],
     ),
@@ -46,6 +54,11 @@ CASES = [
             "schedule.ring = 2 gives way to 4: it belongs to 'free', and schedule.kind = 'async' is set",
             "schedule.max_uses = 9 gives way to 0: it belongs to 'free', and schedule.kind = 'async' is set",
         ],
+    ),
+    (
+        None, '[schedule]\nkind = "async"\n[optim]\nerror_feedback = true\n', "schedule.kind=exact",
+        {"optim.error_feedback": False},
+        ["optim.error_feedback = True gives way to False: it belongs to 'async', and schedule.kind = 'exact' is set"],
     ),
     (
         None, "[schedule]\nmicro_batches = 2\n", "schedule.kind=free", {"schedule.micro_batches": 1},

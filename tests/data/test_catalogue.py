@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torchvision import datasets
 
-from pipeline.base.config import DATA_SETS
+from pipeline.base.data_config import DATA_SETS
 from pipeline.base.errors import ConfigError
 from pipeline.data import CATALOGUE, Augmentation, open_data
 from pipeline.data.catalogue import NAMES

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.base.config import DataConfig
+from pipeline.base.data_config import DataConfig
 from pipeline.base.numerics import Numerics
 from pipeline.base.validation import from_dict
 from pipeline.data.image_source import ImageSource

@@ -78,6 +78,19 @@ def test_auto_takes_what_fits_into_the_largest_modules_own_graph() -> None:
     assert found[0] == 1 and found[-1] == 4 and len(set(found)) > 2
 
 
+def test_two_levels_at_work_together_share_what_there_is() -> None:
+    def fitted(available: int, together: bool) -> list[int]:
+        heads = [PatchedHead(partial(DecoderHead, 8, 3, 1), 2) for _ in range(2)]
+        levels = [Level(1.0, {"reconstruction": (1.0, head)}) for head in heads]
+        HeadMemory(available, TASK).fit(levels, SHAPE, together)
+        return [head.at_once for head in heads]
+
+    module = [nn.Conv2d(3, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU()]
+    available = largest_backward([(module, {"x": TensorSpec((3, 16, 16))})])
+    half = fitted(available // 2, False)
+    assert fitted(available, True) == half != fitted(available, False)
+
+
 def test_a_network_that_cannot_run_without_values_leaves_one_patch_at_a_time() -> None:
     class Picky(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -99,12 +99,15 @@ def test_all_patches_at_once_give_what_they_give_one_by_one(
     check_equal(patched, feature, given)
 
 
+@pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("at_once", [2, 5, 9])
 @pytest.mark.parametrize(("kind", "image_side"), [("2c2f", 12), ("decoder", 12), ("decoder", 15), ("decoder", 24)])
-def test_some_patches_at_once_give_what_they_give_one_by_one(kind: str, image_side: int, at_once: int) -> None:
+def test_some_patches_at_once_give_what_they_give_one_by_one(
+    kind: str, image_side: int, at_once: int, separate: bool
+) -> None:
     """In parts of a row, in rows, all of 3 x 3; a decoder that upsamples not at all, first, and after its taps."""
     torch.manual_seed(0)
-    patched = PatchedHead(partial(head, kind, 4), 3, at_once=at_once).double()
+    patched = PatchedHead(partial(head, kind, 4), 3, separate, at_once=at_once).double()
     feature, given = feature_for(kind, 12, NHWC)
     given = Given(given.target, torch.randint(0, 256, (BATCH, 3, image_side, image_side), dtype=torch.uint8))
     assert patched.together(feature, given)

@@ -134,6 +134,13 @@ def test_every_module_has_its_operations() -> None:
     assert heads.modules[3].operations == patches.modules[3].operations  # it has no head
 
 
+def test_the_backpropagation_to_compare_with_is_the_same_for_the_released_variant() -> None:
+    """Which counts what BatchNorm has seen once more for every cascade that runs a module again."""
+    paper, released = (cost("model.modules=4", *DGL, f"hierarchy.variant={variant}", "hierarchy.cascade_span=2")
+                       for variant in ("paper", "released"))  # fmt: skip
+    assert released.bp_operations == paper.bp_operations and released.bp_launches == paper.bp_launches
+
+
 def test_patches_at_once_are_fewer_operations_and_as_many_flops() -> None:
     settings = ["model.modules=2", "method.name=infopro", "method.head=1c2f", "patches.grid=4"]
     one_by_one, together = (cost(*settings, f"patches.at_once={number}") for number in (1, 16))

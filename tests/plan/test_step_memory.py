@@ -70,3 +70,10 @@ def test_a_rank_holds_its_own_modules_and_the_slots_of_its_messages() -> None:
     before, behind = 16 * 16 * 32 * 32 * 4, 16 * 32 * 16 * 16 * 4
     assert ranks[1].messages == pytest.approx(3 * before + behind, rel=0.01)
     assert ranks[1].peak == ranks[1].weights + ranks[1].heads + ranks[1].optimiser + ranks[1].messages + ranks[1].work
+
+
+def test_averages_of_weights_and_sums_of_gradients_are_counted() -> None:
+    (memory,) = step_memory(config_of("model.modules=1", "train.ema=0.9", "train.accumulate=5000"), IMAGE, CLASSES)
+    blocks = planned_blocks("resnet20", IMAGE[0], CLASSES).values()
+    momentum = sums = sum(p.nbytes for block in blocks for p in block.parameters())
+    assert memory.optimiser == momentum + sums + memory.weights

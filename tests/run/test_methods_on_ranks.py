@@ -31,6 +31,16 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, dic
     "greedy, man, async": (
         network, Batches, {"method": {"front": "man", "average": 0.5}, "schedule": {"kind": "async"}}
     ),
+    "greedy, level weights": (
+        network, Batches, {"hierarchy": {"cascade_span": 2, "cascade_weight": [1.0, 0.1]}, "train": {"epochs": 2}}
+    ),
+    "greedy, muon, async": (
+        network,
+        Batches,
+        {"optim": {"name": "muon", "lr": 0.01, "error_feedback": True}, "schedule": {"kind": "async"}},
+    ),
+    "greedy, accumulate": (network, Batches, {"train": {"epochs": 1, "accumulate": 2}, "schedule": {"kind": "async"}}),
+    "greedy, ema": (network, Batches, {"train": {"epochs": 1, "ema": 0.5}}),
     "auglocal": (network, Batches, {"patches": {"grid": 2, "at_once": 1}}),
     "deinforeg": (network, Batches, {"method": {"feature_dim": 8}}),
     "deinforeg, patches": (network, Batches, {"method": {"feature_dim": 8}, "patches": {"grid": 2, "at_once": 1}}),
@@ -54,17 +64,17 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, dic
 
 
 def trained(rank: int, folder: str) -> dict[str, Any]:
-    """The digest of the weights of every case; of those on text the perplexity as well."""
+    """The digest of the weights of every case, and what the test of their averages says; of text the perplexity."""
     on_strided = trained_on_strided(rank, folder)
     on_text = trained_on_text(rank, Path(folder) / "text")
     found: dict[str, Any] = {f"text, {case}": result for case, result in on_text.items()}
     for case, (build, batches, sections) in CASES.items():
         method = {"name": case.split(",")[0], **sections.get("method", {})}
         rest = {name: section for name, section in sections.items() if name != "method"}
-        config = configured(2, method, train={"epochs": 1}, checkpoint={"every_epochs": 0}, **rest)
+        config = configured(2, method, **{"train": {"epochs": 1}, "checkpoint": {"every_epochs": 0}, **rest})
         data = LoaderData(batches(), batches())
         summary = train(config, network=build(), data=data, run_dir=Path(folder) / case, quiet=True)
-        found[case] = summary["weights_sha256"]
+        found[case] = f"{summary['weights_sha256']} {summary['ema_metrics']}"
     return found | on_strided
 
 

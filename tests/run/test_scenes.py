@@ -12,7 +12,7 @@ from helpers_spawn import run_ranks
 from torch import Tensor, nn
 
 from pipeline import Classification, ConfigError, evaluate, load_config, read_metrics, train
-from pipeline.base.config import DataConfig
+from pipeline.base.data_config import DataConfig
 from pipeline.data import open_data
 from pipeline.local.segmentation import resized
 from pipeline.run.views import outputs_of, views_of

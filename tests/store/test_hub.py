@@ -59,7 +59,7 @@ def test_it_says_what_the_network_is(run: Path, shared: Path) -> None:
     digits = CATALOGUE["digits"]
     expected = {
         **{"format": "localpipe-model-1", "localpipe": __version__, "model": "resnet20", "custom_network": False},
-        **{"task": "Classification", "classes": 10, "image_shape": [3, 32, 32], "heads": False},
+        **{"task": "Classification", "classes": 10, "image_shape": [3, 32, 32], "heads": False, "ema": False},
         **{"normalisation": {"mean": list(digits.mean), "std": list(digits.std)}, "modules": saved.module_names},
         **{"method": "dgl", "cascade_span": 2, "patches_grid": 2, "data": "digits", "step": 2, "epoch": 1},
         "metrics": {"test_error_pct": summary["test_error_pct"], "test_loss": summary["test_loss"]},
