@@ -22,12 +22,8 @@ from pipeline.data.named import open_named
 from pipeline.data.share import Share
 from pipeline.data.source import DataSpec, Source
 from pipeline.local.compilation import refuse_without_compiler
-<<<<<<< HEAD
-from pipeline.local.task import Classification, Task, classification, refuse_unusable, task_name
-=======
 from pipeline.local.graphs import refuse_without_gpu
-from pipeline.local.task import Classification, Task, refuse_unusable, task_name
->>>>>>> main
+from pipeline.local.task import Classification, Task, classification, refuse_unusable, task_name
 from pipeline.models.backbones import Blocks
 from pipeline.models.custom import network_blocks
 from pipeline.models.pretrained import PretrainedWeights, sha256_of
