@@ -162,6 +162,12 @@ def test_several_seeds_are_a_mean_and_a_deviation(tmp_path: Path) -> None:
     assert found["spread"] == pytest.approx(8**0.5)  # of two, 4 apart
 
 
+def test_a_run_has_one_process_or_those_of_torchrun(tmp_path: Path) -> None:
+    run = training_runs.TrainingRun(tiny_config(), tmp_path / "run")
+    assert run.command(4) == [*run.command(1), "--nproc", "4"]
+    assert run.command(1)[1:4] == ["-m", "pipeline", "train"] and "auto" in run.command(1)
+
+
 def test_a_run_that_fails_does_not_end_the_others_and_is_named(tmp_path: Path) -> None:
     class Pretended(training_runs.TrainingRun):
         def command(self, ranks: int) -> list[str]:
