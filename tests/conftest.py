@@ -28,6 +28,7 @@ os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.option.markexpr = config.option.markexpr or "not every"
     if not hasattr(config, "workerinput"):
         os.environ[TOGETHER] = tempfile.mkdtemp()
 
@@ -38,13 +39,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The order above, in every worker the same; xdist is told to keep it (--no-loadscope-reorder). Tests of ``every``
-    row are left out unless a mark is asked for."""
-    if not config.option.markexpr:
-        left_out = [item for item in items if item.get_closest_marker("every") is not None]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order above, in every worker the same; xdist is told to keep it (--no-loadscope-reorder)."""
     marks: dict[Path, set[str]] = {}
     counts: dict[Path, int] = {}
     for item in items:
