@@ -20,7 +20,7 @@ HPFF = (
     *("runtime.device=cpu", "runtime.threads=1", "log.curve=false", "checkpoint.every_epochs=0"),
 )
 PERPLEXITY = 1.42
-"""Of a byte; guessing by frequency has 14.8, the best model of two bytes 1.43, one that knows how the text was made 1.18."""
+"""Of a byte; guessing by frequency has 14.8, the best model of two bytes 1.43, who knows how the text is made 1.18."""
 ERROR_PCT = 45.0
 """Of ten digits, after 450 steps; guessing has 90."""
 
