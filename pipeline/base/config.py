@@ -324,6 +324,7 @@ class PrecisionConfig:
     )
     channels_last: str = key("auto", "memory layout NHWC", choices=("auto", "on", "off"))
     compile: bool = key(False, "torch.compile the heads, and modules that send no gradient; rounds differently")
+    cuda_graphs: bool = key(False, "on a GPU: one CUDA graph for each action of a module, captured after a warm-up")
     layers: str | tuple[str, ...] = key(
         "tuned",
         "layers of heads, which round differently: tuned = in forms that are faster on a CPU; plain = PyTorch's own; "

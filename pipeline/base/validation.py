@@ -271,6 +271,11 @@ def _refuse_unreconciled(config: Config) -> None:
         )
     if config.precision.compile:
         raise ConfigError(f"{where} with precision.compile = true: compiled heads cannot be differentiated twice")
+    if config.precision.cuda_graphs:
+        raise ConfigError(
+            f"{where} with precision.cuda_graphs = true: what is differentiated twice has not been tried in graphs; "
+            "remove one of them"
+        )
 
 
 def _refuse_free(config: Config) -> None:

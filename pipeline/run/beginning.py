@@ -22,6 +22,7 @@ from pipeline.data.named import open_named
 from pipeline.data.share import Share
 from pipeline.data.source import DataSpec, Source
 from pipeline.local.compilation import refuse_without_compiler
+from pipeline.local.graphs import refuse_without_gpu
 from pipeline.local.task import Classification, Task, refuse_unusable, task_name
 from pipeline.models.backbones import Blocks
 from pipeline.models.custom import network_blocks
@@ -80,6 +81,8 @@ def refuse_early(
         )
     if config.precision.compile:
         refuse_without_compiler(runtime.device)
+    if config.precision.cuda_graphs:
+        refuse_without_gpu(runtime.device)
     return resolve_numerics(config.precision, runtime.device, blocks.values())
 
 
