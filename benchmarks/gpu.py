@@ -9,8 +9,8 @@
                time of a step, peak memory, kernels of a step, and how much of the time the GPU computes
 
 All of it takes less than 8 minutes on one GPU: what is not begun after ``--minutes`` is left out, and said. A case that
-fails is named, and the others go on. Each measurement is also a line of the error output when it is made. ``--device cpu`` runs what has a meaning there: it is how this file is
-tested.
+fails is named, and the others go on. Each measurement is also a line of the error output when it is made. ``--device
+cpu`` runs what has a meaning there: it is how this file is tested.
 """
 
 from __future__ import annotations
