@@ -108,4 +108,4 @@ def _dashes(key: str, span: int) -> Any:
 
 
 def _line_of(row: Row) -> str:
-    return row["system"] if row["modules"] == 1 else f"{row['system'].split(' + cascade')[0]}, K = {row['modules']}"
+    return row["system"] if row["modules"] == 1 else f"{row['system'].split(' + cascade')[0]}, K = {row['asked']}"

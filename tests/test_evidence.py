@@ -346,17 +346,21 @@ def of_system(system: str, modules: int, units: float, curve: list[list[float]])
 def test_who_reaches_an_error_first_is_told_by_time_and_not_by_epochs() -> None:
     curves = [of_system("BP", 1, 1.0, [[1, 60.0], [2, 40.0]]), of_system("BP, ZBV", 1, 0.25, [[1, 60.0], [2, 40.0]]),
               of_system("DGL", 4, 0.1, [[1, 70.0], [2, 58.0]])]  # fmt: skip
-    found = dict(local_to_global.gains(curves))
+    found = dict(local_to_global.gains(curves, "BP, ZBV"))
     assert found[60] == pytest.approx(0.2 / 0.25)  # two epochs of DGL, one of backpropagation
     assert found[70] == pytest.approx(0.1 / 0.25) and 57 not in found  # DGL never gets there
+    assert dict(local_to_global.gains(curves, "BP"))[60] == pytest.approx(0.2)
+    assert local_to_global.told(list(found.items())) == "58 - 59 %: 0.40, 60 - 69 %: 0.80, 70 - 70 %: 0.40"
 
 
 def test_time_and_memory_stand_beside_the_errors_of_runs(tmp_path: Path) -> None:
     trained = []
     for name, title, modules in (("bp", "BP", 1), ("k4-dgl", "DGL", 4)):
         curve = [[1, 80.0], [2, 60.0 + modules]]
-        trained.append({"name": f"cifar10-resnet32-{name}", "title": title, "group": "cifar10-resnet32", "epochs": 2,
-                        "modules": modules, "error": 60.0 + modules, "images": 100, "runs": [{"curve": curve}]})
+        trained.append({
+            "name": f"cifar10-resnet32-{name}", "title": title, "group": "cifar10-resnet32", "epochs": 2, "k": modules,
+            "modules": modules, "error": 60.0 + modules, "images": 100, "runs": [{"curve": curve}],
+        })  # fmt: skip
     file = tmp_path / "accuracy.json"
     file.write_text(json.dumps({"settings": {"batch": 16, "network": "resnet20"}, "rows": trained}))
     settings = local_to_global.Settings(accuracy=str(file), steps=1, batch=8, ranks=2, micro_batches=2)

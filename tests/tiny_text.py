@@ -21,6 +21,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "hpff, one by one, async": (*HPFF, "patches.at_once=1", "schedule.kind=async", "schedule.micro_batches=2"),
     "infopro": ("method.name=infopro", "hierarchy.cascade_span=1"),
     "man": ("method.name=greedy", "hierarchy.cascade_span=1", "method.front=man", "method.average=0.5"),
+    "lopt": ("method.name=lopt", "hierarchy.cascade_span=2", "schedule.kind=async"),
     "sgr": ("method.name=dgl", "hierarchy.cascade_span=1", "method.reconciliation=0.001"),
 }
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ from pipeline.local.sgr import differentiable_twice, reconcile
 from pipeline.local.stashes import Stashes
 from pipeline.local.task import Task
 from pipeline.local.upstream import FlatWeights, Mailbox, shapes_of
-from pipeline.models.heads import IMAGE, INPUTS, Given
+from pipeline.models.heads import EMBEDDING, IMAGE, INPUTS, Given
 from pipeline.models.spread import Gradient, whole
 
 
@@ -172,7 +172,7 @@ class LocalModule:
         seed_rng(seed, self.numerics.device)
         self._set_training(True)
         twice = differentiable_twice() if self.plan.reconciles else contextlib.nullcontext()
-        with torch.enable_grad(), self.numerics.autocast(), twice:
+        with torch.enable_grad(), self.numerics.autocast(), twice, self._embedding(inputs[MAIN]) as embedding:
             if self.stashes is not None:
                 if key[0] not in self.stashes.open:
                     self.guard.mend_buffers()  # its first updates are a few forwards away
@@ -185,7 +185,7 @@ class LocalModule:
                 batchnorm.num_batches_tracked += self.plan.evaluations - 1
         outputs = named(h)
         kept = MicroBatch(inputs, batch.labels, batch.image, batch.scale, batch.local_gradient)
-        self.in_flight[key] = InFlight(kept, outputs, weights, seed)
+        self.in_flight[key] = InFlight(kept, outputs, weights, seed, embedding=embedding.get(MAIN))
         return self._boundary(outputs)
 
     def cascade(self, key: BatchKey) -> None:
@@ -325,6 +325,24 @@ class LocalModule:
             flow = passed(block(flow))
         return flow
 
+    @contextlib.contextmanager
+    def _embedding(self, x: Tensor) -> Iterator[Tensors]:
+        """Filled with what the first block gives inside, where heads ask for it and it is of another shape than x."""
+        found: Tensors = {}
+
+        def keep(_block: nn.Module, _given: tuple[Flow], output: Flow) -> None:
+            if (features := named(output)[MAIN]).shape != x.shape:
+                found[MAIN] = features.detach()
+
+        if INPUTS not in self.asks or self.plan.index > 0 or len(self.blocks) == 1:
+            yield found
+            return
+        handle = next(iter(self.blocks.values())).register_forward_hook(keep)
+        try:
+            yield found
+        finally:
+            handle.remove()
+
     def _run_level(self, name: str, item: InFlight, step: int) -> Gradient:
         heads = self.levels[name]
         return self._run_heads(name, item, step, lambda *arguments: {name: heads.backward(*arguments)})[name]
@@ -372,6 +390,7 @@ class LocalModule:
         if INPUTS in self.asks:
             maps = self._maps.inputs
             inputs = {n: channels_first(x.detach()) if n in maps else x.detach() for n, x in batch.inputs.items()}
+            inputs |= {} if item.embedding is None else {EMBEDDING: item.embedding}
         return Given(batch.labels, batch.image if IMAGE in self.asks else None, inputs, step)
 
     def _feature(self, outputs: Tensors) -> Tensor:

@@ -4,6 +4,9 @@
          |                                                                                                         ^
          +------ as it came in, detached --------------------------------------------------------------------------+
 
+The first module of a network that is given ids or images has no such x: it holds the embedding, its first block, and
+learns to keep what comes out of that.
+
 The loss is that of the paper's released code. Its scripts weigh the mean over the modules with a head by 10; here the
 weight is that of the level, ``hierarchy.independent_weight``.
 """
@@ -19,7 +22,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.flow import MAIN
 from pipeline.local.task import Task
 from pipeline.local.term import Term, refuse_head
-from pipeline.models.heads import INPUTS, AuxiliaryHead, FeatureShape, Given
+from pipeline.models.heads import EMBEDDING, INPUTS, AuxiliaryHead, FeatureShape, Given
 from pipeline.models.losses import full
 
 GAIN = 0.1
@@ -35,7 +38,8 @@ class _SmallLinear(nn.Linear):
 
 
 class InputReconstructionHead(AuxiliaryHead):
-    """Features (B, T, d) -> the "x" that the local module took, (B, T, d), by mean squared error over all entries."""
+    """Features (B, T, d) -> the "x" that the local module took, or its embedding, (B, T, d), by mean squared error over
+    all entries."""
 
     asks = frozenset({INPUTS})
 
@@ -48,12 +52,12 @@ class InputReconstructionHead(AuxiliaryHead):
 
     def loss(self, feature: Tensor, given: Given) -> Tensor:
         assert given.inputs is not None
-        x = given.inputs[MAIN]
+        x = given.inputs.get(EMBEDDING, given.inputs[MAIN])
         if x.shape != feature.shape:
             raise ConfigError(
                 "method.name = 'lopt' reconstructs what a local module takes from what it gives, but one takes rows of "
                 f"{tuple(x.shape[1:])} and gives {tuple(feature.shape[1:])}; give the network features (T, D) of the "
-                "width of its blocks, or use dgl or greedy"
+                "width of its blocks or begin it with a block that makes them, or use dgl or greedy"
             )
         found = self.decoder(feature)
         with torch.autocast(feature.device.type, enabled=False):

@@ -46,6 +46,7 @@ class InFlight:
         relayed: c_m has gone upstream.
         received: key -> gradients of the outputs from module m+1.
         local_gradient: of "x" of the outputs from the local loss alone, for module m+1 where it reconciles.
+        embedding: detached, what the first block has given, where heads ask for it.
     """
 
     batch: MicroBatch
@@ -58,3 +59,4 @@ class InFlight:
     relayed: bool = False
     received: dict[int, Tensors] = field(default_factory=dict)
     local_gradient: Tensor | None = None
+    embedding: Tensor | None = None

@@ -25,6 +25,9 @@ FeatureShape = tuple[int, ...]
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Of an output (B, ...) and its target (B, ...): a scalar, the mean over the batch."""
 IMAGE, INPUTS = "image", "inputs"
+EMBEDDING = "embedding"
+"""Among the inputs that a head sees: of the first local module, where its first block makes features of another shape
+than it is given (of ids, of an image), these."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Given:
     Attributes:
         target: (B, ...), of the task; int64 (B,) for classes.
         image: (B, ...), the raw input of the network, uint8 (B, C, H, W) for images; only for heads that ask for it.
-        inputs: of the local module, detached, (B, ...) each, "x" among them; only for heads that ask for it.
+        inputs: of the local module, detached, (B, ...) each, "x" among them, and EMBEDDING where there is one; only for
+            heads that ask for it.
         step: of the batch, from 0 on.
     """
 

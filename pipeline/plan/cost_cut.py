@@ -147,7 +147,7 @@ def _counted(config: Config, blocks: Blocks, task: Task, inputs: Specs) -> tuple
             config,
             model=cut,
             hierarchy=hierarchy,
-            method=dataclasses.replace(config.method, reconciliation=0.0),  # its passes are about in proportion
+            method=dataclasses.replace(config.method, reconciliation=0.0),  # see _reconciled
             patches=PatchesConfig(config.patches.grid, at_once=config.patches.grid**2),  # whatever memory allows
             precision=PrecisionConfig(compute="fp32"),
         )
@@ -156,7 +156,10 @@ def _counted(config: Config, blocks: Blocks, task: Task, inputs: Specs) -> tuple
     local, whole = plan(with_heads), plan(backpropagation)
     own = flops_by_kind(local, blocks, NUMERICS)
     through = [flops[Kind.BACKWARD] for flops in flops_by_kind(whole, blocks, NUMERICS)]
-    return beginnings, _cost_of(plan_hierarchy(config.model.modules, config.hierarchy), local.modules, own, through)
+    cost = _cost_of(plan_hierarchy(config.model.modules, config.hierarchy), local.modules, own, through)
+    if config.method.reconciliation > 0:
+        cost = _reconciled(cost, _relayed(local.modules, own), own, through)
+    return beginnings, cost
 
 
 def _cost_of(
@@ -168,7 +171,7 @@ def _cost_of(
         piece_roles, own: of every piece as a module with heads.
         through: backward pass of every piece, for its weights and for its input.
     """
-    relay = [flops[Kind.RELAY] / max(_relays(piece_roles, piece), 1) for piece, flops in enumerate(own)]
+    relay = _relayed(piece_roles, own)
     forward_to, relay_to, through_to = (
         [0.0, *itertools.accumulate(costs)]
         for costs in ([flops[Kind.FORWARD] for flops in own], relay, through)
@@ -185,6 +188,29 @@ def _cost_of(
         return forward_to[end] - forward_to[start] + relayed + backward + heads
 
     return cost
+
+
+def _reconciled(cost: Cost, relay: Sequence[float], own: Sequence[Flops], through: Sequence[float]) -> Cost:
+    """With the passes that SGR adds, about. Every head's backward is differentiated; every module but the first has a
+    backward of activations, which is gone through backwards for two of them, and its forward's backward once more.
+
+    Args:
+        relay: backward pass of activations alone, of every piece.
+    """
+    again = [0.0, *itertools.accumulate(3 * one + both for one, both in zip(relay, through, strict=True))]
+
+    def reconciled(module: int, start: int, end: int) -> float:
+        heads = own[end - 1][Kind.INDEPENDENT] if end < len(own) else 0.0
+        if module == 0:
+            return cost(module, start, end) + heads / 3
+        return cost(module, start, end) + again[end] - again[start] + heads
+
+    return reconciled
+
+
+def _relayed(piece_roles: Sequence[ModulePlan], own: Sequence[Flops]) -> list[float]:
+    """Backward pass of activations alone, of every piece that does one."""
+    return [flops[Kind.RELAY] / max(_relays(piece_roles, piece), 1) for piece, flops in enumerate(own)]
 
 
 def _relays(roles: Sequence[ModulePlan], module: int) -> int:

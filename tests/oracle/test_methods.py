@@ -17,10 +17,11 @@ from tiny import CLASSES, gradients, tiny_batch, tiny_config, tiny_stage, train_
 from tiny_features import DEPTH, LENGTH, configured, features, transformer
 from torch import Tensor, nn
 
-from pipeline import ConfigError
+from pipeline import ConfigError, NextToken, build_blocks
 from pipeline.base.config import Config, MethodConfig
 from pipeline.base.flow import TensorSpec
 from pipeline.base.numerics import Numerics
+from pipeline.base.validation import with_values
 from pipeline.edges.connect import Edges
 from pipeline.local.auglocal import chosen
 from pipeline.local.local_module import LocalModule
@@ -224,6 +225,32 @@ def test_lopt_is_its_formula(span: int) -> None:
     modules = build_modules(plan, 0, blocks, Numerics(torch.device("cpu"), torch.float64, False), fresh=True)
     stage = Stage(modules, plan.schedules[0], BatchInlet(), Edges())
     check(stage, modules, Batch(x, labels, None), lopt, config)
+
+
+def test_the_first_module_of_lopt_reconstructs_its_embedding() -> None:
+    """What comes out of the first block of a network that is given ids; its other modules what they take."""
+    settings = {"method.name": "lopt", "model.cuts": "even"}
+    config = with_values(tiny_config("greedy", "plain", 1, 3), settings)
+    task = NextToken(5, (LENGTH,))
+    torch.manual_seed(1)
+    blocks = build_blocks(f"decoder/4x{DEPTH}x2", LENGTH, 5)
+    plan = make_plan(config, blocks, task, 1)
+    modules = build_modules(plan, 0, blocks, Numerics(torch.device("cpu"), torch.float64, False), fresh=True)
+    ids = torch.randint(5, (4, LENGTH))
+    stage = without_updates(Stage(modules, plan.schedules[0], BatchInlet(), Edges()))
+    train_on(stage, 0, 0, Batch(ids, ids, ids))
+    h, taken = ids, []
+    for module in modules[:2]:
+        outputs = []
+        for block in module.blocks.values():
+            h = block(h)
+            outputs.append(h)
+        taken.append(h)
+        target = outputs[0] if module is modules[0] else taken[0]
+        expected = lopt(module, "independent", target, h, ids)
+        found = module.losses.open[0]["independent.reconstruction"]
+        torch.testing.assert_close(found, expected.detach(), rtol=TOLERANCE, atol=0)
+    assert not any(block._forward_hooks for module in modules for block in module.blocks.values())
 
 
 def test_the_pyramid_of_auglocal_is_the_published_one() -> None:

@@ -83,6 +83,18 @@ def test_the_cost_of_a_module_is_that_of_a_step(method: str) -> None:
         assert [cost(m, *part) for m, part in enumerate(itertools.pairwise((0, *ends)))] == expected
 
 
+def test_the_passes_of_sgr_are_in_the_cost_about() -> None:
+    """Against modules counted as they are; without them the cost of all but the first would be half of that."""
+    settings = ["method.name=dgl", "method.reconciliation=0.1", "model.modules=4"]
+    blocks = tiny_blocks()
+    beginnings, cost = cost_cut._counted(config(*settings), blocks, TASK, TASK.inputs)
+    ends = (1, 2, 3, 6)
+    names = ", ".join(f'"{beginnings[end]}"' for end in ends[:-1])
+    plan = make_plan(config(f"model.cuts=[{names}]", *settings), blocks, TASK, 1)
+    found = [cost(m, *part) for m, part in enumerate(itertools.pairwise((0, *ends)))]
+    assert found == pytest.approx(module_flops(plan, blocks, NUMERICS), rel=0.08)
+
+
 def test_the_default_job_is_cut_more_evenly_by_cost_than_by_number() -> None:
     blocks = planned_blocks("resnet32", 3, 10)
     digits = Classification(10, (3, 32, 32))

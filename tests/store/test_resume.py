@@ -21,7 +21,7 @@ from pipeline import LoaderData, read_metrics, train
 from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
 from pipeline.base.recipes import load_config
-from pipeline.base.validation import from_dict, validate
+from pipeline.base.validation import from_dict, validate, with_values
 from pipeline.store.checkpoint import FOLDER, open_checkpoint, step_folders
 from pipeline.store.resume import choose_start
 
@@ -31,7 +31,10 @@ CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "async": ("infopro", "hpff", 2, {"kind": "async"}),
     "async-2": ("dgl", "hpff", 2, {"kind": "async", "delay": 2, "micro_batches": 2}),
     "async-3-hops": ("dgl", "released", 3, {"kind": "async"}),
+    "man": ("greedy", "plain", 2, {}),
 }
+MAN = {"method.front": "man++", "method.average": 0.5, "method.average_every": 3, "method.average_lag": 4}
+"""Weights are on their way upstream where a run is saved."""
 SAVED = [4, 5, 8, 10]  # every four steps, and at the end of both epochs of five
 
 
@@ -43,7 +46,7 @@ def run(
     if stages:
         sections["partition"] = {"kind": "given", "stages": list(stages)}
     return train(
-        tiny_config(method, variant, span, 4, **sections),
+        with_values(tiny_config(method, variant, span, 4, **sections), MAN if case == "man" else {}),
         network=network(seed),
         data=LoaderData(Batches(), [next(iter(Batches()))]),
         run_dir=folder,
