@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pipeline.doctor.finding import Diagnosis, Finding
     from pipeline.local.methods import register_method
     from pipeline.local.next_token import NextToken
+    from pipeline.local.segmentation import Segmentation
     from pipeline.local.task import Classification, Metric, Task
     from pipeline.local.term import Term
     from pipeline.local.upstream import Upstream
@@ -72,6 +73,7 @@ __all__ = [
     "NextToken",
     "Profile",
     "Recipe",
+    "Segmentation",
     "SteadyState",
     "StepCost",
     "StepMemory",
@@ -129,6 +131,7 @@ _NEED_TORCH = {
     "pipeline.doctor.finding": ("Diagnosis", "Finding"),
     "pipeline.local.methods": ("register_method",),
     "pipeline.local.next_token": ("NextToken",),
+    "pipeline.local.segmentation": ("Segmentation",),
     "pipeline.local.task": ("Classification", "Metric", "Task"),
     "pipeline.local.term": ("Term",),
     "pipeline.local.upstream": ("Upstream",),

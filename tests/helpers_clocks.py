@@ -127,8 +127,10 @@ def on_stream(stream: Stream | None) -> Any:
     """Stands in for ``torch.cuda.stream``."""
     before = current_stream()
     _here.stream = stream or before
-    yield
-    _here.stream = before
+    try:
+        yield
+    finally:
+        _here.stream = before
 
 
 class _Queue(queue.SimpleQueue):

@@ -5,10 +5,11 @@
     one with a tensor of the host among them                 refused, as CUDA does (numbers and copies aside)
     a copy to the host, .item(), float(t), bool(t)           noted as a wait of the host, unless both sides allow none
     a transfer of a group of "spinning" (NCCL's stand-in)    noted on a stream of the group, in both ranks' own time
+operations within a capture                              recorded, and done again on the same memory by each replay
 
 So the package takes its way for CUDA from the choice of the device to the last checkpoint, with real numbers, and can
 be compared to the bit. Autocast is that of the CPU. What it does not see: kernels that only a GPU has, operations that
-autocast treats otherwise there, the streams that autograd chooses for a backward, graphs, and what C++ does by itself.
+autocast treats otherwise there, the streams that autograd chooses for a backward, and what C++ does by itself.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class OnDevice(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl
     device = property(lambda self: CUDA)  # type: ignore[assignment]
     is_cuda = property(lambda self: True)  # type: ignore[assignment]
-    data = property(lambda self: self.detach(), torch.Tensor.data.__set__)  # type: ignore[attr-defined, assignment]
+    data = property(lambda self: _data_of(self), torch.Tensor.data.__set__)  # type: ignore[attr-defined, assignment]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -74,6 +75,13 @@ class OnDevice(torch.Tensor):
         given = {name: value for name, value in options.items() if value is not None}
         copied: torch.Tensor = torch.ops.aten._to_copy.default(self, **given)
         return copied
+
+
+def _data_of(tensor: OnDevice) -> torch.Tensor:
+    """The same memory, with a version counter of its own."""
+    with torch._C._DisableTorchDispatch():
+        alone = tensor.as_subclass(torch.Tensor).data
+    return _on_device(alone)
 
 
 _here = threading.local()
@@ -114,6 +122,7 @@ class Device:
         waits_in_step: the same within a training step.
         events_awaited: events that the host has waited for within a training step, likewise.
         copies: copies between host and device, by how they went.
+        replays: of graphs.
     """
 
     def __init__(self) -> None:
@@ -122,6 +131,7 @@ class Device:
         self.waits_in_step: Counter[str] = Counter()
         self.events_awaited: Counter[str] = Counter()
         self.copies: Counter[str] = Counter()
+        self.replays = 0
         self._memory: dict[int, _Memory] = {}
         self._travelled: list[_Memory] = []  # used on another stream than its own
         self._pinned: dict[int, StorageWeakRef] = {}
@@ -144,18 +154,28 @@ class Device:
         copies = name in COPIES
         if not copies and any(isinstance(t, OnDevice) for t in tensors) and not func.name().startswith("c10d"):
             self._refuse_strangers(name, tensors)
+        graph = getattr(_here, "graph", None)
+        if graph is not None:
+            graph.before(func, name, args, kwargs)
         with torch._C._DisableTorchDispatch():
             out = torch.clone(args[0]) if name == "_pin_memory" else func(*args, **kwargs)
         if to_device and not (name == "copy_" and not isinstance(args[0], OnDevice)):
             out = _on_device(out)
         if pinned:
             self._pinned[_key(out)] = StorageWeakRef(out.untyped_storage())
+        if graph is not None:
+            graph.recorded(func, name, args, kwargs, out)
+            return out
+        self.done(func, name, args, kwargs, out)
+        return out
+
+    def done(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """An operation is done: note it."""
         with self._lock:
-            if copies:
+            if name in COPIES:
                 self._copy(name, args, kwargs, out)
             else:
                 self._note(func, name, args, kwargs, out)
-        return out
 
     # --- what is refused --------------------------------------------------------------------------------------
 
@@ -335,6 +355,80 @@ def _in_step(functions: list[str]) -> bool:
     return any(name.endswith("train_step") for name in functions)
 
 
+class Graph:
+    """Stands in for ``torch.cuda.CUDAGraph``: what is launched in a capture changes nothing until it is replayed.
+
+    Each replay does the operations again on the memory that they had. What only they hold is of no value afterwards, as
+    the memory of a pool that other graphs use as well.
+    """
+
+    def __init__(self) -> None:
+        self._operations: list[tuple[Any, str, Any, dict[str, Any], Any]] = []
+        self._before: list[tuple[torch.Tensor, torch.Tensor]] = []  # memory of others, and what was in it
+        self._own: set[int] = set()
+
+    def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+        assert clocks.current_stream() is not clocks.DEFAULT and capture_error_mode == "thread_local"
+        _here.graph = self
+        self._random = torch.get_rng_state()  # draws of a capture are none
+
+    def capture_end(self) -> None:
+        _here.graph = None
+        torch.set_rng_state(self._random)
+        with _beneath():
+            for tensor, value in reversed(self._before):
+                tensor.copy_(value)
+        self._before.clear()
+
+    def before(self, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> None:
+        """An operation comes."""
+        host = [t for t in _tensors((*args, *kwargs.values())) if not isinstance(t, OnDevice) and t.dim() > 0]
+        if name in READING or (name in ("index", "index_put_") and _by_mask(args)) or (host and name != "is_pinned"):
+            raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+        for tensor in _written(func, name, args, kwargs):
+            if _key(tensor) not in self._own:
+                with _beneath():
+                    self._before.append((tensor, tensor.clone()))
+
+    def recorded(self, func: Any, name: str, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """It has come."""
+        if any(not isinstance(t, OnDevice) and t.dim() > 0 and t.numel() > 0 for t in _tensors((out,))):
+            raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+        theirs = {_key(t) for t in _tensors((*args, *kwargs.values()))}
+        self._own |= {_key(t) for t in _tensors((out,))} - theirs
+        self._operations.append((func, name, args, kwargs, out))
+
+    def replay(self) -> None:
+        for func, name, args, kwargs, out in self._operations:
+            if not func.is_view and not name.startswith(("empty", "new_empty")):
+                with _beneath():
+                    for kept, value in zip(_tensors((out,)), _tensors((func(*args, **kwargs),)), strict=True):
+                        if _key(kept) != _key(value):
+                            kept.copy_(value)
+                _device.done(func, name, args, kwargs, out)
+        _device.replays += 1
+
+
+@contextmanager
+def _beneath() -> Iterator[None]:
+    """Inside, autograd sees nothing, version counters included: a graph is launched without it."""
+    unseen = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+    with (
+        torch._C._DisableTorchDispatch(),
+        torch._C._AutoDispatchBelowAutograd(),
+        torch._C._ExcludeDispatchKeyGuard(unseen),
+    ):
+        yield
+
+
+def _written(func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """What an operation writes, also where its schema does not say so."""
+    written, _ = _written_and_read(func, args, kwargs)
+    if "batch_norm" in name and "backward" not in name:
+        written = [*written, *_tensors(args[3:5])]
+    return written
+
+
 class _Event(clocks.Event):
     def synchronize(self) -> None:
         _device.awaited()
@@ -411,6 +505,8 @@ def pretended() -> Iterator[Device]:
         "device_count": lambda: 1,
         "max_memory_allocated": lambda device=None: 0,
         "default_generators": (torch.Generator(),),
+        "CUDAGraph": Graph,
+        "graph_pool_handle": object,
     }
     with ExitStack() as patches:
         for name, value in cuda.items():

@@ -134,15 +134,34 @@ def test_commands_that_run_elsewhere_are_tested_there() -> None:
         assert named or page.name == "README.md", f"{page.name}: {command}"
 
 
+TEXTS = [page.read_text() for page in PAGES if page.name != "README.md"]  # its examples: test_readme.py
+EXAMPLES = [block for text in TEXTS for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+OPTIONAL = {match[1]: block for block in EXAMPLES if (match := re.match(r"# pip install (\w+)\n", block))}
+"""Package -> the example that needs it."""
+
+
 @pytest.mark.slow
 def test_examples_in_python_run(tmp_path: Path) -> None:
-    """Those of README: test_readme.py."""
-    pages = [page.read_text() for page in PAGES if page.name != "README.md"]
-    examples = [block for text in pages for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL)]
+    examples = [example for example in EXAMPLES if example not in OPTIONAL.values()]
     assert examples
     (done,) = run_ranks(run_examples, 1, str(tmp_path), examples, timeout_s=120.0)
     assert done.exit_code == 0, done.stderr[-3000:]
     assert len(list((tmp_path / "runs").glob("*/model.pt"))) == len(examples)
+
+
+@pytest.mark.parametrize("package", OPTIONAL)
+def test_examples_with_other_packages_run_where_these_are(package: str, tmp_path: Path) -> None:
+    pytest.importorskip(package, reason=f"the example with {package} needs it: pip install {package}")
+    (done,) = run_ranks(run_examples, 1, str(tmp_path), [OPTIONAL[package]], timeout_s=120.0)
+    assert done.exit_code == 0, done.stderr[-3000:]
+    assert (tmp_path / "runs" / package / "model.pt").is_file()
+
+
+def test_examples_are_short() -> None:
+    assert {"datasets", "webdataset"} == OPTIONAL.keys()
+    for example in EXAMPLES:
+        most = 15 if example in OPTIONAL.values() else 30
+        assert len(example.splitlines()) <= most, example
 
 
 def run_examples(rank: int, folder: str, examples: list[str]) -> None:

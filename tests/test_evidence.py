@@ -79,26 +79,28 @@ def of_drawn_images(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return accuracy.Settings(
         rows=("cifar10-resnet32-bp", "cifar10-resnet32-k4-dgl"), network="resnet20", precision="fp32", threads=1,
         data=str(synthetic.draw_images(root / "all")), train_images=78, epochs=(8,), batch=20, warmup=0, lr=0.02,
-        side_by_side=2, root=str(root / "runs"),
+        root=str(root / "runs"),
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def killed_and_resumed(of_drawn_images: Any) -> Any:
-    """The report of runs that were killed in the middle, with what had started them, and then went on."""
+    """The report of two runs: one was complete before; the other was killed in the middle, with what had started it,
+    and then went on."""
+    complete, other = (each.run for each in accuracy.plan(of_drawn_images))
+    train(complete.config, run_dir=complete.folder, quiet=True)
     child = os.fork()
     if child == 0:
         accuracy.measure(of_drawn_images)
         os._exit(0)
-    planned = accuracy.plan(of_drawn_images)
-    for each in planned:
-        wait_for(each.run.folder / "metrics.jsonl")
+    wait_for(other.folder / "metrics.jsonl")
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    assert not any(each.run.complete for each in planned)
-    for each in planned:  # the kernel has sent them SIGTERM
-        wait_for(each.run.log, "stopped by SIGTERM")
-    return accuracy.measure(of_drawn_images)
+    assert complete.complete and not other.complete
+    wait_for(other.log, "stopped by SIGTERM")  # that the kernel has sent it
+    report = accuracy.measure(of_drawn_images)
+    assert not complete.log.exists()  # it was not started again
+    return report
 
 
 def wait_for(path: Path, text: str = "") -> None:
@@ -109,18 +111,18 @@ def wait_for(path: Path, text: str = "") -> None:
 
 
 @pytest.mark.slow
-def test_runs_that_were_killed_go_on_to_the_result_of_runs_that_were_not(
+def test_a_run_that_was_killed_goes_on_to_the_result_of_one_that_was_not(
     of_drawn_images: Any, killed_and_resumed: Any, tmp_path: Path
 ) -> None:
     assert not killed_and_resumed.findings  # all are complete
-    for row, each in zip(killed_and_resumed.rows, accuracy.plan(of_drawn_images), strict=True):
-        folder = tmp_path / each.row.title
-        train(each.run.config, run_dir=folder, quiet=True)
-        (expected,) = accuracy.results([replace(each, run=training_runs.TrainingRun(each.run.config, folder))])
-        assert [epoch for epoch, _ in row["runs"][0]["curve"]] == list(range(1, 9))
-        for field in ("error", "curve", "exits", "losses", "steps"):
-            assert row["runs"][0][field] == expected["runs"][0][field], field
-        assert (row["name"], row["error"], row["images"]) == (expected["name"], expected["error"], 78)
+    row, each = killed_and_resumed.rows[1], accuracy.plan(of_drawn_images)[1]
+    train(each.run.config, run_dir=tmp_path / "whole", quiet=True)
+    whole = training_runs.TrainingRun(each.run.config, tmp_path / "whole")
+    (expected,) = accuracy.results([replace(each, run=whole)])
+    assert [epoch for epoch, _ in row["runs"][0]["curve"]] == list(range(1, 9))
+    for field in ("error", "curve", "exits", "losses", "steps"):
+        assert row["runs"][0][field] == expected["runs"][0][field], field
+    assert (row["name"], row["error"], row["images"]) == (expected["name"], expected["error"], 78)
 
 
 @pytest.mark.slow
@@ -158,6 +160,12 @@ def test_several_seeds_are_a_mean_and_a_deviation(tmp_path: Path) -> None:
     (found,) = accuracy.results([*planned, missing])
     assert found["seeds"] == [0, 1] and found["error"] == 42.0
     assert found["spread"] == pytest.approx(8**0.5)  # of two, 4 apart
+
+
+def test_a_run_has_one_process_or_those_of_torchrun(tmp_path: Path) -> None:
+    run = training_runs.TrainingRun(tiny_config(), tmp_path / "run")
+    assert run.command(4) == [*run.command(1), "--nproc", "4"]
+    assert run.command(1)[1:4] == ["-m", "pipeline", "train"] and "auto" in run.command(1)
 
 
 def test_a_run_that_fails_does_not_end_the_others_and_is_named(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import typing
 from dataclasses import dataclass, field
 
 from pipeline.base.cut_tables import group_sizes, modules_of_cut
+from pipeline.base.data_config import DataConfig
 from pipeline.base.keys import Setting, key
 
 CUTS = ("auto", "cost", "even", "equal", "hpff", "balanced", "balanced-stl10")
@@ -27,7 +28,6 @@ FCN_HEAD = "fcn"  # of a task with an output for every pixel, with any method th
 DECODERS = ("cifar", "imagenet", "imagenet-hpff")
 TUNED_LAYERS = ("batch-norm", "pointwise", "paired", "pooling", "upsampling")  # of heads, see models.tuned
 LOGGERS = ("tensorboard", "wandb")
-DATA_SETS = ("digits", "cifar10", "cifar100", "svhn", "stl10", "folder", "text")
 LevelWeight = float | tuple[float, ...]
 """A number, or its values in the first and the last epoch."""
 YEAR_MIN = 366 * 24 * 60
@@ -239,30 +239,6 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-    """Where images come from."""
-
-    name: str = key(
-        "digits",
-        "the data set; folder: class directories of images; text: a file of bytes, of which the next is told; loader: "
-        "given to train() as it is",
-        choices=(*DATA_SETS, "loader"),
-    )
-    root: str = key("", "directory of the data set; for folder a directory or a tar file, for text a file")
-    download: bool = key(False, "let torchvision fetch a missing data set")
-    batch_size: int = key(64, "images per step, over all replicas and micro-batches", at_least=1, at_most=2**20)
-    image_size: int = key(
-        0, "folder: resize and crop to this many pixels; 0 = images have one size already", at_least=0, at_most=16_384
-    )
-    length: int = key(128, "text: bytes of a sequence", at_least=1, at_most=2**20)
-    augment: str = key(
-        "auto", "auto: as is usual for the data set; text: an epoch begins anywhere", choices=("auto", "none")
-    )
-    drop_last: bool = key(False, "leave the short last batch of an epoch out")
-    cache_gib: float = key(4.0, "keep decoded images in memory up to this size, in GiB", at_least=0, at_most=10**6)
-
-
-@dataclass(frozen=True)
 class OptimConfig:
     """One optimiser per local module."""
 
@@ -277,9 +253,11 @@ class OptimConfig:
     weight_decay: float = key(1e-4, "of every parameter, heads included", at_least=0, at_most=10**6)
     schedule: str = key(
         "cosine",
-        "cosine to 0; cosine-peak: an epoch later, from the peak; step: x 0.1 at 1/2 and 3/4 of the epochs; constant",
-        choices=("cosine", "cosine-peak", "step", "constant"),
+        "cosine to 0; cosine-peak: an epoch later, from the peak; step: x 0.1 at 1/2 and 3/4 of the epochs; constant; "
+        "poly: (1 - step / steps) ** 0.9 to min_lr, in every step",
+        choices=("cosine", "cosine-peak", "step", "constant", "poly"),
     )
+    min_lr: float = key(1e-4, "poly: learning rate that it falls to", at_least=0, at_most=10**6)
     warmup_epochs: int = key(10, "epochs of linear warm-up from warmup_lr", at_least=0, at_most=10**6)
     warmup_lr: float = key(0.01, "learning rate of the first epoch of a warm-up", at_least=0, at_most=10**6)
     clip_norm: float = key(
@@ -295,6 +273,9 @@ class TrainConfig:
     epochs: int = key(10, "passes over the training set", at_least=1, at_most=10**6)
     max_steps: int = key(0, "stop after this many steps, then evaluate; 0 = all epochs", at_least=0, at_most=10**12)
     seed: int = key(0, "of weights, order of the images and augmentation", at_least=0, at_most=LARGEST_SEED)
+    label_smoothing: float = key(
+        0.0, "share of the target that is spread over all classes, in every loss that classifies", at_least=0, at_most=1
+    )
     evaluate_every: int = key(
         1, "epochs between tests; the last epoch is always tested", at_least=1, at_most=10**6
     )
@@ -324,6 +305,7 @@ class PrecisionConfig:
     )
     channels_last: str = key("auto", "memory layout NHWC", choices=("auto", "on", "off"))
     compile: bool = key(False, "torch.compile the heads, and modules that send no gradient; rounds differently")
+    cuda_graphs: bool = key(False, "on a GPU: one CUDA graph for each action of a module, captured after a warm-up")
     layers: str | tuple[str, ...] = key(
         "tuned",
         "layers of heads, which round differently: tuned = in forms that are faster on a CPU; plain = PyTorch's own; "

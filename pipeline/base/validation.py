@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.base.config import Config, LevelWeight, ScheduleConfig, sections, settings
 from pipeline.base.cut_tables import modules_of_cut
+from pipeline.base.data_config import SEGMENTED
 from pipeline.base.errors import ConfigError, shown, suggest
 
 ALIASES = {
@@ -163,6 +164,12 @@ def check_combinations(config: Config) -> None:
             f"partition.kind = '{config.partition.kind}' and partition.stages = {stages}: "
             "stages belong to kind 'given', for example partition.kind=given partition.stages=[2,2]"
         )
+    _check_targets(config)
+    if config.optim.schedule == "poly" and (config.optim.lr < config.optim.min_lr or config.optim.warmup_epochs):
+        raise ConfigError(
+            f"optim.schedule = 'poly' falls from optim.lr = {config.optim.lr:g} to optim.min_lr = "
+            f"{config.optim.min_lr:g}, without a warm-up; lower optim.min_lr or set optim.warmup_epochs=0"
+        )
     if config.optim.schedule == "cosine" and config.train.epochs == 1 and config.optim.warmup_epochs == 0:
         raise ConfigError(
             "train.epochs = 1 with the cosine schedule and no warm-up has learning rate 0 throughout; "
@@ -170,6 +177,24 @@ def check_combinations(config: Config) -> None:
         )
     if config.optim.nesterov and config.optim.name == "sgd" and config.optim.momentum == 0:
         raise ConfigError("optim.momentum = 0 with optim.nesterov = true; set optim.nesterov=false")
+
+
+def _check_targets(config: Config) -> None:
+    """What is made of labels must be there to be made, and what compares classes needs whole ones."""
+    data = config.data
+    mixed = next((name for name in ("mixup", "cutmix") if getattr(data, name) > 0), "")
+    if mixed and data.name == "loader":
+        raise ConfigError(
+            f"data.{mixed} = {getattr(data, mixed):g} with loaders of your own: mix in their collate_fn "
+            "(torchvision.transforms.v2.MixUp) and pass task=Classification(classes, shape, soft=True)"
+        )
+    if mixed and data.name in SEGMENTED:
+        raise ConfigError(
+            f"data.{mixed} = {getattr(data, mixed):g} with data.name = '{data.name}': it mixes classes of whole "
+            "images, and these have one for every pixel; remove it"
+        )
+    if data.test_scales == ():
+        raise ConfigError("data.test_scales = [] leaves nothing to test; use [1.0]")
 
 
 def check_replicas(config: Config, replicas: int) -> None:
@@ -271,6 +296,11 @@ def _refuse_unreconciled(config: Config) -> None:
         )
     if config.precision.compile:
         raise ConfigError(f"{where} with precision.compile = true: compiled heads cannot be differentiated twice")
+    if config.precision.cuda_graphs:
+        raise ConfigError(
+            f"{where} with precision.cuda_graphs = true: what is differentiated twice has not been tried in graphs; "
+            "remove one of them"
+        )
 
 
 def _refuse_free(config: Config) -> None:

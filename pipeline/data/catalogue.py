@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import torch
+
+from pipeline.base.data_config import CITYSCAPES, DECODED, SHAPES, DataConfig
 from pipeline.base.errors import ConfigError, suggest
 from pipeline.data.augmentation import Augmentation
 from pipeline.data.digits import load_digits
 from pipeline.data.folder import load_folder
 from pipeline.data.images import ImageData, ImageSet
+from pipeline.data.shapes import CLASSES as SHAPE_CLASSES
+from pipeline.data.shapes import SIDE, load_shapes
 from pipeline.data.torchvision_sets import load_torchvision
 
 Channels = tuple[float, float, float]
@@ -54,10 +59,16 @@ CATALOGUE: dict[str, CatalogueEntry] = {
     "cifar100": CatalogueEntry(100, (3, 32, 32), CIFAR_MEAN, CIFAR_STD, SHIFTED_AND_MIRRORED),
     "svhn": CatalogueEntry(10, (3, 32, 32), HALF, HALF, SHIFTED),
     "stl10": CatalogueEntry(10, (3, 96, 96), HALF, HALF, Augmentation(4, "zeros", flip=True)),
+    # Workers augment these, see decoded_source; sides are those of the papers, keys give others.
+    "imagenet": CatalogueEntry(1000, (3, 224, 224), IMAGENET_MEAN, IMAGENET_STD, Augmentation()),
+    CITYSCAPES: CatalogueEntry(19, (3, 512, 1024), IMAGENET_MEAN, IMAGENET_STD, Augmentation()),
+    SHAPES: CatalogueEntry(len(SHAPE_CLASSES), (3, SIDE, SIDE), HALF, HALF, Augmentation()),
 }
 FOLDER = "folder"
 """A directory or a tar file of images: the name without an entry, of which nothing is known before it is opened."""
 NAMES = (*CATALOGUE, FOLDER)
+IN_MEMORY = tuple(name for name in NAMES if name not in DECODED)
+"""Those that ``open_data`` opens."""
 AUGMENT = ("auto", "none")
 
 
@@ -73,8 +84,8 @@ def open_data(
     """Open a data set by its name.
 
     Args:
-        name: one of NAMES.
-        root: directory of the data set; for "folder" a directory or a tar file. "digits" needs none.
+        name: one of IN_MEMORY.
+        root: directory of the data set; for "folder" a directory or a tar file. "digits" and "shapes" need none.
         download: let torchvision fetch what is missing.
         image_size: for "folder": resize the shorter side to this many pixels, crop the centre; 0 = as is.
         cache_gib: for "folder": decoded images are kept in memory up to this size, in GiB.
@@ -83,8 +94,8 @@ def open_data(
     Raises:
         ConfigError: unknown name, missing or broken data; the message names the path and the fix.
     """
-    if name not in NAMES:
-        raise ConfigError(f"data.name = '{name}' is no known data set; {suggest(name, NAMES)}")
+    if name not in IN_MEMORY:
+        raise ConfigError(f"data.name = '{name}' is no known data set; {suggest(name, IN_MEMORY)}")
     if augment not in AUGMENT:
         raise ConfigError(f"data.augment = '{augment}' is not known; {suggest(augment, AUGMENT)}")
     if image_size < 0:
@@ -94,15 +105,28 @@ def open_data(
     if name == "digits":
         train, test = load_digits()
         classes = tuple("0123456789")
+    elif name == SHAPES:
+        train, test = load_shapes()
+        classes = SHAPE_CLASSES
     elif name == FOLDER:
         train, test, classes = load_folder(root, image_size, cache_gib)
     else:
         train, test, classes = load_torchvision(name, root, download)
-    channels, height, width = train.images(train.labels.new_zeros(1)).shape[1:]
+    channels, height, width = train.images(torch.zeros(1, dtype=torch.int64)).shape[1:]
     image_shape = (channels, height, width)
     entry = CATALOGUE.get(name) or _folder_entry(len(classes), image_shape)
     policy = entry.augmentation if augment == "auto" else Augmentation()
     return ImageData(train, test, classes, image_shape, entry.mean, entry.std, policy, name)
+
+
+def known_entry(data: DataConfig) -> CatalogueEntry | None:
+    """What is known of ``data.name`` before it is opened, with the sides that the configuration gives its images; None
+    for a folder."""
+    entry = CATALOGUE.get(data.name)
+    if entry is None or data.name not in DECODED:
+        return entry
+    sides = data.crop if data.name == CITYSCAPES else (data.image_size or entry.image_shape[1],) * 2
+    return dataclasses.replace(entry, image_shape=(3, sides[0], sides[1]))
 
 
 def normalisation(name: str, image_shape: tuple[int, ...]) -> tuple[Channels, Channels] | None:

@@ -9,6 +9,7 @@ Images are decoded once and kept in memory where they fit, else each time they a
 from __future__ import annotations
 
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,12 +22,38 @@ from pipeline.data.files import GIB, SPLIT_NAMES, SPLITS, DirectoryFiles, Files,
 from pipeline.data.images import CachedImages, ImageSet, LazyImages, in_parallel
 
 
-def load_folder(root: str, image_size: int, cache_gib: float) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
-    """Training set, test set and class names (sorted, as torchvision's ImageFolder).
+@dataclass(frozen=True)
+class Folder:
+    """The image files below a root.
+
+    Attributes:
+        root: as the user gave it.
+        files: what reads them.
+        names: split ("train", "test") -> images, sorted by class and then by file name.
+        classes: their names, sorted (as torchvision's ImageFolder).
+    """
+
+    root: str
+    files: Files
+    names: dict[str, list[str]]
+    classes: tuple[str, ...]
+
+    def labels(self, split: str) -> Tensor:
+        """int64 (N,), the classes of the images of a split."""
+        number = {name: index for index, name in enumerate(self.classes)}
+        return torch.tensor([number[_class_of(name)] for name in self.names[split]])
+
+    def place(self, name: str) -> str:
+        """Where a user finds the file: a path, or for a tar file the archive and the member."""
+        return f"{self.root.rstrip('/')}/{name}"
+
+
+def open_folder(root: str, cache_gib: float) -> Folder:
+    """The files of both splits.
 
     Raises:
-        ConfigError: no such path, missing or empty split, different classes in the splits, a file that is no
-            image, images of different sizes without ``image_size``, or a compressed tar too large to cache.
+        ConfigError: no such path, missing or empty split, different classes in the splits, or a compressed tar larger
+            than ``cache_gib``.
     """
     path = Path(path_of(root)).expanduser()
     fix = "set it to a directory or tar file with train/CLASS/*.jpg and test/CLASS/*.jpg"
@@ -42,13 +69,23 @@ def load_folder(root: str, image_size: int, cache_gib: float) -> tuple[ImageSet,
         raise ConfigError(f"data.root = '{root}' is no directory and no (gzip, bzip2, xz) tar file; {fix}")
     top = _top(root, files)
     names = {split: _names(root, files, top, split) for split in SPLITS}
-    classes = _classes(root, names)
-    images = _Images(root, files, image_size, cache_gib)
-    first = images.decode(names["train"][0], None)
-    total = sum(len(n) for n in names.values()) * first.numel()
+    return Folder(root, files, names, _classes(root, names))
+
+
+def load_folder(root: str, image_size: int, cache_gib: float) -> tuple[ImageSet, ImageSet, tuple[str, ...]]:
+    """Training set, test set and class names.
+
+    Raises:
+        ConfigError: as :func:`open_folder`; a file that is no image, images of different sizes without ``image_size``,
+            or a compressed tar too large to cache.
+    """
+    folder = open_folder(root, cache_gib)
+    images = _Images(folder, image_size, cache_gib)
+    first = images.decode(folder.names["train"][0], None)
+    total = sum(len(n) for n in folder.names.values()) * first.numel()
     lazy = images.must_be_lazy(total)
-    sets = [images.make_set(names[split], classes, tuple(first.shape), lazy) for split in SPLITS]
-    return sets[0], sets[1], classes
+    sets = [images.make_set(split, tuple(first.shape), lazy) for split in SPLITS]
+    return sets[0], sets[1], folder.classes
 
 
 def _top(root: str, files: Files) -> str:
@@ -106,9 +143,9 @@ def _classes(root: str, names: dict[str, list[str]]) -> tuple[str, ...]:
 class _Images:
     """Turns names into sets of images of one size."""
 
-    def __init__(self, root: str, files: Files, image_size: int, cache_gib: float) -> None:
-        self._root = root
-        self._files = files
+    def __init__(self, folder: Folder, image_size: int, cache_gib: float) -> None:
+        self._folder = folder
+        self._files = folder.files
         self._image_size = image_size
         self._cache_gib = cache_gib
 
@@ -118,18 +155,15 @@ class _Images:
             return False
         if not self._files.random_access:
             raise ConfigError(
-                f"data.root = '{self._root}' is compressed and its images take {total / GIB:.2g} GiB, more "
+                f"data.root = '{self._folder.root}' is compressed and its images take {total / GIB:.2g} GiB, more "
                 f"than data.cache_gib = {self._cache_gib:g}; extract it and set data.root to the directory, "
                 "or raise data.cache_gib"
             )
         return True
 
-    def make_set(
-        self, names: list[str], classes: tuple[str, ...], shape: tuple[int, ...], lazy: bool
-    ) -> ImageSet:
-        """The images ``names``, which must all have ``shape`` (C, H, W)."""
-        number = {name: index for index, name in enumerate(classes)}
-        labels = torch.tensor([number[_class_of(name)] for name in names])
+    def make_set(self, split: str, shape: tuple[int, ...], lazy: bool) -> ImageSet:
+        """The images of a split, which must all have ``shape`` (C, H, W)."""
+        names, labels = self._folder.names[split], self._folder.labels(split)
         if lazy:
             if not self._image_size:  # better now, from the headers, than in the middle of an epoch
                 in_parallel(lambda position: self._check_header(names[position], shape), len(names))
@@ -147,7 +181,7 @@ class _Images:
         try:
             image = decode(self._files.read(name), self._image_size)
         except UNREADABLE as error:
-            raise unreadable(self._place(name), error) from error
+            raise unreadable(self._folder.place(name), error) from error
         if shape is not None:
             self._check_size(name, (image.shape[1], image.shape[2]), shape)
         return image
@@ -156,17 +190,13 @@ class _Images:
         try:
             size = size_of(self._files.read(name))
         except UNREADABLE as error:
-            raise unreadable(self._place(name), error) from error
+            raise unreadable(self._folder.place(name), error) from error
         self._check_size(name, size, shape)
 
     def _check_size(self, name: str, size: tuple[int, int], shape: tuple[int, ...]) -> None:
         if size != tuple(shape[1:]):
             raise ConfigError(
-                f"'{self._place(name)}' is {size[1]}x{size[0]} pixels, the first image is "
+                f"'{self._folder.place(name)}' is {size[1]}x{size[0]} pixels, the first image is "
                 f"{shape[2]}x{shape[1]}; bring all to one size with --set "
                 f"data.image_size=N (for example {min(shape[1:])})"
             )
-
-    def _place(self, name: str) -> str:
-        """Where a user finds the file: a path, or for a tar file the archive and the member."""
-        return f"{self._root.rstrip('/')}/{name}"

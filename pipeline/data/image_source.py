@@ -9,6 +9,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.flow import MAIN, TensorSpec
 from pipeline.base.numerics import Numerics
 from pipeline.data.catalogue import open_data
+from pipeline.data.mixing import Mixer
 from pipeline.data.normaliser import Normaliser
 from pipeline.data.share import WHOLE, Share
 from pipeline.data.source import DataSpec
@@ -45,8 +46,11 @@ class ImageSource:
         if not drop_last:
             share.check_short(settings.name, short, 2 * parts)
         normalise, seed = Normaliser(data.mean, data.std, numerics), config.train.seed
-        self._train = ImageStream(data, settings.batch_size, seed, normalise, drop_last, share)
-        self._test = ImageStream(data, settings.batch_size // (parts * share.of), seed, normalise, share=share)
+        mixer = Mixer(settings, len(data.classes), seed)
+        self._train = ImageStream(data, settings.batch_size, seed, normalise, drop_last, share, mixer)
+        tests = settings.batch_size // (parts * share.of)
+        self._test = ImageStream(data, tests, seed, normalise, share=share, mixer=mixer)
+        self.rate = self._train.rate
         self.data_spec = DataSpec(
             classes=len(data.classes),
             inputs={MAIN: TensorSpec(data.image_shape)},

@@ -23,7 +23,7 @@ class ImageSet(Protocol):
 
     @property
     def labels(self) -> Tensor:
-        """int64 (N,)"""
+        """int64 (N,), or uint8 (N, H, W) of classes of pixels."""
 
     def __len__(self) -> int: ...
 
@@ -33,7 +33,7 @@ class ImageSet(Protocol):
 
 @dataclass(frozen=True)
 class CachedImages:
-    """All images decoded, in memory: ``pixels`` uint8 (N, C, H, W), ``labels`` int64 (N,)."""
+    """All images decoded, in memory: ``pixels`` uint8 (N, C, H, W), ``labels`` as of :class:`ImageSet`."""
 
     pixels: Tensor
     labels: Tensor

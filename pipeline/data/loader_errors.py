@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from pipeline.base.errors import ConfigError, DataError, LocalpipeError
 from pipeline.base.flow import LABEL, MAIN, Flow, Specs, Tensors, TensorSpec, named
 
+T = TypeVar("T")
 ACCEPTED = (
     "give (inputs, labels): images (B, C, H, W), uint8 or floating point, or ids (B, T), or a dict of named tensors "
     "with 'x' among them; and labels"
@@ -37,7 +38,7 @@ def checked(
     pair = isinstance(batch, tuple | list) and len(batch) == 2 and isinstance(batch[1], Tensor)
     if not pair or not _is_named_set(batch[0]):
         raise ConfigError(f"the {which} loader gave {_kind(batch)}; {accepted}")
-    tensors, labels = named(batch[0]), batch[1]
+    tensors, labels = named(batch[0]), _as_shares(batch[1], target)
     main = tensors[MAIN]
     shapes = f"{_names(batch[0])} and labels {_tensor(labels)}"
     if main.dim() < 2 or main.is_complex() or (main.dim() == 4 and _is_integer(main) and main.dtype != torch.uint8):
@@ -50,6 +51,14 @@ def checked(
     if inputs is not None:
         _compare(tensors, which, inputs)
     return tensors, labels
+
+
+def _as_shares(labels: Tensor, target: TensorSpec) -> Tensor:
+    """Classes (B,) as shares of all classes (B, classes), where the target is such: a test loader mixes nothing."""
+    soft = target.dtype.is_floating_point and len(target.shape) == 1
+    if not soft or labels.dim() != 1 or not _is_integer(labels):
+        return labels
+    return (labels[:, None] == torch.arange(target.shape[0], device=labels.device)).to(target.dtype)
 
 
 def _compare(tensors: Tensors, which: str, inputs: Specs) -> None:
@@ -164,3 +173,14 @@ def named_deaths(which: str) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGCHLD, handler)
+
+
+def guarded(batches: Generator[T, None, None], which: str) -> Iterator[T]:
+    """The batches of the ``which`` loader, under :func:`named_deaths` from the first one on, which starts the workers;
+    closed with it."""
+    with closing(batches):
+        first = next(batches, None)
+        if first is not None:
+            with named_deaths(which):
+                yield first
+                yield from batches

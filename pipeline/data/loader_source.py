@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Generator, Iterator
-from contextlib import closing
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,10 @@ from pipeline.base.errors import ConfigError, DataError
 from pipeline.base.flow import LABEL, MAIN, Specs, Tensors, TensorSpec, bare
 from pipeline.base.numerics import Numerics, stable_hash
 from pipeline.data.catalogue import CIFAR_MEAN_ROUNDED, CIFAR_STD_ROUNDED
-from pipeline.data.loader_errors import checked, named_deaths, named_errors
+from pipeline.data.loader_errors import checked, guarded, named_errors
 from pipeline.data.normaliser import Normaliser
 from pipeline.data.prefetch import moved, on_device
+from pipeline.data.rate import LoaderRate
 from pipeline.data.share import WHOLE, Share
 from pipeline.data.source import DataSpec
 from pipeline.stage.inlet import Batch
@@ -80,6 +81,7 @@ class LoaderSource:
     ) -> None:
         self._data = data
         self._share = share
+        self.rate = LoaderRate()
         self._progress = progress
         self._seed = config.train.seed
         self._limit = config.data.batch_size
@@ -120,8 +122,9 @@ class LoaderSource:
         set_epoch = getattr(getattr(self._data.train, "sampler", None), "set_epoch", None)
         if callable(set_epoch):
             set_epoch(epoch)
+        self.rate.begin()
         batches = on_device(self._ready, self._from(epoch, start), self._device, ahead=1)
-        return self._named(batches, "train")
+        return guarded(batches, "train")
 
     def test(self) -> Iterator[Batch]:
         """The test loader, cut into micro-batches."""
@@ -131,16 +134,7 @@ class LoaderSource:
             for start, part in zip(itertools.count(0, self._micro_batch), labels.split(self._micro_batch), strict=False)
         )
         mine = itertools.islice(parts, self._share.index, None, self._share.of)
-        return self._named(on_device(self._ready, mine, self._device, ahead=1), "test")
-
-    @staticmethod
-    def _named(batches: Generator[Batch, None, None], which: str) -> Iterator[Batch]:
-        with closing(batches):
-            first = next(batches, None)  # starts the workers
-            if first is not None:
-                with named_deaths(which):
-                    yield first
-                    yield from batches
+        return guarded(on_device(self._ready, mine, self._device, ahead=1), "test")
 
     def _from(self, epoch: int, start: int) -> Iterator[Rows]:
         least = 2 * self._parts * self._share.of
@@ -174,7 +168,9 @@ class LoaderSource:
                 own.manual_seed(seed)
         state = torch.Generator().manual_seed(seed).get_state()
         batches: Iterator[Any] | None = None
+        waits = getattr(loader, "num_workers", 0) > 0  # for workers, which keep their times to themselves
         while True:
+            started = time.perf_counter()
             with torch.random.fork_rng(devices=[]), named_errors(which):
                 torch.set_rng_state(state)
                 if batches is None:
@@ -183,6 +179,8 @@ class LoaderSource:
                 state = torch.get_rng_state()
             if batch is None:
                 return
+            if not waits and which == "train":
+                self.rate.add(len(batch[1]), time.perf_counter() - started)
             yield batch
 
     def _tests(self) -> Iterator[tuple[Tensors, Tensor]]:

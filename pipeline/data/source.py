@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pipeline.base.flow import MAIN, Specs
+from pipeline.data.rate import LoaderRate
 from pipeline.stage.inlet import Batch
 
 
@@ -37,9 +38,15 @@ class DataSpec:
 
 
 class Source(Protocol):
-    """Feeds the first stage with batches that are ready on its device."""
+    """Feeds the first stage with batches that are ready on its device.
+
+    Attributes:
+        data_spec: what all ranks are told.
+        rate: of the training batches of the epoch at work.
+    """
 
     data_spec: DataSpec
+    rate: LoaderRate
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of ``epoch`` (1-based) from number ``start`` on, at most ``data.batch_size`` images each. They do

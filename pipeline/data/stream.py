@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from pipeline.data.augmentation import augment, hashed
 from pipeline.data.images import ImageData
+from pipeline.data.mixing import Mixer
 from pipeline.data.normaliser import Normaliser
 from pipeline.data.prefetch import moved, on_device
+from pipeline.data.rate import LoaderRate
 from pipeline.data.share import WHOLE, Share
 from pipeline.stage.inlet import Batch
 
@@ -30,10 +33,11 @@ class ImageStream:
     image, which BatchNorm cannot train on (no variance over one value per channel). With ``batch_size`` 1
     that is what was asked for, and nothing is dropped. Tests leave nothing out.
 
-    Of several replicas each reads its ``share`` only.
+    Of several replicas each reads its ``share`` only. ``mixer`` mixes training batches.
 
     Attributes:
         train_batch_count, test_batch_count: batches of an epoch and of a test, of all replicas.
+        rate: of the training batches.
     """
 
     def __init__(
@@ -44,13 +48,16 @@ class ImageStream:
         normalise: Normaliser,
         drop_last: bool = False,
         share: Share = WHOLE,
+        mixer: Mixer | None = None,
     ) -> None:
         self._data = data
         self._batch_size = batch_size
         self._seed = seed
         self._normalise = normalise
+        self._mixer = mixer
         self._device = normalise.numerics.device
         self._share = share
+        self.rate = LoaderRate()
         whole, rest = divmod(len(data.train), batch_size)
         self.train_batch_count = whole + (1 if rest and not drop_last and rest != 1 else 0)
         self.test_batch_count = -(-len(data.test) // batch_size)
@@ -59,15 +66,23 @@ class ImageStream:
         """The shuffled, augmented batches of ``epoch``, from ``start_batch`` on as in the whole epoch."""
         order = epoch_order(len(self._data.train), seed=self._seed, epoch=epoch)
 
+        self.rate.begin()
+
         def make(batch: int) -> Batch:
+            started = time.perf_counter()
             indices = order[batch * self._batch_size : (batch + 1) * self._batch_size]
             rows = len(indices)
-            indices = indices[self._share.rows(rows)]
+            mine = self._share.rows(rows)
+            indices = indices[mine] if self._mixer is None else self._mixer.needed(indices, mine)
             images = moved(self._data.train.images(indices), self._device)
             policy = self._data.augmentation
             images = augment(images, indices, seed=self._seed, epoch=epoch, policy=policy)
             labels = moved(self._data.train.labels[indices], self._device)
-            return Batch(self._normalise(images), labels, images, all_rows=rows)
+            if self._mixer is not None:
+                images, labels = self._mixer.train(images, labels, epoch, batch)
+            made = Batch(self._normalise(images), labels, images, all_rows=rows)
+            self.rate.add(len(labels), time.perf_counter() - started)
+            return made
 
         return on_device(make, range(start_batch, self.train_batch_count), self._device)
 
@@ -79,6 +94,9 @@ class ImageStream:
             start = batch * self._batch_size
             indices = torch.arange(start, min(start + self._batch_size, count))
             images = moved(self._data.test.images(indices), self._device)
-            return Batch(self._normalise(images), moved(self._data.test.labels[indices], self._device), images)
+            labels = moved(self._data.test.labels[indices], self._device)
+            if self._mixer is not None:
+                labels = self._mixer.test(labels)
+            return Batch(self._normalise(images), labels, images)
 
         return on_device(make, self._share.batches(self.test_batch_count), self._device)

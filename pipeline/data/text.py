@@ -10,6 +10,7 @@ whole sequence is left out, T bytes at most.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from pipeline.base.numerics import Numerics
 from pipeline.base.paths import path_of
 from pipeline.data.augmentation import hashed
 from pipeline.data.prefetch import moved, on_device
+from pipeline.data.rate import LoaderRate
 from pipeline.data.share import WHOLE, Share
 from pipeline.data.source import DataSpec
 from pipeline.data.stream import epoch_order
@@ -51,6 +53,7 @@ class TextSource:
     def __init__(self, config: Config, numerics: Numerics, share: Share = WHOLE) -> None:
         settings, self._share = config.data, share
         self._length, self._seed, self._device = settings.length, config.train.seed, numerics.device
+        self.rate = LoaderRate()
         self._shifts = settings.augment == "auto"
         content = _read(settings.root)
         split = len(content) - len(content) // _TEST_SHARE
@@ -86,10 +89,15 @@ class TextSource:
         if self._shifts:
             shift = int(hashed(torch.tensor([0]), self._seed, epoch, _SHIFT_KEY)) % self._length
 
+        self.rate.begin()
+
         def make(batch: int) -> Batch:
+            started = time.perf_counter()
             numbers = order[batch * self._batch : (batch + 1) * self._batch]
             mine = numbers[self._share.rows(len(numbers))]
-            return self._sequences(self._train, shift + self._length * mine, len(numbers))
+            made = self._sequences(self._train, shift + self._length * mine, len(numbers))
+            self.rate.add(len(mine), time.perf_counter() - started)
+            return made
 
         return on_device(make, range(start, self.data_spec.train_batches), self._device)
 

@@ -27,9 +27,11 @@ class Accumulation:
     Args:
         optimiser: of the module.
         batches: n, of an update.
+        copies: the memory of a gradient is written by the next batch, as with CUDA graphs.
     """
 
-    def __init__(self, optimiser: Optimiser, batches: int) -> None:
+    def __init__(self, optimiser: Optimiser, batches: int, copies: bool = False) -> None:
+        self._copies = copies
         self._optimiser = optimiser
         self._batches = batches
         self._seen = self._good = 0
@@ -49,7 +51,8 @@ class Accumulation:
             known = [index for index in found if index in self._sums]
             if known:
                 torch._foreach_add_([self._sums[index] for index in known], [found[index] for index in known])
-            self._sums |= {index: gradient for index, gradient in found.items() if index not in self._sums}
+            fresh = {index: gradient for index, gradient in found.items() if index not in self._sums}
+            self._sums |= {i: gradient.clone() if self._copies else gradient for i, gradient in fresh.items()}
         self._optimiser.clear()
         self._seen, self._good = self._seen + 1, self._good + good
         return self._seen == self._batches and self.finish()

@@ -91,6 +91,6 @@ def terms(config: MethodConfig, task: Task, position: float) -> list[Term]:
     if task.target != LABEL:
         raise ConfigError(
             f"method.name = 'deinforeg' compares the classes of whole rows, but the target of {type(task).__name__} is "
-            f"{task.target.shape} per row; use dgl or greedy, or register a method"
+            f"{task.target.shape} per row; use dgl or greedy, register a method, or remove data.mixup and data.cutmix"
         )
     return [Term("information", 1.0, lambda shape: InformationHead(shape, config.feature_dim, task.classes))]

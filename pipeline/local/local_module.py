@@ -9,27 +9,29 @@
 
 The independent gradient a_m and messages that end here never go upstream. The order of summation is fixed, so the
 result does not depend on timing or placement. x_m and h_m are named sets of tensors (see base.flow); heads stand on
-"x", gradients from m+1 come for every tensor of floating point.
+"x", gradients from m+1 come for every tensor of floating point. An action is a method of its name; what it computes,
+which may be a CUDA graph (see local.graphs), is the method with an underscore.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.base.config import Config
 from pipeline.base.errors import NonFiniteError
-from pipeline.base.flow import AUX, MAIN, Flow, Specs, Tensors, bare, channels_first, channels_last, named, passed
+from pipeline.base.flow import AUX, MAIN, Flow, Tensors, bare, channels_first, channels_last, named, passed
 from pipeline.base.numerics import Numerics, seed_rng, stable_hash
 from pipeline.local.accumulation import Accumulation
 from pipeline.local.average import WeightAverage
 from pipeline.local.both_levels import BothLevels
 from pipeline.local.compilation import compile_parts
+from pipeline.local.entrance import Maps, embedding
+from pipeline.local.graphs import BACKWARD, FORWARD, Capture, Eagerly, Graphs
 from pipeline.local.guard import FiniteGuard
 from pipeline.local.losses import Losses
 from pipeline.local.methods import Level
@@ -37,33 +39,14 @@ from pipeline.local.micro_batch import BatchKey, InFlight, MicroBatch
 from pipeline.local.muon import hidden_matrices
 from pipeline.local.optimiser import Optimiser
 from pipeline.local.output_gradients import OutputGradients, summed
+from pipeline.local.repeated import count_repeated, imitate_repeated
 from pipeline.local.roles import ModulePlan
 from pipeline.local.sgr import differentiable_twice, reconcile
-from pipeline.local.stashes import Stashes
+from pipeline.local.stashes import Stash, Stashes
 from pipeline.local.task import Task
 from pipeline.local.upstream import FlatWeights, Mailbox, shapes_of
 from pipeline.models.heads import EMBEDDING, IMAGE, INPUTS, Given
 from pipeline.models.spread import Gradient, whole
-
-
-@dataclass(frozen=True)
-class Maps:
-    """Which maps of a local module are (B, H, W, C).
-
-    Attributes:
-        inputs: names of its inputs.
-        output: whether "x" of its outputs is one.
-    """
-
-    inputs: frozenset[str] = frozenset()
-    output: bool = False
-
-    @staticmethod
-    def of(inputs: Specs, outputs: Specs) -> Maps:
-        """From what is known of inputs and outputs."""
-        return Maps(
-            frozenset(name for name, spec in inputs.items() if spec.channels_last), outputs[MAIN].channels_last
-        )
 
 
 class LocalModule:
@@ -80,6 +63,7 @@ class LocalModule:
         mailbox: of the weights of module m+1, where its heads get any.
         maps: those that its heads see as (B, C, H, W) though they are not.
         replica: of several that train on different rows, which draw different random numbers.
+        capture: where its actions become CUDA graphs; None: they do not.
 
     Attributes:
         asks: what its heads ask for, see :class:`pipeline.models.heads.Given`.
@@ -101,8 +85,9 @@ class LocalModule:
         numerics: Numerics,
         lag: int = 0,
         mailbox: Mailbox | None = None,
-        maps: Maps = Maps(),
+        maps: Maps | None = None,
         replica: int = 0,
+        capture: Capture | None = None,
     ) -> None:
         self.plan = plan
         self.blocks = blocks
@@ -112,7 +97,7 @@ class LocalModule:
         self.asks = frozenset().union(*(level.asks for level in levels.values()))
         self.numerics = numerics
         self.mailbox = mailbox
-        self._maps = maps
+        self._maps = maps or Maps()
         self._shared: FlatWeights | None = None
         self._drawn: tuple[object, ...] = (config.train.seed, "step", plan.index)
         if replica:
@@ -129,10 +114,12 @@ class LocalModule:
         self._trained = self.parameters + head_parameters
         self.optimiser = Optimiser(self._trained, config.optim, self._hidden(), lag)
         several = config.train.accumulate
-        self.accumulation = Accumulation(self.optimiser, several) if several > 1 else None
+        self.accumulation = Accumulation(self.optimiser, several, copies=capture is not None) if several > 1 else None
         weights = [weight for part in parts for weight in part.state_dict().values()]
         self.average = WeightAverage(weights, config.train.ema) if config.train.ema else None
-        self._repeated = self._imitate_repeated_evaluations() if config.hierarchy.variant == "released" else []
+        released = config.hierarchy.variant == "released"
+        self._repeated = imitate_repeated(blocks, plan.evaluations) if released else []
+        self._embeds = INPUTS in self.asks and plan.index == 0 and len(blocks) > 1
         self.stashes = Stashes(blocks, head_parameters) if lag > 0 else None
         self.in_flight: dict[BatchKey, InFlight] = {}
         self.losses = Losses()
@@ -140,25 +127,33 @@ class LocalModule:
         skips, on_gpu = config.train.nonfinite == "skip", numerics.device.type == "cuda"
         self._counts_steps_itself = config.schedule.kind == "free"
         self.guard = FiniteGuard(self.losses, buffers, skips, on_gpu, self._not_finite)
+        self._buffers = buffers
+        self._actions = Eagerly() if capture is None else self._graphs(capture, lag > 0)
+
+    def _graphs(self, capture: Capture, late: bool) -> Graphs:
+        name, image = f"local module {self.plan.index} ({self.label})", IMAGE in self.asks
+        graphs = Graphs(name, capture, self.in_flight, self._trained, self._forward_again, self._frozen, late, image)
+        if self.mailbox is not None and any(level.front is None for level in self.levels.values()):
+            graphs.give_up("its heads may keep weights of the next module in other tensors from step to step")
+        if any(isinstance(layer, nn.SyncBatchNorm) for block in self.blocks.values() for layer in block.modules()):
+            graphs.give_up("its BatchNorm sends messages to other replicas")
+        return graphs
+
+    def _frozen(self) -> object:
+        """What is no tensor and may change from epoch to epoch."""
+        return [list(level.weights.items()) for level in self.levels.values()]
+
+    @property
+    def label(self) -> str:
+        """Its first and its last block."""
+        names = list(self.blocks)
+        return names[0] if len(names) == 1 else f"{names[0]}-{names[-1]}"
 
     def _hidden(self) -> list[nn.Parameter]:
         """What the optimiser takes for hidden matrices."""
         heads = [head for level in self.levels.values() for _, patched in level.heads() for head in patched.heads]
         fronts = [level.front for level in self.levels.values() if level.front is not None]
         return hidden_matrices(self.blocks.values(), heads, fronts, self.plan.index == 0, self.plan.final)
-
-    def _imitate_repeated_evaluations(self) -> list[nn.modules.batchnorm._BatchNorm]:
-        """The released code evaluates a module n times a step, which moves BatchNorm statistics n times: momentum
-        1 - 0.9^n gives the same statistics in one evaluation. The stem of module 0 is evaluated once there."""
-        repeated: list[nn.modules.batchnorm._BatchNorm] = []
-        if self.plan.evaluations == 1:
-            return repeated
-        for block in [block for name, block in self.blocks.items() if name != "stem"]:
-            for child in block.modules():
-                if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.momentum is not None:
-                    child.momentum = 1.0 - (1.0 - child.momentum) ** self.plan.evaluations
-                    repeated.append(child)
-        return repeated
 
     # --- training: called by the stage, in the order of its schedule --------------------------------------------------
 
@@ -168,57 +163,80 @@ class LocalModule:
         if self.plan.needs_input_gradient:
             for x in inputs.values():
                 x.requires_grad_(x.is_floating_point())
+        stash: Stash | None = None
+        weights: list[Tensor] = list(self.parameters)
+        if self.stashes is not None:
+            if key[0] not in self.stashes.open:
+                self.guard.mend_buffers()  # its first updates are a few forwards away
+            stash = self.stashes.take(key[0])
+            weights = stash.leaves()
+        kept = MicroBatch(inputs, batch.labels, batch.image, batch.scale, batch.local_gradient)
         seed = stable_hash(*self._drawn, *key)
+        self.in_flight[key] = InFlight(self._actions.enter(key, kept, stash), {}, weights, seed)
         seed_rng(seed, self.numerics.device)
         self._set_training(True)
+        return self._actions.run(key, FORWARD, self._forward)
+
+    def _forward(self, key: BatchKey) -> Tensors:
+        item = self.in_flight[key]
         twice = differentiable_twice() if self.plan.reconciles else contextlib.nullcontext()
-        with torch.enable_grad(), self.numerics.autocast(), twice, self._embedding(inputs[MAIN]) as embedding:
-            if self.stashes is not None:
-                if key[0] not in self.stashes.open:
-                    self.guard.mend_buffers()  # its first updates are a few forwards away
-                weights = self.stashes.take(key[0]).leaves()
-                h = self.stashes.run(key[0], bare(inputs))
-            else:
-                weights, h = list(self.parameters), self._run_blocks(bare(inputs))
-        for batchnorm in self._repeated:
-            if batchnorm.num_batches_tracked is not None:
-                batchnorm.num_batches_tracked += self.plan.evaluations - 1
-        outputs = named(h)
-        kept = MicroBatch(inputs, batch.labels, batch.image, batch.scale, batch.local_gradient)
-        self.in_flight[key] = InFlight(kept, outputs, weights, seed, embedding=embedding.get(MAIN))
-        return self._boundary(outputs)
+        flow = bare(item.batch.inputs)
+        first = next(iter(self.blocks.values())) if self._embeds else None
+        with torch.enable_grad(), self.numerics.autocast(), twice, embedding(first, flow) as found:
+            h = self._run_blocks(flow) if self.stashes is None else self.stashes.run(key[0], flow)
+        count_repeated(self._repeated, self.plan.evaluations)
+        item.outputs, item.embedding = named(h), found.get(MAIN)
+        return self._boundary(item.outputs)
+
+    @torch.no_grad()
+    def _forward_again(self, key: BatchKey) -> None:
+        """The graph of a micro-batch in flight anew; statistics stay as they are."""
+        before = [buffer.clone() for buffer in self._buffers]
+        seed_rng(self.in_flight[key].rng_seed, self.numerics.device)
+        self._forward(key)
+        for buffer, value in zip(self._buffers, before, strict=True):
+            buffer.data.copy_(value)
 
     def cascade(self, key: BatchKey) -> None:
         """Run the cascade level: c_m. Where both levels go together, a_m as well."""
+        self._add_losses(key, "cascade", self._cascade)
+
+    def _cascade(self, key: BatchKey) -> Tensors:
         item = self.in_flight[key]
         if self._both is None:
-            item.own = self._run_level("cascade", item, key[0])
+            item.own, losses = self._run_level("cascade", item, key[0])
         else:
-            found = self._run_heads("cascade", item, key[0], self._both.backward)
+            found, losses = self._run_heads(item, key[0], self._both.backward)
             item.own, item.independent = found["cascade"], found["independent"]
+        return losses
 
     def independent(self, key: BatchKey) -> None:
         """Run the independent level: a_m."""
+        self._add_losses(key, "independent", self._independent)
+
+    def _independent(self, key: BatchKey) -> Tensors:
         item = self.in_flight[key]
         if self.plan.reconciles:
-            self._reconcile("independent", item, key[0])
-            return
-        item.independent = self._run_level("independent", item, key[0])
+            return self._reconcile("independent", item, key[0])
+        item.independent, losses = self._run_level("independent", item, key[0])
         if item.relayed and item.own is not None:  # no message needs it alone any more
             item.independent, item.own = summed([item.independent, item.own], used_up=True), None
+        return losses
 
     def final(self, key: BatchKey) -> None:
         """The last module's loss: that of the task on its output, which is the network's, and on an output "aux"."""
+        self._add_losses(key, "final", self._final)
+
+    def _final(self, key: BatchKey) -> Tensors:
         item = self.in_flight[key]
         if self.plan.reconciles:
-            self._reconcile("final", item, key[0])
-            return
+            return self._reconcile("final", item, key[0])
         total = (self.plan.final_local + self.plan.final_cascade) * item.batch.scale
         item.independent, loss = self._last_loss(item, MAIN, total)
         terms = {"final": loss}
         if AUX in item.outputs and self._aux_weight > 0:
             item.aux, terms["final.aux"] = self._last_loss(item, AUX, total * self._aux_weight)
-        self.losses.add(key[0], terms, item.batch.scale)
+        return terms
 
     def _last_loss(self, item: InFlight, name: str, weight: float) -> tuple[Tensor, Tensor]:
         """The weighted gradient of the task's loss on an output, and that loss."""
@@ -229,12 +247,23 @@ class LocalModule:
         assert leaf.grad is not None
         return leaf.grad if weight == 1.0 else leaf.grad * weight, loss.detach()
 
+    def _add_losses(self, key: BatchKey, name: str, action: Callable[[BatchKey], Tensors]) -> None:
+        """Do an action that gives losses; ``name`` is that of its random numbers too."""
+        item, step = self.in_flight[key], key[0]
+        seed_rng(stable_hash(item.rng_seed, name), self.numerics.device)
+        with self.stashes.heads_of(step) if self.stashes is not None else contextlib.nullcontext():
+            losses = self._actions.run(key, name, action)
+        self.losses.add(step, self._actions.lasting(losses), item.batch.scale)
+
     def receive(self, key: BatchKey, message_key: int, gradients: Tensors) -> None:
         """Take gradients of h_m (b, ...) that module m+1 sent under ``message_key``."""
-        self.in_flight[key].received[message_key] = gradients
+        self.in_flight[key].received[message_key] = self._actions.received(key, message_key, gradients)
 
     def relay(self, key: BatchKey, message_key: int) -> Tensors:
         """Activation-only backward: the gradients of x_m that travel on under ``message_key``. Keeps the graph."""
+        return self._actions.run(key, f"relay of {message_key}", lambda key: self._relay(key, message_key))
+
+    def _relay(self, key: BatchKey, message_key: int) -> Tensors:
         item = self.in_flight[key]
         own = item.own if message_key == self.plan.own_key else None
         start = OutputGradients(item.outputs, [own], [item.received.get(message_key)], keep=True)
@@ -250,6 +279,9 @@ class LocalModule:
 
     def backward(self, key: BatchKey) -> Tensors | None:
         """Full backward into the parameters; frees the graph. Returns the message upstream where it is `merged`."""
+        return self._actions.run(key, BACKWARD, self._backward)
+
+    def _backward(self, key: BatchKey) -> Tensors | None:
         item = self.in_flight.pop(key)
         received = [item.received[message_key] for message_key in self.plan.incoming]
         received += [{AUX: item.aux}] if item.aux is not None else []
@@ -325,44 +357,24 @@ class LocalModule:
             flow = passed(block(flow))
         return flow
 
-    @contextlib.contextmanager
-    def _embedding(self, x: Tensor) -> Iterator[Tensors]:
-        """Filled with what the first block gives inside, where heads ask for it and it is of another shape than x."""
-        found: Tensors = {}
-
-        def keep(_block: nn.Module, _given: tuple[Flow], output: Flow) -> None:
-            if (features := named(output)[MAIN]).shape != x.shape:
-                found[MAIN] = features.detach()
-
-        if INPUTS not in self.asks or self.plan.index > 0 or len(self.blocks) == 1:
-            yield found
-            return
-        handle = next(iter(self.blocks.values())).register_forward_hook(keep)
-        try:
-            yield found
-        finally:
-            handle.remove()
-
-    def _run_level(self, name: str, item: InFlight, step: int) -> Gradient:
+    def _run_level(self, name: str, item: InFlight, step: int) -> tuple[Gradient, Tensors]:
         heads = self.levels[name]
-        return self._run_heads(name, item, step, lambda *arguments: {name: heads.backward(*arguments)})[name]
+        found, losses = self._run_heads(item, step, lambda *arguments: {name: heads.backward(*arguments)})
+        return found[name], losses
 
     def _run_heads(
-        self, name: str, item: InFlight, step: int, run: Callable[..., dict[str, tuple[Gradient, dict[str, Tensor]]]]
-    ) -> dict[str, Gradient]:
-        """The gradients by level; ``name`` is that of their random numbers."""
-        seed_rng(stable_hash(item.rng_seed, name), self.numerics.device)
+        self, item: InFlight, step: int, run: Callable[..., dict[str, tuple[Gradient, dict[str, Tensor]]]]
+    ) -> tuple[dict[str, Gradient], Tensors]:
+        """The gradients by level, and the losses."""
         batch, given = item.batch, self._given(item, step)
-        with self.stashes.heads_of(step) if self.stashes is not None else contextlib.nullcontext():
-            found = run(self._feature(item.outputs).detach(), given, batch.scale, self.numerics.autocast)
+        found = run(self._feature(item.outputs).detach(), given, batch.scale, self.numerics.autocast)
         losses = {f"{level}.{term}": loss for level, (_, terms) in found.items() for term, loss in terms.items()}
-        self.losses.add(step, losses, batch.scale)
         turned = self._maps.output
-        return {level: channels_last(whole(gradient)) if turned else gradient for level, (gradient, _) in found.items()}
+        gradients = {n: channels_last(whole(gradient)) if turned else gradient for n, (gradient, _) in found.items()}
+        return gradients, losses
 
-    def _reconcile(self, name: str, item: InFlight, step: int) -> None:
+    def _reconcile(self, name: str, item: InFlight, step: int) -> Tensors:
         """The loss of the level ``name``, or of the task, with SGR's: a_m, and what the next module is told."""
-        seed_rng(stable_hash(item.rng_seed, name), self.numerics.device)
         leaf = item.outputs[MAIN].detach().requires_grad_()
         with torch.enable_grad(), differentiable_twice():
             if name == "final":
@@ -380,9 +392,9 @@ class LocalModule:
             )
         if result.distance is not None:
             terms[f"{name}.reconciliation"] = result.distance
-        self.losses.add(step, terms, item.batch.scale)
         item.independent = result.own
         item.local_gradient = self.numerics.boundary(result.passed_on)
+        return terms
 
     def _given(self, item: InFlight, step: int) -> Given:
         """What heads see besides the feature."""
@@ -391,21 +403,20 @@ class LocalModule:
             maps = self._maps.inputs
             inputs = {n: channels_first(x.detach()) if n in maps else x.detach() for n, x in batch.inputs.items()}
             inputs |= {} if item.embedding is None else {EMBEDDING: item.embedding}
-        return Given(batch.labels, batch.image if IMAGE in self.asks else None, inputs, step)
+        image = batch.image if IMAGE in self.asks else None
+        return Given(batch.labels, image, inputs, self._actions.shown(step))
 
     def _feature(self, outputs: Tensors) -> Tensor:
         """What heads stand on."""
         return channels_first(outputs[MAIN]) if self._maps.output else outputs[MAIN]
 
     def _not_finite(self, step: int, what: str, in_losses: bool) -> NonFiniteError:
-        names = list(self.blocks)
-        label = names[0] if len(names) == 1 else f"{names[0]}-{names[-1]}"
         if not in_losses:
             sender = f"the gradient that module {self.plan.index + 1} sent or " if self.plan.incoming else ""
             what = f"{what}: {sender}its own backward is not finite"
         return NonFiniteError(
-            f"module {self.plan.index} ({label}), batch of step {step}: {what}; look at that batch, lower optim.lr, or "
-            "leave such updates out with train.nonfinite=skip",
+            f"module {self.plan.index} ({self.label}), batch of step {step}: {what}; look at that batch, lower "
+            "optim.lr, or leave such updates out with train.nonfinite=skip",
             0 if self._counts_steps_itself else step,
             self.plan.index,
             in_losses,

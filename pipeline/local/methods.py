@@ -357,7 +357,13 @@ def method_terms(
 def _refuse_what_the_task_lacks(config: MethodConfig, task: Task) -> None:
     """What a method's heads compare must be there."""
     kind, alternatives = type(task).__name__, "use dgl or greedy, or register a method"
-    if config.name in ("predsim", "infopro-contrast") and task.target != LABEL:
+    soft = isinstance(task, Classification) and task.soft
+    if config.name == "infopro-contrast" and soft:
+        raise ConfigError(
+            "method.name = 'infopro-contrast' compares images of one class, and mixup and CutMix leave no image with "
+            "one; remove data.mixup and data.cutmix, or use infopro"
+        )
+    if config.name in ("predsim", "infopro-contrast") and task.target != LABEL and not soft:
         raise ConfigError(
             f"method.name = '{config.name}' compares the classes of whole rows, but the target of {kind} is "
             f"{task.target.shape} per row; {alternatives}"

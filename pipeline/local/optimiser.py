@@ -31,6 +31,7 @@ LAST = "last_update"
 """Name of D_s-1, for error feedback."""
 BETAS, EPS = (0.9, 0.999), 1e-8
 """Of AdamW (Loshchilov and Hutter 2019, algorithm 2)."""
+POLY_POWER = 0.9
 
 
 @dataclass(eq=False, slots=True)
@@ -200,6 +201,12 @@ def _adamw(
     torch._foreach_div_(gradients, [roots[weight.steps] for weight in weights])
     torch._foreach_add_(gradients, EPS)
     torch._foreach_addcdiv_(parameters, means, gradients, [sizes[weight.steps] for weight in weights])
+
+
+def poly(config: OptimConfig, step: int, steps: int) -> float:
+    """The learning rate of ``step`` (0-based) of ``steps``: (lr - min_lr) (1 - s/S)^0.9 + min_lr (Chen et al. 2017;
+    released code of InfoPro for Cityscapes)."""
+    return (config.lr - config.min_lr) * math.pow(1.0 - step / steps, POLY_POWER) + config.min_lr
 
 
 def learning_rate(config: OptimConfig, epoch: int, epochs: int) -> float:

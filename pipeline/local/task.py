@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.base import metric as forms
+from pipeline.base.config import Config
 from pipeline.base.errors import ConfigError
 from pipeline.base.flow import LABEL, MAIN, Specs, TensorSpec
 from pipeline.base.metric import MetricForm
@@ -139,12 +140,22 @@ class Task(ABC):
         return self.loss(output, target).double() * len(target)
 
 
+@dataclass(frozen=True)
 class Classification(Task):
-    """One class per image: (B, classes) logits against int64 (B,) classes, by cross-entropy."""
+    """One class per image: (B, classes) logits against int64 (B,) classes, by cross-entropy.
+
+    Attributes:
+        label_smoothing: share of the target that is spread evenly over all classes, in every local loss and the last
+            one; tests count without it.
+        soft: the target is float32 (B, classes), shares of the classes that add up to 1, as mixup and CutMix make them.
+    """
+
+    label_smoothing: float = 0.0
+    soft: bool = False
 
     @property
     def target(self) -> TensorSpec:
-        return LABEL
+        return TensorSpec((self.classes,)) if self.soft else LABEL
 
     @property
     def output_shape(self) -> tuple[int, ...]:
@@ -152,29 +163,51 @@ class Classification(Task):
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        return (ERROR,)
+        return (ERROR, TOP5_ERROR) if self.classes >= _CLASSES_WITH_TOP5 else (ERROR,)
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        return losses.cross_entropy(output, target)
+        return losses.cross_entropy(output, target, self.label_smoothing)
 
     def total_loss(self, output: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(output.float(), target, reduction="sum").double()
 
     def head(self, shape: FeatureShape, pooled: Callable[[FeatureShape], nn.Sequential] | None = None) -> AuxiliaryHead:
+        # The plain loss has a form of its own for patches at once.
+        loss = self.loss if self.label_smoothing else losses.cross_entropy
         build = pooled or (lambda size: xcyf(size, self.classes, "0c1f", 0, 1))
         if len(shape) < 3:  # a vector, or a sequence of tokens, of which the mean counts
-            return TaskHead(nn.Sequential(VectorInput(), *build((shape[-1], 1, 1))))
-        return TaskHead(build(shape))
+            return TaskHead(nn.Sequential(VectorInput(), *build((shape[-1], 1, 1))), loss)
+        return TaskHead(build(shape), loss)
+
+
+def classification(config: Config, classes: int, image_shape: tuple[int, ...]) -> Classification:
+    """The classification of a data set by name, as the configuration wants its targets."""
+    soft = config.data.mixup > 0 or config.data.cutmix > 0
+    return Classification(classes, image_shape, config.train.label_smoothing, soft)
+
+
+def _classes(target: Tensor) -> Tensor:
+    """int64 (B,), the class with the largest share where the target is soft."""
+    return target.argmax(dim=1) if target.dim() > 1 else target
 
 
 def _wrong(output: Tensor, target: Tensor) -> Tensor:
-    return (output.argmax(dim=1) != target).sum()
+    return (output.argmax(dim=1) != _classes(target)).sum()
+
+
+def _not_among_five(output: Tensor, target: Tensor) -> Tensor:
+    return (output.topk(5, dim=1).indices != _classes(target)[:, None]).all(dim=1).sum()
 
 
 ERROR = Metric(
     forms.ERROR.name, forms.ERROR.title, _wrong, lambda wrong, rows: 100.0 * int(wrong) / rows, forms.ERROR.unit
 )
 """Share of the rows that get the wrong class, in percent."""
+TOP5_ERROR = Metric(
+    "top5_error_pct", "top-5 error", _not_among_five, lambda wrong, rows: 100.0 * int(wrong) / rows, "%"
+)
+"""Share of the rows whose class is not among the five with the highest scores, in percent."""
+_CLASSES_WITH_TOP5 = 100  # with fewer it says little, and nobody reports it
 
 
 def task_name(task: Task | None) -> str:

@@ -129,8 +129,23 @@ def cifar_resnet(depth: int) -> BackboneFunction:
     return build
 
 
+def cifar_fcn(depth: int) -> BackboneFunction:
+    """The CIFAR ResNet of ``depth`` with class scores for every pixel in place of its pooling: a 1x1 convolution, then
+    upsampling by 4 (a fully convolutional network, Long et al. 2015). Sides are multiples of 4."""
+
+    def build(in_channels: int, classes: int) -> Blocks:
+        blocks = cifar_resnet(depth)(in_channels, classes)
+        upsample = nn.Upsample(scale_factor=4, mode="bilinear", align_corners=False)
+        blocks["classifier"] = nn.Sequential(OrderedDict(scores=nn.Conv2d(64, classes, 1), upsample=upsample))
+        return blocks
+
+    return build
+
+
 for _depth in (20, 32, 44, 56, 110):
     register_backbone(f"resnet{_depth}", cifar_resnet(_depth))
+for _depth in (20, 32):
+    register_backbone(f"fcn_resnet{_depth}", cifar_fcn(_depth))
 
 
 def blocks_of(network: nn.Sequential) -> Blocks:

@@ -34,7 +34,7 @@ class FcnHead(AuxiliaryHead):
             nn.Dropout2d(DROPOUT),
             nn.Conv2d(width, classes, 1),
         )
-        self._sides = output_shape[1], output_shape[2]
+        self._scale = output_shape[1] / shape[1], output_shape[2] / shape[2]
         self._loss = loss
 
     def loss(self, feature: Tensor, given: Given) -> Tensor:
@@ -42,7 +42,8 @@ class FcnHead(AuxiliaryHead):
         return self._loss(self._scores(feature, (height, width)), given.target)
 
     def logits(self, feature: Tensor) -> Tensor:
-        return self._scores(feature, self._sides)
+        rows, columns = (round(side * scale) for side, scale in zip(feature.shape[2:], self._scale, strict=True))
+        return self._scores(feature, (rows, columns))  # images of an evaluation may be larger
 
     def _scores(self, feature: Tensor, size: tuple[int, int]) -> Tensor:
         return F.interpolate(self.head(feature), size=size, mode="bilinear", align_corners=True)

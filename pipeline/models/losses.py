@@ -32,10 +32,13 @@ def image_target(image: Tensor, like: Tensor) -> Tensor:
     return target.div_(255.0) if image.dtype == torch.uint8 else target
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Softmax cross-entropy. logits (B, classes), labels int64 (B,)."""
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Softmax cross-entropy. logits (B, classes), labels int64 (B,) or shares of the classes (B, classes).
+
+    ``smoothing``: share of the target that is spread evenly over all classes (Szegedy et al. 2016, sec. 7).
+    """
     with torch.autocast(logits.device.type, enabled=False):
-        return F.cross_entropy(full(logits), labels)
+        return F.cross_entropy(full(logits), labels, label_smoothing=smoothing)
 
 
 def grouped_cross_entropy(logits: Tensor, labels: Tensor, groups: int) -> Tensor:
@@ -130,10 +133,14 @@ def similarity_matrix(x: Tensor, groups: int = 1) -> Tensor:
 def similarity_matching(feature: Tensor, labels: Tensor, classes: int, groups: int = 1) -> Tensor:
     """Mean squared difference between the similarities of features and those of one-hot labels (PredSim, eq. 1).
 
-    feature (B, ...), labels int64 (B,). Of G > 1 groups of channels, (B, G C, h, w) -> (G,).
+    feature (B, ...), labels int64 (B,); or shares of the classes (B, classes), in place of one-hot labels. Of G > 1
+    groups of channels, (B, G C, h, w) -> (G,).
     """
     with torch.autocast(feature.device.type, enabled=False):
         similarity = similarity_matrix(feature, groups)
+        if labels.dim() == 2:
+            distance = (similarity - similarity_matrix(labels.to(similarity.dtype))).square()
+            return distance.mean() if groups == 1 else distance.mean(dim=(1, 2))
         if groups == 1:
             return F.mse_loss(similarity, similarity_matrix(F.one_hot(labels, classes).to(similarity.dtype)))
         return (similarity - _label_similarity(labels, classes, similarity.dtype)).square().mean(dim=(1, 2))

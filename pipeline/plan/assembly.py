@@ -22,7 +22,9 @@ from pipeline.base.flow import MAIN, Specs, TensorSpec
 from pipeline.base.numerics import Numerics, stable_hash
 from pipeline.edges.wire import FieldSpec, MessageSpec
 from pipeline.local.at_once import HeadMemory, largest_backward
-from pipeline.local.local_module import LocalModule, Maps
+from pipeline.local.entrance import Maps
+from pipeline.local.graphs import Capture
+from pipeline.local.local_module import LocalModule
 from pipeline.local.methods import Level, levels_of, looks_ahead
 from pipeline.local.roles import ModulePlan, plan_hierarchy
 from pipeline.local.task import Classification, Task, task_name
@@ -274,6 +276,8 @@ def build_modules(
             plan.config.model.name, plan.task.image_shape[0], plan.task.classes, seed, plan.task.image_shape[1:]
         )
     )
+    on_gpu = numerics.device.type == "cuda"
+    capture = Capture(numerics.device) if plan.config.precision.cuda_graphs and on_gpu else None
     built = []
     for index in plan.stages[rank]:
         names = plan.cut.modules[index]
@@ -299,7 +303,7 @@ def build_modules(
         if plan.upstream is not None:
             mailbox = plan.upstream.mailbox(index, numerics)
         maps = Maps.of(plan.given(index), plan.boundaries[index])
-        settings = (plan.task, plan.config, numerics, late[index], mailbox, maps, replica)
+        settings = (plan.task, plan.config, numerics, late[index], mailbox, maps, replica, capture)
         built.append(LocalModule(role, mine, levels, *settings))
     return built
 

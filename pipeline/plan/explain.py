@@ -17,10 +17,11 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics, resolve_numerics
 from pipeline.base.paths import path_of
 from pipeline.base.validation import validate
-from pipeline.data import CATALOGUE, open_data
+from pipeline.data import open_data
+from pipeline.data.catalogue import known_entry
 from pipeline.data.named import task_of
 from pipeline.local.compilation import refuse_without_compiler
-from pipeline.local.task import Classification, Task
+from pipeline.local.task import Task, classification
 from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import planned_blocks, without_memory
 from pipeline.plan.assembly import Plan, describe, make_plan
@@ -237,12 +238,12 @@ def _task(config: Config) -> Task:
     data = config.data
     if (task := task_of(config)) is not None:
         return task
-    if data.name in CATALOGUE:
-        return Classification(CATALOGUE[data.name].classes, CATALOGUE[data.name].image_shape)
+    if (entry := known_entry(data)) is not None:
+        return classification(config, entry.classes, entry.image_shape)
     root = Path(path_of(data.root)).expanduser()
     cache_gib = 0.0 if root.is_dir() else data.cache_gib  # decode no more than is needed
     opened = open_data(data.name, data.root, image_size=data.image_size, cache_gib=cache_gib)
-    return Classification(len(opened.classes), opened.image_shape)
+    return classification(config, len(opened.classes), opened.image_shape)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.base.config import Config
 from pipeline.base.numerics import Numerics, resolve_numerics
-from pipeline.local.task import Classification
+from pipeline.local.task import classification
 from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import planned_blocks
 from pipeline.plan.assembly import Plan, make_plan
@@ -27,7 +27,7 @@ def plan_of_name(
     Raises:
         ConfigError: the plan does not exist (see :func:`pipeline.plan.assembly.make_plan`).
     """
-    task = Classification(classes, image_shape)
+    task = classification(config, classes, image_shape)
     blocks = planned_blocks(config.model.name, image_shape[0], classes, sides=image_shape[1:])
     numerics = resolve_numerics(config.precision, torch.device("cpu"), blocks.values())
     config, _ = cut_by_cost(config, blocks, task)

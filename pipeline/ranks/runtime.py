@@ -26,11 +26,12 @@ from types import TracebackType
 import torch
 import torch.distributed as dist
 
-from pipeline.base.errors import ConfigError, DeadlineExceeded
+from pipeline.base.errors import ConfigError, DeadlineExceeded, warn
 from pipeline.ranks import launcher
 from pipeline.ranks.attempt import Job, launcher_serves
 from pipeline.ranks.failure import FailureReporter
 from pipeline.ranks.keys import Key
+from pipeline.ranks.nccl import leave_failures_to_us
 from pipeline.ranks.resources import usable_cores
 from pipeline.ranks.start_up import take_noted
 from pipeline.ranks.team import Team
@@ -217,6 +218,10 @@ class Runtime:
 
     def _init_groups(self) -> None:
         timeout = timedelta(seconds=self.team.deadline_s)
+        if self.backend == "nccl":
+            lines = leave_failures_to_us(os.environ, self.team.deadline_s)
+            for line in lines if self.team.leads else ():
+                warn(line)
         dist.init_process_group(
             self.backend,
             store=dist.PrefixStore(Key.GROUPS(), self.team.store),

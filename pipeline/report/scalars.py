@@ -1,6 +1,7 @@
 """A line of metrics.jsonl as named numbers, the same in every logger.
 
     train/loss  train/images_per_s  train/learning_rate  train/seconds  epoch        of the whole pipeline
+    train/loader_images_per_s                                        what the loader could give, where it is known
     test/error_pct  test/loss  test/<metric of the task>                             in epochs with a test
     ema/error_pct  ema/loss                                                          the same with averaged weights
     module 03 loss/cascade.task      module 03 test/cascade.error_pct                of every local module
@@ -31,6 +32,8 @@ def _entries(record: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
     yield "epoch", record["epoch"]
     yield "train/loss", record["train_loss"]
     yield "train/images_per_s", record["images_per_s"]
+    if record.get("loader_images_per_s") is not None:
+        yield "train/loader_images_per_s", record["loader_images_per_s"]
     yield "train/learning_rate", record["learning_rate"]
     yield "train/seconds", record["wall_s"]
     yield f"test/{ERROR.name}", record["test_error_pct"]

@@ -98,7 +98,7 @@ class View(ABC):
         facts |= {
             "epochs": f"{summary['epochs']} ({summary['steps']:,} steps)",
             "training time": f"{duration(summary['train_wall_s'])} (tests not included)",
-            "throughput": f"{number(summary['images_per_s'], ',.0f')} images/s",
+            "throughput": _throughput(summary["images_per_s"], summary.get("loader_images_per_s")),
             "run directory": str(summary.get("run_directory", "none")),
         }
         for name, value in facts.items():
@@ -248,6 +248,12 @@ def open_view(console: Console | None = None, *, quiet: bool = False) -> View:
     if console.is_terminal and console.is_interactive and not quiet:
         return LiveView(console)
     return PlainView(console, quiet=quiet)
+
+
+def _throughput(images_per_s: float, loader: float | None) -> str:
+    """``499 images/s (the loader could give 1,900)``."""
+    could = "" if loader is None else f" (the loader could give {loader:,.0f})"
+    return f"{number(images_per_s, ',.0f')} images/s{could}"
 
 
 def _tenth(epoch: int, batch: int, batches: int) -> tuple[int, int]:

@@ -22,7 +22,8 @@ from pipeline.data.named import open_named
 from pipeline.data.share import Share
 from pipeline.data.source import DataSpec, Source
 from pipeline.local.compilation import refuse_without_compiler
-from pipeline.local.task import Classification, Task, refuse_unusable, task_name
+from pipeline.local.graphs import refuse_without_gpu
+from pipeline.local.task import Classification, Task, classification, refuse_unusable, task_name
 from pipeline.models.backbones import Blocks
 from pipeline.models.custom import network_blocks
 from pipeline.models.pretrained import PretrainedWeights, sha256_of
@@ -63,6 +64,12 @@ def refuse_early(
         if network is None or (config.data.name != "loader" and not isinstance(task, Classification)):
             raise ConfigError("a task of your own needs your own network and loaders: pass network=... and data=...")
         refuse_unusable(task)
+        mixes = config.data.mixup > 0 or config.data.cutmix > 0
+        if mixes and not (isinstance(task, Classification) and task.soft):
+            raise ConfigError(
+                "data.mixup and data.cutmix make shares of classes, which your task does not take; pass "
+                "task=Classification(classes, shape, soft=True), or no task"
+            )
     blocks = (
         network_blocks(network, config.model.cuts) if network is not None else planned_blocks(config.model.name, 3, 10)
     )
@@ -80,6 +87,8 @@ def refuse_early(
         )
     if config.precision.compile:
         refuse_without_compiler(runtime.device)
+    if config.precision.cuda_graphs:
+        refuse_without_gpu(runtime.device)
     return resolve_numerics(config.precision, runtime.device, blocks.values())
 
 
@@ -204,9 +213,9 @@ def blocks_and_task(
             raise ConfigError("your own loaders need your own network: pass network=..., an nn.Module")
         channels, *sides = data_spec.image_shape
         blocks = planned_blocks(config.model.name, channels, data_spec.classes, config.train.seed, tuple(sides))
-        return blocks, task or Classification(data_spec.classes, data_spec.image_shape)
+        return blocks, task or classification(config, data_spec.classes, data_spec.image_shape)
     blocks = network_blocks(network, config.model.cuts, data_spec.image_shape)
-    return blocks, Classification(data_spec.classes or _classes_of(blocks), data_spec.image_shape)
+    return blocks, classification(config, data_spec.classes or _classes_of(blocks), data_spec.image_shape)
 
 
 def show_beginning(view: View, warnings: Sequence[str], lines: Sequence[str], labels: Sequence[str]) -> None:

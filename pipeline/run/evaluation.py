@@ -30,7 +30,7 @@ from pipeline.data.named import open_named, task_of
 from pipeline.data.source import DataSpec, Source
 from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.local_module import LocalModule
-from pipeline.local.task import Classification, Task, refuse_unusable, task_name
+from pipeline.local.task import Classification, Task, classification, refuse_unusable, task_name
 from pipeline.local.weights import below, networks
 from pipeline.models.backbones import Blocks, build_blocks
 from pipeline.models.boundaries import blank
@@ -38,6 +38,7 @@ from pipeline.models.custom import network_blocks
 from pipeline.plan.assembly import Plan, build_modules, make_plan
 from pipeline.ranks.runtime import choose_device, set_threads, threads_restored
 from pipeline.report.exits import ALL, PREFIX, Evaluation, ExitRow
+from pipeline.run.views import ONE, View, outputs_of, views_of
 from pipeline.stage.inlet import Batch
 from pipeline.store.checkpoint import Checkpoint, open_checkpoint
 from pipeline.store.manifest import CONFIG
@@ -79,7 +80,9 @@ def evaluate(
     if saved.older is not None:
         warn(saved.older)
     config = load_config(file=saved.path / CONFIG, assignments=assignments)
-    task = _task_of(saved, task if task is not None or data is not None else task_of(config))
+    given = task if task is not None or data is not None else task_of(config)
+    task = _task_of(saved, given, config)
+    views = views_of(config.data, task)
     _refuse_what_is_missing(saved, config, network, data)
     with threads_restored():
         set_threads(config.runtime.threads, 1)
@@ -93,15 +96,15 @@ def evaluate(
         numerics = resolve_numerics(config.precision, device, blocks.values())
         images: Source
         if data is not None:
-            expected = (task.inputs, task.target) if saved.task != task_name(None) else ()
-            images = LoaderSource(data, config, numerics, None, *expected)
+            inputs = task.inputs if saved.task != task_name(None) else None
+            images = LoaderSource(data, config, numerics, None, inputs, task.target)
         else:
-            images = open_named(config, numerics)
+            images = open_named(config, numerics, whole=True)
         _refuse_other_data(images.data_spec, task, config)
         plan = make_plan(config, blocks, task, 1, images.data_spec.inputs)
         work = _operations(plan, blocks)
         modules = _restored(saved, plan, blocks, numerics, ema)
-        statistics, count = count_exits(modules, images.test(), task)
+        statistics, count = count_exits(modules, images.test(), task, views)
     return Evaluation(
         checkpoint=str(saved.path),
         step=saved.step,
@@ -135,11 +138,11 @@ def _refuse_assignments(assignments: Iterable[str]) -> None:
             )
 
 
-def _task_of(saved: Checkpoint, task: Task | None) -> Task:
+def _task_of(saved: Checkpoint, task: Task | None, config: Config) -> Task:
     """``task``, or classification, if that is what was trained."""
     where = f"checkpoint '{saved.path}'"
     if task is None and saved.task == task_name(None):
-        return Classification(saved.classes, saved.image_shape)
+        return classification(config, saved.classes, saved.image_shape)
     if task is None:
         raise CheckpointError(
             f"{where} is of the task {saved.task}, which no name can rebuild; call pipeline.evaluate(..., task=...) in "
@@ -233,7 +236,7 @@ def _restored(saved: Checkpoint, plan: Plan, blocks: Blocks, numerics: Numerics,
 
 
 def count_exits(
-    modules: Sequence[LocalModule], batches: Iterable[Batch], task: Task
+    modules: Sequence[LocalModule], batches: Iterable[Batch], task: Task, views: Sequence[View] = ONE
 ) -> tuple[Statistics, int]:
     """What the metrics of the task have counted of every exit, and the number of all rows of the test set."""
     statistics: Statistics = {}
@@ -246,11 +249,10 @@ def count_exits(
             statistics[key] = statistics[key] + counted if key in statistics else counted
 
     for batch in batches:
-        x, target = named(batch.x), batch.labels
+        target = batch.labels
         prefix = mean = torch.zeros((), dtype=torch.float64, device=target.device)
-        for module in modules:
+        for module, outputs in zip(modules, outputs_of(modules, named(batch.x), target, views), strict=True):
             index = module.plan.index
-            x, outputs = module.evaluate(x)
             prefix = prefix / 2  # the weights of the next module are twice as large; only their ratio counts
             for level, output in outputs.items():
                 count(index, level, output, target)

@@ -30,7 +30,7 @@ from pipeline.edges.connect import Edges
 from pipeline.edges.wire import Directive
 from pipeline.local.late_parts import own_part
 from pipeline.local.module_state import BUSY, module_state
-from pipeline.local.optimiser import learning_rate
+from pipeline.local.optimiser import learning_rate, poly
 from pipeline.local.task import Classification, task_name
 from pipeline.local.to_host import arrival
 from pipeline.plan.assembly import Plan, write_plan
@@ -101,6 +101,7 @@ class Loop:
         self._unwritten = False  # whether metrics.jsonl lacks a record
         self._record_lock = threading.RLock()  # the saver's thread collects records as well
         self._last_shown = 0.0
+        self._learning_rate: float | None = None  # that the modules have
         self._began = time.monotonic()
 
     def run(self) -> Directive:
@@ -110,9 +111,8 @@ class Loop:
         for epoch in range(self._epoch_at_work(), self.epochs + 1):
             first = (epoch - 1) * run.data_spec.train_batches
             end = min(first + run.data_spec.train_batches, self.total)
-            rate = learning_rate(run.config.optim, epoch, settings.epochs)
+            self._set_learning_rate(epoch, max(self.step - 1, 0))
             for module in run.stage.modules.values():
-                module.set_learning_rate(rate)
                 module.set_level_weights(epoch, settings.epochs)
             self._epoch_began = time.monotonic() - self._start_of_epoch(first)
             late = self.step == self._start.step > self._start.late_since
@@ -170,6 +170,7 @@ class Loop:
         stage.begin_epoch(self._start.late_since if first < began == self._start.step else first, began)
         with closing(stage.inlet.steps(epoch, first, began, end)) as steps:
             for step in steps:
+                self._set_learning_rate(epoch, step)
                 stage.train_step(epoch, step)
                 if run.grid.leads:
                     run.telemetry.pulse(stage, self._epoch_began)
@@ -183,6 +184,21 @@ class Loop:
                     self._save(epoch, stage.late_since(self.step))
         self.step = stage.end_epoch(epoch, end)
         return stage.directive
+
+    def _rate(self, epoch: int, step: int) -> float:
+        """The learning rate of a step of ``epoch``."""
+        optim = self._run.config.optim
+        if optim.schedule == "poly":  # the steps of a stage of `free` may be more than those of the first one
+            return poly(optim, min(step, self.total), self.total)
+        return learning_rate(optim, epoch, self._run.config.train.epochs)
+
+    def _set_learning_rate(self, epoch: int, step: int) -> None:
+        """Of all modules from now on."""
+        rate = self._rate(epoch, step)
+        if rate != self._learning_rate:
+            self._learning_rate = rate
+            for module in self._run.stage.modules.values():
+                module.set_learning_rate(rate)
 
     def _test(self, epoch: int) -> Directive:
         stage = self._run.stage
@@ -300,6 +316,7 @@ class Loop:
                 eta_s=(now - self._began) / (step - self._start.step) * (self.total - step),
                 phase="train",
                 modules=run.telemetry.live(),
+                loader_images_per_s=_times(run.telemetry.loader_images_per_s, run.grid.replicas),
             )
         )
 
@@ -312,13 +329,14 @@ class Loop:
                 reports = run.telemetry.collect(epoch, wait)
                 if reports is None:
                     return
+                step = min(epoch * run.data_spec.train_batches, self.total)
                 record = merge(
                     reports,
                     run.plan.task.metrics,
                     epoch=epoch,
                     epochs=self.epochs,
-                    step=min(epoch * run.data_spec.train_batches, self.total),
-                    learning_rate=learning_rate(run.config.optim, epoch, run.config.train.epochs),
+                    step=step,
+                    learning_rate=self._rate(epoch, step - 1),
                     stages=run.grid.stages,
                 )
                 self.records.append(record)
@@ -376,3 +394,8 @@ class Loop:
     def _warn(self) -> None:
         for note in self._run.saver.take_notes():
             warn(note)
+
+
+def _times(rate: float | None, replicas: int) -> float | None:
+    """Of all replicas, whose loaders are alike."""
+    return None if rate is None else rate * replicas

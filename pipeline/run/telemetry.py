@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.data.rate import LoaderRate
 from pipeline.local.task import ERROR, Metric
 from pipeline.plan.assembly import Plan
 from pipeline.ranks.keys import Key
@@ -40,6 +41,7 @@ class StageReport:
     test_loss_sum: float
     averaged: dict[str, Any]
     """``tested``, ``statistics`` and ``test_loss_sum`` of a test with the averages of all weights; empty without"""
+    loader_images_per_s: float | None = None
 
 
 class Telemetry:
@@ -47,9 +49,13 @@ class Telemetry:
 
     Args:
         live: whether anybody watches between epochs.
+        rate: of the loader, on the first stage.
     """
 
-    def __init__(self, team: Team, plan: Plan, device: torch.device, live: bool) -> None:
+    def __init__(
+        self, team: Team, plan: Plan, device: torch.device, live: bool, rate: LoaderRate | None = None
+    ) -> None:
+        self._rate = rate
         self._team = team
         self._plan = plan
         self._device = device
@@ -85,6 +91,11 @@ class Telemetry:
         """The latest live numbers of every rank that has published some (rank 0)."""
         keys = [key for key in self._team.each(Key.PULSE).values() if self._team.has(key)]
         return tuple(LiveModule(**entry) for text in self._team.get(keys) for entry in json.loads(text))
+
+    @property
+    def loader_images_per_s(self) -> float | None:
+        """What the loader of this rank could give in the epoch at work; None where there is none, or nobody knows."""
+        return self._rate.images_per_s if self._rate is not None else None
 
     def post(self, epoch: int, stage: Stage, counters: Counters, wait_s: float, wall_s: float, sent: int) -> None:
         """Publish this rank's numbers of a finished epoch. ``sent``: bytes sent since the run began."""
@@ -123,6 +134,7 @@ class Telemetry:
             images=counters.images,
             **_tested(counters),
             averaged={} if counters.averaged is None else _tested(counters.averaged),
+            loader_images_per_s=self.loader_images_per_s,
         )
         self._team.set(Key.EPOCH(epoch=epoch, rank=self._team.rank), json.dumps(dataclasses.asdict(report)))
 
@@ -192,6 +204,7 @@ def merge(
         test_metrics={name: value for name, value in of_network.items() if name != ERROR.name},
         test_text=f"{metrics[0].title} {metrics[0].form.text(of_network.get(metrics[0].name))}",
         metric=metrics[0].form,
+        loader_images_per_s=_all_of([report.loader_images_per_s for report in reports[::stages]]),
         ema_metrics=_of_averages([last.averaged for last in lasts if last.averaged], metrics, len(modules) - 1),
     )
 
@@ -215,6 +228,12 @@ def _of_averages(tests: Sequence[dict[str, Any]], metrics: Sequence[Metric], mod
     measured = _measured([test["statistics"] for test in tests], metrics, tested)
     found = {name: value for (index, level, name), value in measured.items() if (index, level) == (module, "final")}
     return found | {"loss": sum(test["test_loss_sum"] for test in tests) / tested}
+
+
+def _all_of(rates: Sequence[float | None]) -> float | None:
+    """The loaders of all replicas together."""
+    known = [rate for rate in rates if rate is not None]
+    return sum(known) if len(known) == len(rates) else None
 
 
 def _measured(

@@ -181,7 +181,9 @@ def train(
             stage=stage,
             edges=edges,
             data_spec=data_spec,
-            telemetry=Telemetry(team, plan, runtime.device, live=team.broadcast(not quiet)),
+            telemetry=Telemetry(
+                team, plan, runtime.device, team.broadcast(not quiet), source.rate if source is not None else None
+            ),
             directory=directory,
             lock=lock,
             saver=Saver(team, folder, config.checkpoint, writers, grid.replica),

@@ -25,7 +25,7 @@ class Averaging:
 
     def __init__(self, twins: Twins) -> None:
         self.twins = twins
-        self._under_way: dict[tuple[int, int], tuple[Sum, Tensor, list[Tensor]]] = {}
+        self._under_way: dict[tuple[int, int], tuple[Sum, list[Tensor], list[Tensor]]] = {}
 
     @property
     def wait_s(self) -> float:
@@ -49,10 +49,10 @@ class Averaging:
         """All gradients of the batch of ``step`` are there."""
         gradients = module.gradients(step)
         losses = [loss.float() if loss.dtype.itemsize < 4 else loss for loss in _open(module, step).values()]
-        together = torch.stack(losses) if losses else torch.zeros(0)
+        together = [torch.stack(losses)] if losses else []  # a module without a head has none
         statistics = [buffer.detach() / self.twins.size for buffer in _statistics(module)]
         what = f"average module {module.plan.index} over the replicas"
-        total = self.twins.sum([*gradients, together, *statistics], what)
+        total = self.twins.sum([*gradients, *together, *statistics], what)
         self._under_way[module.plan.index, step] = total, together, statistics
 
     @torch.no_grad()
@@ -60,7 +60,8 @@ class Averaging:
         """Gradients and losses of ``step`` are those of the whole batch now. Raises DeadlineExceeded, PeerLost."""
         total, together, statistics = self._under_way.pop((module.plan.index, step))
         total.wait()
-        module.losses.open[step] = dict(zip(_open(module, step), together.unbind(), strict=True))
+        if together:
+            module.losses.open[step] = dict(zip(_open(module, step), together[0].unbind(), strict=True))
         for buffer, mean in zip(_statistics(module), statistics, strict=True):
             buffer.data.copy_(mean)  # .data: graphs of later batches hold them, and their backward reads none
 

@@ -89,6 +89,7 @@ class EpochRecord:
 
     ``epoch`` counts from 1 to ``epochs``; ``step`` is the number of steps since the run began, a batch each.
     ``images`` were trained in ``wall_s`` seconds, testing excluded. ``train_loss`` is the final module's.
+    ``loader_images_per_s`` is what the loader could have given, None where that was not measured.
     ``test_error_pct`` (percent) and ``test_loss`` are None in an epoch without a test, the error also for a task that
     counts none. ``test_metrics`` holds other metrics of the task by name. ``metric`` says what the first one is and how
     it reads, ``test_text`` is its value for people. ``ema_metrics`` holds the metrics and the loss of the test with the
@@ -111,6 +112,7 @@ class EpochRecord:
     test_text: str = ""
     metric: MetricForm = ERROR
     ema_metrics: dict[str, float] = field(default_factory=dict)
+    loader_images_per_s: float | None = None
 
     @property
     def measured(self) -> float | None:
@@ -150,6 +152,7 @@ class EpochProgress:
     eta_s: float
     phase: str
     modules: tuple[LiveModule, ...]
+    loader_images_per_s: float | None = None
 
 
 def epoch_parts(record: EpochRecord, eta_s: float) -> list[str]:
@@ -162,7 +165,7 @@ def epoch_parts(record: EpochRecord, eta_s: float) -> list[str]:
         f"test {metric.title} {metric.number(record.measured):>5} {metric.unit}".rstrip(),
         *([f"ema {metric.number(record.ema_metrics.get(metric.name)):>5}"] if record.ema_metrics else []),
         f"train loss {loss_text(record.train_loss):>5}",
-        f"{number(record.images_per_s, ',.0f'):>5} img/s",
+        _rates(record.images_per_s, record.loader_images_per_s),
         f"lr {record.learning_rate:.3g}".ljust(10),
     ]
     for name, values in (
@@ -182,9 +185,14 @@ def progress_parts(progress: EpochProgress) -> list[str]:
     return [
         f"epoch {progress.epoch:>{len(str(progress.epochs))}}/{progress.epochs} {progress.phase:<5}",
         f"batch {progress.batch:>{len(batches)}}/{batches}",
-        f"{number(progress.images_per_s, ',.0f'):>5} img/s",
+        _rates(progress.images_per_s, progress.loader_images_per_s),
         f"eta {duration(progress.eta_s)}",
     ]
+
+
+def _rates(images_per_s: float, loader: float | None) -> str:
+    """What is trained, and beside it what the loader could give: ``499 img/s of 1,900``."""
+    return f"{number(images_per_s, ',.0f'):>5} img/s" + ("" if loader is None else f" of {loader:,.0f}")
 
 
 def level_of(name: str) -> str:

@@ -40,7 +40,8 @@ MAY_CHANGE = frozenset(
         *("optim.warmup_epochs", "optim.warmup_lr", "optim.clip_norm"),
         *("method.reconstruction", "method.task", "method.temperature", "method.similarity"),
         *("hierarchy.independent_weight", "hierarchy.cascade_weight"),
-        *("precision.channels_last", "precision.compile", "precision.layers", "patches.at_once"),
+        *("precision.channels_last", "precision.compile", "precision.cuda_graphs", "precision.layers"),
+        "patches.at_once",
         *("parallel.replicas", "parallel.stages", "parallel.sync_batch_norm"),
     }
 )

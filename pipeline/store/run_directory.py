@@ -123,6 +123,7 @@ def summarise(epochs: Sequence[EpochRecord], *, settings: Mapping[str, Any]) -> 
     last epoch's: ``best_test_error_pct`` was picked by looking at the test set and is no result. ``metric`` says what
     the first metric of the task is and how it reads. ``heads`` are the last epoch's modules, with the
     ``skipped_steps`` of all epochs.
+    ``loader_images_per_s`` is what the loader could have given in the last epoch.
     ``images_per_s`` is the median over epochs, without the first (warm-up) when there are others. Raises
     ConfigError when no epoch finished.
     """
@@ -143,6 +144,7 @@ def summarise(epochs: Sequence[EpochRecord], *, settings: Mapping[str, Any]) -> 
         "epochs": last.epoch,
         "steps": last.step,
         "images_per_s": statistics.median(e.images_per_s for e in (epochs[1:] or epochs)),
+        "loader_images_per_s": last.loader_images_per_s,
         "train_wall_s": sum(e.wall_s for e in epochs),
         "ranks": [_rank_totals(_placed_alike(epochs), position) for position in range(len(last.stages))],
         "heads": [

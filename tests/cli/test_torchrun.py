@@ -47,6 +47,12 @@ def test_without_a_driver_auto_is_a_process_per_core() -> None:
     assert [torchrun.count_processes("auto", modules) for modules in (4, 16)] == [4, 8]
 
 
+def test_auto_gives_all_replicas_as_many_processes() -> None:
+    assert [torchrun.count_processes("auto", 2, replicas) for replicas in (2, 3, 4)] == [4, 6, 8]
+    assert [torchrun.count_processes("auto", 16, replicas) for replicas in (3, 4, 5)] == [6, 8, 5]
+    assert [torchrun.count_processes("auto", 16, "auto", stages) for stages in (2, 3, 4)] == [8, 6, 8]
+
+
 @pytest.mark.parametrize(("visible", "count"), [("2,3", 2), ("GPU-1", 1), ("", 8), ("-1", 8)])
 def test_gpus_that_are_hidden_do_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, count: int

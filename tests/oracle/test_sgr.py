@@ -103,6 +103,7 @@ def test_it_changes_every_module_but_the_first() -> None:
         ({"hierarchy": {"variant": "deepsup"}}, "with hierarchy.variant = 'deepsup': "),
         ({"method": "infopro"}, "with method.name = 'infopro', whose reconstruction cannot be"),
         ({"precision": {"compile": True}}, "with precision.compile = true: "),
+        ({"precision": {"cuda_graphs": True}}, "with precision.cuda_graphs = true: "),
     ],
 )
 def test_what_it_cannot_go_with_is_refused(sections: dict[str, Any], words: str) -> None:

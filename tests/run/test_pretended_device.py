@@ -20,17 +20,20 @@ from helpers_spawn import run_ranks
 from mirror import mirror
 from tiny import Batches, network, tiny_config
 
+import pipeline.local.graphs
 import pipeline.ranks.runtime
 from pipeline import Config, LoaderData, train
+from pipeline.base.validation import with_values
 from pipeline.edges.wire import Slot
 from pipeline.stage.schedule import Action
 
 RANKS = 3
 LIMIT_S = 20.0
 """For a wait that ends when a payload has crossed, or never."""
-EXACT, LATE, FREE = "exact", "async, weights upstream", "free"
+EXACT, LATE, LATER, FREE = "exact", "async, weights upstream", "async", "free"
 BACKENDS = {"cuda": spinning.SPINNING, "cuda-shared": "gloo"}
-PRETENDED = ((EXACT, "cuda"), (LATE, "cuda"), (FREE, "cuda"), (EXACT, "cuda-shared"))
+GRAPHS = "cuda, graphs"
+PRETENDED = ((EXACT, "cuda"), (LATE, "cuda"), (FREE, "cuda"), (EXACT, "cuda-shared"), (EXACT, GRAPHS), (LATER, GRAPHS))
 
 
 def configs() -> dict[str, Config]:
@@ -44,6 +47,7 @@ def configs() -> dict[str, Config]:
     return {
         EXACT: tiny_config("dgl", "plain", 2, 4, schedule={"micro_batches": 2}, **common),
         LATE: tiny_config(mirror(2, 3), "plain", 2, 3, schedule={"kind": "async"}, **common),
+        LATER: tiny_config("dgl", "plain", 2, 3, schedule={"kind": "async"}, **common),
         FREE: tiny_config("dgl", "plain", 1, 3, schedule={"kind": "free", "ring": 2}, **common),
     }
 
@@ -55,35 +59,37 @@ def wait_for_the_device(step: int, action: Action) -> None:
 def run(name: str, way: str, run_dir: Path) -> str:
     """Digest of the weights."""
     summary = train(
-        configs()[name],
+        with_values(configs()[name], {"precision.cuda_graphs": way == GRAPHS}),
         network=network(),
         data=LoaderData(Batches(), Batches()),
         run_dir=run_dir,
         quiet=True,
-        before_action=wait_for_the_device if way == "cuda" else None,
+        before_action=wait_for_the_device if way.startswith("cuda,") or way == "cuda" else None,
     )
     return str(summary["weights_sha256"])
 
 
 def all_runs(rank: int, folder: str) -> dict[str, Any]:
     """Of every run the weights, the races and how often the host has waited within steps; and races without a gate."""
-    found: dict[str, Any] = {f"{name}, cpu": run(name, "cpu", Path(folder) / name) for name in (EXACT, LATE)}
+    found: dict[str, Any] = {f"{name}, cpu": run(name, "cpu", Path(folder) / name) for name in (EXACT, LATE, LATER)}
+    pipeline.local.graphs.WARM_UP = 1
     with helpers_device.pretended() as device:
         for name, way in (*PRETENDED, (LATE, "no gate")):
-            device.waits, device.waits_in_step, device.races = Counter(), Counter(), []
+            device.waits, device.waits_in_step, device.races, device.replays = Counter(), Counter(), [], 0
             backend = BACKENDS.get(way, spinning.SPINNING)
             pipeline.ranks.runtime.choose_device = lambda *request, to=backend: (helpers_device.CUDA, to)
             with patch.object(Slot, "settle", lambda slot: None) if way == "no gate" else nullcontext():
                 weights = run(name, way, Path(folder) / f"{name}, {way}")
             device.look_at_freed()
             found[f"{name}, {way}"] = weights, device.races, dict(device.waits_in_step), set(device.waits)
+            found[f"{name}, {way}, replays"] = device.replays
     found["launched"] = spinning.launched
     return found
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    results = run_ranks(all_runs, RANKS, str(tmp_path_factory.mktemp("pretended")), timeout_s=150)
+    results = run_ranks(all_runs, RANKS, str(tmp_path_factory.mktemp("pretended")), timeout_s=220)
     assert [result.exit_code for result in results] == [0] * RANKS, [result.stderr for result in results]
     return [result.value for result in results]
 
@@ -91,6 +97,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("name", "way"), [each for each in PRETENDED if each[0] != FREE])
 def test_weights_are_those_of_the_cpu_to_the_bit(ranks: list[dict[str, Any]], name: str, way: str) -> None:
     assert ranks[0][f"{name}, {way}"][0] == ranks[0][f"{name}, cpu"]
+
+
+@pytest.mark.parametrize("name", [EXACT, LATER])
+def test_every_rank_captures_its_actions_and_launches_them_again(ranks: list[dict[str, Any]], name: str) -> None:
+    """While every rank waits for the whole device before every action."""
+    assert all(rank[f"{name}, {GRAPHS}, replays"] > 20 for rank in ranks)
+    assert all(rank[f"{EXACT}, cuda, replays"] == 0 for rank in ranks)
 
 
 def test_the_replay_ring_ends_its_epochs_though_every_rank_waits_for_the_device(ranks: list[dict[str, Any]]) -> None:

@@ -26,6 +26,7 @@ from pipeline.ranks.grid import Grid, grid_of
 ROWS = 12
 LATE = {"kind": "async"}
 ADDED_UP = {"epochs": 2, "accumulate": 2, "ema": 0.5}
+SPOILT = {"epochs": 2, "nonfinite": "skip"}
 
 
 class Block(nn.Module):
@@ -53,12 +54,13 @@ def network(norm: type[nn.Module] | None = None, seed: int = 7) -> nn.Sequential
 
 
 class Images:
-    """Batches of noise in another order in every epoch, the last one short; what was read is noted."""
+    """Batches of noise in another order in every epoch, the last one short; ``spoilt``: one has a NaN at its end."""
 
     batch_size = ROWS
 
-    def __init__(self, rows: tuple[int, ...] = (12, 12, 9)) -> None:
+    def __init__(self, rows: tuple[int, ...] = (12, 12, 9), spoilt: bool = False) -> None:
         self._rows = rows
+        self._spoilt = spoilt
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -68,6 +70,8 @@ class Images:
             generator = torch.Generator().manual_seed(number)
             rows = self._rows[number]
             images = torch.rand(rows, 3, 8, 8, generator=generator)
+            if self._spoilt and number == 1:
+                images[-1, 0, 0, 0] = torch.nan
             yield images, torch.randint(CLASSES, (rows,), generator=generator)
 
 
@@ -83,7 +87,7 @@ def run(
     sections["parallel"] = {"replicas": replicas, **sections.get("parallel", {})}
     sections.setdefault("train", {"epochs": 2})
     config = tiny_config("greedy", "plain", 2, 4, data={"batch_size": ROWS}, **sections)
-    data = LoaderData(Images(), Images((5, 12, 3)))
+    data = LoaderData(Images(spoilt=sections["train"].get("nonfinite") == "skip"), Images((5, 12, 3)))
     with contextlib.redirect_stdout(io.StringIO()):
         return train(config, network=network(norm, seed), data=data, run_dir=folder, quiet=True, resume=resume)
 
@@ -93,6 +97,7 @@ def on_four(rank: int, folder: str) -> dict[str, str]:
     for name, replicas in {"2 x 2": 2, "4 x 1": 4, "1 x 4": 1}.items():
         run(here / name, replicas, seed=7 + rank // (4 // replicas))  # the first replica's weights count
     run(here / "added up 2 x 2", 2, train=ADDED_UP)
+    run(here / "spoilt 2 x 2", 2, train=SPOILT)
     run(here / "resumed", 2, train={"max_steps": 2})
     run(here / "stopped", 2, nn.BatchNorm2d, train={"max_steps": 4})
     found = {name: run(here / name, 2, nn.BatchNorm2d) for name in ("whole", "stopped")}
@@ -107,6 +112,7 @@ def on_two(rank: int, folder: str) -> None:
     for name, replicas in {"1 x 2": 1, "2 x 1": 2}.items():
         run(Path(folder) / name, replicas)
     run(Path(folder) / "added up 1 x 2", 1, train=ADDED_UP)
+    run(Path(folder) / "spoilt 1 x 2", 1, train=SPOILT)
     run(Path(folder) / "resumed", 1, train={"max_steps": 4}, seed=8)  # other weights, which the checkpoint replaces
     saved = str(Path(folder) / "late 2 x 2" / "checkpoints" / "step-00000002")
     run(Path(folder) / "late 1 x 2", 1, schedule=LATE)
@@ -188,6 +194,13 @@ def test_a_checkpoint_goes_on_with_any_replicas_and_stages(runs: Runs) -> None:
     torch.testing.assert_close(runs.weights("resumed"), runs.weights("1 x 2"), rtol=1e-4, atol=1e-5)
     newest = max((runs.folder / "resumed" / "checkpoints").iterdir())
     assert sorted(path.name for path in newest.glob("module-*")) == [f"module-00{m}.safetensors" for m in range(4)]
+
+
+def test_what_is_not_finite_in_one_replica_is_left_out_in_all(runs: Runs) -> None:
+    torch.testing.assert_close(runs.weights("spoilt 2 x 2"), runs.weights("spoilt 1 x 2"), rtol=1e-4, atol=1e-5)
+    for name in ("spoilt 2 x 2", "spoilt 1 x 2"):
+        assert [module["skipped_steps"] for module in runs.records(name)[0]["modules"]] == [1] * 4
+        assert all(value.isfinite().all() for value in runs.weights(name).values())
 
 
 def test_gradients_on_their_way_are_saved_by_every_replica(runs: Runs) -> None:
