@@ -48,7 +48,7 @@ class Peer:
 
 BEGUN = (Key.SAVING(step=STEP, rank=1), "1")
 SAVED = (Key.SAVED(step=STEP, rank=1), json.dumps({"files": {}}))
-REPORT = json.dumps(dict.fromkeys(["stage", "modules", "images", "tested", "statistics", "test_loss_sum"]))
+REPORT = json.dumps(dict.fromkeys(["stage", "modules", "images", "tested", "statistics", "test_loss_sum", "averaged"]))
 REPORTED = (Key.EPOCH(epoch=1, rank=1), REPORT)
 
 
