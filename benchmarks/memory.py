@@ -41,12 +41,14 @@ class Network:
     methods: tuple[str, ...] = ("DGL", "InfoPro", "PredSim")
     cuts: str = "hpff"
     fewer: tuple[int, ...] = ()  # K of more rows of InfoPro
+    recipes: str = ""  # what those begin with that have its own cuts and heads for all of its rows
 
 
-_OF_IMAGENET = Network(4, 128, (3, 224, 224), 1000, ("InfoPro",), "even", fewer=(2,))
+_OF_IMAGENET = Network(4, 128, (3, 224, 224), 1000, ("InfoPro",), fewer=(2,), recipes="imagenet-resnet101")
 NETWORKS = {
     "resnet32": Network(16, 1024), "resnet110": Network(55, 1024, fewer=(2, 3, 4)),
-    "resnet101": _OF_IMAGENET, "resnet152": _OF_IMAGENET, "resnext101_32x8d": replace(_OF_IMAGENET, batch=64),
+    "resnet101": _OF_IMAGENET, "resnet152": replace(_OF_IMAGENET, recipes="imagenet-resnet152"),
+    "resnext101_32x8d": replace(_OF_IMAGENET, batch=64, recipes="imagenet-resnext101"),
     "resnet20": Network(3, 64, methods=("DGL",), cuts="even"),
 }  # fmt: skip
 FORMS = {
@@ -110,12 +112,14 @@ def cases_of(name: str, settings: Settings) -> Iterator[Case]:
             of = "resnet110" if name == "resnet110" else "resnet32"
             k = {"resnet32": 16, "resnet110": 55}[of]
             cut = [f"model.modules={network.modules}", f"model.cuts={network.cuts}"]
-            recipe = f"cifar10-{of}-k{k}-{method.lower()}{recipe}"
+            start = f"{network.recipes}-k{network.modules}" if network.recipes else f"cifar10-{of}-k{k}"
+            recipe = f"{start}-{method.lower()}{recipe}"
             yield Case(method + form, network, load_config(recipe, assignments=[*run, *cut, *more]))
         if method == "InfoPro":
-            recipe = "cifar10-resnet32-k16-infopro"
             for modules in network.fewer:
-                cut = [f"model.modules={modules}", "model.cuts=even"]
+                recipe, cut = "cifar10-resnet32-k16-infopro", [f"model.modules={modules}", "model.cuts=even"]
+                if network.recipes:
+                    recipe, cut = f"{network.recipes}-k{modules}-infopro", []
                 yield Case(f"InfoPro, K = {modules}", network, load_config(recipe, assignments=[*run, *cut]))
 
 
@@ -249,8 +253,8 @@ ABOUT = (
     "operations need besides; queues: slots of messages, in which a received activation is also the input of a "
     "module. Work space that a library gets for itself is in none of them. HiLo: both levels on whole maps; HPFF: with "
     "patches, one after another. M: micro-batches, 1 where nothing is said. Papers: GB of one process, as a GPU showed "
-    "them, which may be with about 1 GB for CUDA itself; InfoPro's own cuts for a small K are chosen by memory, these "
-    "have as many blocks each."
+    "them, which may be with about 1 GB for CUDA itself. Networks for ImageNet have the papers' cuts and heads; of the "
+    "others InfoPro's own cuts for a small K are chosen by memory, these have as many blocks each."
 )
 
 

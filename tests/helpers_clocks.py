@@ -98,6 +98,7 @@ class Event:
     def __init__(self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False) -> None:
         self.clock: Clock = {}
         self.host_s = 0.0
+        self._timing = enable_timing
 
     def record(self, stream: Stream | None = None) -> None:
         stream = stream or current_stream()
@@ -107,7 +108,8 @@ class Event:
         this_thread().follow(self.clock)
 
     def query(self) -> bool:
-        self.synchronize()
+        if not self._timing:  # what only measures must order nothing: whether it has passed is luck
+            self.synchronize()
         return True
 
     def elapsed_time(self, later: Event) -> float:

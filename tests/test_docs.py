@@ -112,7 +112,7 @@ def test_commands_run(
         assert re.fullmatch(r"--nproc_per_node=\d+", launcher)
         command = f"python launch/train.py {script} --print-config"
     elif "launch/plan.py" in command:
-        command += " --set data.batch_size=2"
+        command += f" --set data.batch_size={4 if 'replicas' in command else 2}"  # two images for each, at least
     run_here(command, monkeypatch)
     printed = capfd.readouterr().out
     assert printed or "learning_curve" in command

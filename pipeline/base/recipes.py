@@ -27,6 +27,7 @@ from pipeline.base.validation import check_values, from_dict, validate
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 PAPERS = "papers.toml"
+FIGURES = ("test_error", "mean_iou")  # of a line of it
 DEFAULT_RECIPE = "digits-resnet32-k4-infopro-hpff"
 
 Layer = dict[str, Any]  # section -> key -> value, of one source
@@ -38,13 +39,15 @@ class Recipe:
 
     Attributes:
         name: as ``--recipe`` takes it.
-        test_error: the paper's figure, in %; None where it is of no paper.
+        test_error: the paper's figure, in %; None where it has none.
+        mean_iou: of a segmentation, in %, in place of it.
         table: the table it stands in, for example "HPFF, table 1".
         paper: title, place and year of the paper.
     """
 
     name: str
     test_error: float | None = None
+    mean_iou: float | None = None
     table: str = ""
     paper: str = ""
 
@@ -60,13 +63,18 @@ def recipes() -> list[Recipe]:
 
 
 def recipes_text() -> str:
-    """One line per recipe: its name, and the paper's test error with the table it stands in."""
+    """One line per recipe: its name, and the paper's figure with the table it stands in."""
     rows = []
     for recipe in recipes():
-        error = f"{recipe.test_error:5.2f} %  {recipe.table}" if recipe.test_error is not None else "      -"
-        rows.append(f"{recipe.name:46}  {error}")
-    papers = dict.fromkeys((recipe.table.partition(",")[0], recipe.paper) for recipe in recipes() if recipe.paper)
-    return "\n".join([*rows, "", "Test error in the paper:", *(f"{short}  {title}" for short, title in papers)])
+        figure = "      -"
+        if recipe.test_error is not None:
+            figure = f"{recipe.test_error:5.2f} %  {recipe.table}"
+        elif recipe.mean_iou is not None:
+            figure = f"{recipe.mean_iou:5.2f} % mean IoU  {recipe.table}"
+        rows.append(f"{recipe.name:46}  {figure}")
+    papers = {recipe.table.partition(",")[0]: recipe.paper for recipe in recipes() if recipe.paper}
+    titles = [f"{short}  {title}" for short, title in papers.items()]
+    return "\n".join([*rows, "", "Test error in the paper, or mean IoU:", *titles])
 
 
 def print_on_first_rank(line: str) -> None:
@@ -118,9 +126,10 @@ def _rows() -> dict[str, tuple[Recipe, Layer]]:
     rows = {}
     for table in read_toml(FOLDER / PAPERS).values():
         for name, line in table["recipes"].items():
-            layer = {key: value for key, value in line.items() if key != "test_error"}
+            layer = {key: value for key, value in line.items() if key not in FIGURES}
             layer["base"] = [*_names(table["base"], PAPERS), *_names(line["base"], PAPERS)]
-            rows[name] = (Recipe(name, line["test_error"], table["table"], table["paper"]), layer)
+            figures: dict[str, Any] = {key: line.get(key) for key in FIGURES}
+            rows[name] = (Recipe(name, **figures, table=table["table"], paper=table["paper"]), layer)
     return rows
 
 

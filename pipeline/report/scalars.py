@@ -3,6 +3,7 @@
     train/loss  train/images_per_s  train/learning_rate  train/seconds  epoch        of the whole pipeline
     train/loader_images_per_s                                        what the loader could give, where it is known
     test/error_pct  test/loss  test/<metric of the task>                             in epochs with a test
+    ema/error_pct  ema/loss                                                          the same with averaged weights
     module 03 loss/cascade.task      module 03 test/cascade.error_pct                of every local module
     rank 1/busy_fraction  ...                                                        of every rank
 """
@@ -39,6 +40,8 @@ def _entries(record: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
     yield "test/loss", record["test_loss"]
     for name, value in record["test_metrics"].items():
         yield f"test/{name}", value
+    for name, value in record.get("ema_metrics", {}).items():
+        yield f"ema/{name}", value
     modules, ranks = record["modules"], record["stages"]
     for module in modules:
         name = f"module {module['index']:0{len(str(len(modules) - 1))}}"  # so that they sort by depth

@@ -144,7 +144,7 @@ def train(
         view = held.enter_context(closing(open_view(quiet=quiet))) if team.leads else None
         if view is not None:
             failures.before_exit(view.close)  # a live view hides the cursor
-        watch = Watch(failures.progress, before_action)
+        watch = Watch(failures.progress, before_action, device=runtime.device)
         modules: list[LocalModule] = []
         held.enter_context(explained_failures(runtime, grid, plan, numerics, modules, watch))
         averaging, order_group = connect_twins(runtime, grid)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass
 class Counters:
-    """Sums since the last :meth:`pipeline.stage.stage.Stage.take_counters`. Seconds of host time; ``statistics``
+    """Sums since the last :meth:`pipeline.stage.stage.Stage.take_counters`. Seconds of the device; ``statistics``
     of the task's metrics by (module, level, metric) and ``test_loss_sum`` stay on the device; ``reused``,
     ``skipped`` and ``held_back`` as in :class:`pipeline.edges.replay.ReplayCounts`. ``averaged``: of the test with the
     averages of the weights in their place."""

@@ -133,7 +133,7 @@ class Stage:
         self._first_step, self._end_step = first_step, None
         self._gradients.begin_epoch(first_step, began)
         self._weights.begin_epoch(first_step, began)
-        self._waited_before_epoch = self.wait_s()
+        self._waited_before_epoch = self._waited_s()
 
     def end_epoch(self, epoch: int, end_step: int) -> int:
         """Do what is left late, so that the weights hold every batch before ``end_step``. Returns the step before which
@@ -226,7 +226,8 @@ class Stage:
                 fields[IMAGE] = item.batch.image
             if local_gradient is not None:
                 fields[LOCAL_GRADIENT] = local_gradient
-            self.edges.activation_out.send(header, **fields)
+            with self.watch.sending(self.wait_s):
+                self.edges.activation_out.send(header, **fields)
 
     def _send_upstream(self, action: Action, batch: BatchKey, gradients: Tensors | None, epoch: int) -> None:
         """To the module before, here or on the previous stage."""
@@ -238,7 +239,8 @@ class Stage:
                 assert self.edges.gradient_out is not None
                 item = self._inputs[batch]
                 header = Header(MessageKind.GRADIENT, epoch, *batch, key, item.rows, item.batch_rows)
-                self.edges.gradient_out.send(header, **payload(gradients, GRADIENT))
+                with self.watch.sending(self.wait_s):
+                    self.edges.gradient_out.send(header, **payload(gradients, GRADIENT))
 
     def _before_backward(self, action: Action, step: int) -> None:
         """All losses of updates that are done together may be there; those of a replica are no news by themselves."""
@@ -324,7 +326,12 @@ class Stage:
 
     def wait_since_epoch(self) -> float:
         """Seconds spent waiting since ``begin_epoch``."""
-        return self.wait_s() - self._waited_before_epoch
+        return self._waited_s() - self._waited_before_epoch
+
+    def _waited_s(self) -> float:
+        """Of a GPU the time in which it had nothing to do: it may have worked while the host waited."""
+        self.watch.read()
+        return self.wait_s() if self.watch.device_time is None else self.watch.idle_s
 
     def take_counters(self) -> Counters:
         """The counters since the last call."""

@@ -33,9 +33,12 @@ def test_recipes_show_the_figure_of_the_paper_and_where_it_stands() -> None:
     assert (hpff.test_error, hpff.table) == (8.94, "HPFF, table 1")
     assert "Hierarchical Locally Supervised Learning" in hpff.paper
     assert known["digits-resnet32-k4-infopro-hpff"].test_error is None
+    scenes = known["cityscapes-deeplabv3-resnet101-k2-infopro"]
+    assert (scenes.test_error, scenes.mean_iou, scenes.table) == (None, 79.37, "InfoPro, Cityscapes")
     rows = recipes_text().splitlines()
     assert [row.split()[0] for row in rows[: len(known)]] == recipe_names()
     assert "cifar10-resnet110-k2-infopro-contrast            6.42 %  InfoPro, table 2" in rows
+    assert "cityscapes-deeplabv3-resnet101-k2-infopro       79.37 % mean IoU  InfoPro, Cityscapes" in rows
 
 
 def test_a_file_lies_on_a_recipe_and_on_a_file_beside_it(tmp_path: Path) -> None:

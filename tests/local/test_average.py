@@ -16,6 +16,7 @@ from pipeline import LoaderData, evaluate, export, read_metrics, train
 from pipeline.base.errors import CheckpointError
 from pipeline.local.module_state import module_state
 from pipeline.local.weights import averages_of, weights_of
+from pipeline.report.scalars import scalars
 
 DECAY = 0.75
 
@@ -65,6 +66,7 @@ def test_a_run_tests_both_and_exports_either(tmp_path: Path, capsys: pytest.Capt
     assert "with averages" in capsys.readouterr().out
     *_, last = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert last["ema_metrics"].keys() == {"error_pct", "loss"} and last["ema_metrics"]["loss"] != last["test_loss"]
+    assert scalars(last)["ema/error_pct"] == summary["ema_metrics"]["error_pct"]
     for ema, expected in ((True, summary["ema_metrics"]["error_pct"]), (False, summary["test_error_pct"])):
         data = LoaderData(Batches(), Batches())
         tested = evaluate(tmp_path / "run", ["runtime.device=cpu"], network=network(), data=data, ema=ema)

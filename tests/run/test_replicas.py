@@ -25,6 +25,7 @@ from pipeline.ranks.grid import Grid, grid_of
 
 ROWS = 12
 LATE = {"kind": "async"}
+ADDED_UP = {"epochs": 2, "accumulate": 2, "ema": 0.5}
 SPOILT = {"epochs": 2, "nonfinite": "skip"}
 
 
@@ -95,6 +96,7 @@ def on_four(rank: int, folder: str) -> dict[str, str]:
     here = Path(folder)
     for name, replicas in {"2 x 2": 2, "4 x 1": 4, "1 x 4": 1}.items():
         run(here / name, replicas, seed=7 + rank // (4 // replicas))  # the first replica's weights count
+    run(here / "added up 2 x 2", 2, train=ADDED_UP)
     run(here / "spoilt 2 x 2", 2, train=SPOILT)
     run(here / "resumed", 2, train={"max_steps": 2})
     run(here / "stopped", 2, nn.BatchNorm2d, train={"max_steps": 4})
@@ -109,6 +111,7 @@ def on_four(rank: int, folder: str) -> dict[str, str]:
 def on_two(rank: int, folder: str) -> None:
     for name, replicas in {"1 x 2": 1, "2 x 1": 2}.items():
         run(Path(folder) / name, replicas)
+    run(Path(folder) / "added up 1 x 2", 1, train=ADDED_UP)
     run(Path(folder) / "spoilt 1 x 2", 1, train=SPOILT)
     run(Path(folder) / "resumed", 1, train={"max_steps": 4}, seed=8)  # other weights, which the checkpoint replaces
     saved = str(Path(folder) / "late 2 x 2" / "checkpoints" / "step-00000002")
@@ -152,6 +155,15 @@ def test_replicas_end_with_the_weights_of_one_pipeline_on_the_same_batches(runs:
     begun = network().state_dict()
     assert not torch.allclose(expected["a.conv.weight"], begun["a.conv.weight"], atol=1e-3)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_of_several_batches_and_averages_of_weights_are_those_of_one_pipeline(runs: Runs) -> None:
+    expected, found = runs.weights("added up 1 x 2"), runs.weights("added up 2 x 2")
+    assert not torch.allclose(expected["a.conv.weight"], runs.weights("1 x 2")["a.conv.weight"], atol=1e-3)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for one, other in zip(runs.records("added up 1 x 2"), runs.records("added up 2 x 2"), strict=True):
+        assert other["ema_metrics"] == pytest.approx(one["ema_metrics"], rel=1e-4)
+        assert other["ema_metrics"]["loss"] != other["test_loss"]
 
 
 def test_stages_of_a_replica_change_no_bit(runs: Runs) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from pathlib import Path
@@ -15,7 +16,7 @@ from tiny import tiny_config, tiny_plan
 from pipeline.base.config import CheckpointConfig
 from pipeline.ranks.keys import Key
 from pipeline.ranks.team import Team
-from pipeline.run.telemetry import Telemetry
+from pipeline.run.telemetry import StageReport, Telemetry
 from pipeline.store import checkpoint
 from pipeline.store.saver import Document, Saver
 
@@ -48,7 +49,7 @@ class Peer:
 
 BEGUN = (Key.SAVING(step=STEP, rank=1), "1")
 SAVED = (Key.SAVED(step=STEP, rank=1), json.dumps({"files": {}}))
-REPORT = json.dumps(dict.fromkeys(["stage", "modules", "images", "tested", "statistics", "test_loss_sum", "averaged"]))
+REPORT = json.dumps(dict.fromkeys(field.name for field in dataclasses.fields(StageReport)))
 REPORTED = (Key.EPOCH(epoch=1, rank=1), REPORT)
 
 
