@@ -35,7 +35,7 @@ def _agent(
 
     os.dup2(2, 1)
     # Seconds until a node counts as gone, and until a start does without the nodes that may still come.
-    conf = f"is_host={int(node == 0)},keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=3"
+    conf = f"is_host={int(node == 0)},keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=5"
     here = [f"--nproc_per_node={processes[node]}", f"--rdzv-conf={conf}"]
     config, _, _ = config_from_args(parse_args([*arguments, *here, "a script"]))
     config.start_method = "fork"

@@ -31,6 +31,7 @@ def test_a_lost_replica_ends_the_job_with_one_line_and_a_restart_goes_on(tmp_pat
     assert ended.result["weights_sha256"] == whole[0].value["weights_sha256"]
 
 
+@pytest.mark.slow
 def test_a_lost_machine_leaves_fewer_replicas_at_the_same_batch(tmp_path: Path) -> None:
     """torchrun --nnodes=1:2: each node had a replica; BatchNorm sees other batches then."""
     settings = {"parallel": {"replicas": "auto", "stages": 2}}
