@@ -76,7 +76,7 @@ class ImageStream:
             indices = indices[mine] if self._mixer is None else self._mixer.needed(indices, mine)
             images = moved(self._data.train.images(indices), self._device)
             policy = self._data.augmentation
-            images = augment(images, indices, seed=self._seed, epoch=epoch, policy=policy)
+            images = augment(images, moved(indices, self._device), seed=self._seed, epoch=epoch, policy=policy)
             labels = moved(self._data.train.labels[indices], self._device)
             if self._mixer is not None:
                 images, labels = self._mixer.train(images, labels, epoch, batch)

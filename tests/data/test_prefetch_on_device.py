@@ -12,7 +12,12 @@ import torch
 from helpers_device import CUDA, Device, OnDevice
 from torch import Tensor
 
+from pipeline.base.numerics import Numerics
+from pipeline.data.augmentation import Augmentation
+from pipeline.data.images import CachedImages, ImageData
+from pipeline.data.normaliser import Normaliser
 from pipeline.data.prefetch import moved, on_device
+from pipeline.data.stream import ImageStream
 from pipeline.stage.inlet import Batch
 
 
@@ -69,3 +74,23 @@ def test_without_events_or_the_allocators_knowledge_the_checker_finds_it(
     with patch.object(kind, missing, lambda *arguments: None):
         train_on(device, items())
     assert any(found in race for race in device.races)
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_images_are_augmented_and_normalised_there_as_on_a_cpu(device: Device, mode: str) -> None:
+    """Pixels cross as uint8, from pinned memory, beside; what is made of them is the same to the bit."""
+    pixels = torch.randint(0, 256, (12, 3, 8, 8), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    images = CachedImages(pixels, torch.arange(12) % 4)
+    policy = Augmentation(2, mode, True)  # type: ignore[arg-type]
+    data = ImageData(images, images, ("a", "b", "c", "d"), (3, 8, 8), (0.4, 0.5, 0.6), (0.2, 0.3, 0.2), policy, "made")
+    found = {}
+    for where in (torch.device("cpu"), CUDA):
+        stream = ImageStream(data, 4, 7, Normaliser(data.mean, data.std, Numerics(where, torch.float32, True)))
+        found[where] = [(b.x, b.labels, b.image) for b in stream.train_batches(2)]
+    torch.cuda.current_stream().synchronize()
+    for one, other in zip(found[torch.device("cpu")], found[CUDA], strict=True):
+        for here, there in zip(one, other, strict=True):
+            assert isinstance(here, Tensor) and isinstance(there, OnDevice) and torch.equal(here, there.cpu())
+    assert device.races == []
+    assert device.copies["to the device, beside"] == 9  # images, labels and indices of three batches
+    assert device.copies["to the device, waited for"] == 2  # mean and standard deviation, once

@@ -138,7 +138,7 @@ def test_the_thread_does_all_the_work_on_a_batch_once(monkeypatch: pytest.Monkey
     monkeypatch.setattr(CachedImages, "images", noted("read", CachedImages.images))
 
     batches = list(stream().train_batches(1))
-    once = {"read": 1, "moved": 2, "augment": 1, "normalise": 1}  # images and labels are moved
+    once = {"read": 1, "moved": 3, "augment": 1, "normalise": 1}  # images, their indices and labels are moved
     assert Counter(done) == {(name, "prefetch"): len(batches) * times for name, times in once.items()}
     done.clear()
     batches = list(stream().test_batches())
