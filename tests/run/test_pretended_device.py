@@ -128,7 +128,7 @@ def test_within_a_step_the_host_waits_for_nothing_on_the_device(
 def test_a_checkpoint_waits_for_nothing_on_the_device(ranks: list[dict[str, Any]]) -> None:
     """What does is before the first step, at the end of an epoch, or at the end."""
     at_the_ends = {"Numerics.place", "Normaliser.__init__", "module_weights"}
-    at_the_ends |= {"Metric.of", "Losses.means", "Telemetry.post"}
+    at_the_ends |= {"Metric.of", "Losses.means", "Telemetry.post", "_tested"}
     for rank in ranks:
         for name, way in PRETENDED:
             assert rank[f"{name}, {way}"][3] <= at_the_ends | {"shifted_interpolation"}
