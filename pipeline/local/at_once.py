@@ -1,16 +1,16 @@
 """How many patches a head works on together where ``patches.at_once = "auto"``: as many as memory allows.
 
-    modules   forward + backward of f_m need b_m bytes; B = the largest b_m, which some rank must have
-    heads     forward + backward of n patches together need w(n) bytes, given back before the next ones
-    auto      the largest n <= all with w(n) <= B, or 1; w(n) <= B / 2 where both levels work together
+    modules   f_m keeps g_m bytes from its forward to its backward, and needs b_m >= g_m at most; B = the largest b_m
+    heads     forward + backward of n patches together need w(n) bytes, given back before the next ones, beside g_m
+    auto      the largest n <= all with g_m + w(n) <= B, or 1; g_m + 2 w(n) <= B where both levels work together
 
-So heads at work never need more than the backward of the largest module does. They come on top of what is open on their
-rank, its module's own graph: where the largest module has heads, its rank peaks at up to the two together. Both b_m and
-w(n) are the most that is alive at a time, without what is there in any form: gradients of outputs and of parameters.
+So with a module on each rank no head at work makes the peak larger than what the largest module needs for its own
+backward anyway, unless one patch alone does. All of these are the most that is alive at a time, without what is there in
+any form: gradients of outputs and of parameters.
 
-Why not what fits beside the module's graph into what its own backward needs? A late module needs little, while its
-decoder gives whole images: patches would come one after another just where calls are dearest. Why not what is free on a
-rank? Bits of the result depend on n, so it must be the same in every placement. Therefore bytes are also counted from
+Why B, and not b_m of the module itself? A late module needs little, while its decoder gives whole images: patches would
+come one after another just where calls are dearest, on ranks that have the memory of the fullest. Why not what is free on
+a rank? Bits of the result depend on n, so it must be the same in every placement. Therefore bytes are also counted from
 shapes alone, on tensors without values, in one dtype and layout, for a fixed number of rows: batch size and precision
 change both sides alike, more or less (autocast's copies are not counted).
 """
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -36,25 +37,44 @@ CPU = torch.device("cpu")
 ROWS = 64  # so many that what does not grow with them, such as the weights' gradients, hardly counts
 
 
-def largest_backward(modules: Iterable[tuple[Sequence[nn.Module], Specs]]) -> int:
-    """Bytes that forward and backward of ``ROWS`` rows need in the local module that needs most; ``modules``: the
-    blocks of each and what it is given."""
-    different = {f"{blocks} {given}": (blocks, given) for blocks, given in modules}
-    return max(_module_bytes(blocks, given) for blocks, given in different.values())
+@dataclass(frozen=True)
+class ModuleBytes:
+    """What ``ROWS`` rows need in a local module without its heads: between its forward and its backward, and at most."""
+
+    graph: int
+    backward: int
+
+
+def bytes_of_modules(modules: Iterable[tuple[Sequence[nn.Module], Specs]]) -> tuple[ModuleBytes, ...]:
+    """Of every local module; ``modules``: the blocks of each and what it is given."""
+    known: dict[str, ModuleBytes] = {}
+    found = []
+    for blocks, given in modules:
+        kind = f"{blocks} {given}"
+        if kind not in known:
+            known[kind] = _module_bytes(blocks, given)
+        found.append(known[kind])
+    return tuple(found)
 
 
 class HeadMemory:
-    """Lets heads work on as many patches at once as ``available`` bytes hold of ``ROWS`` rows."""
+    """Lets heads work on as many patches at once as there is memory for beside the graph of their module.
 
-    def __init__(self, available: int, task: Task) -> None:
-        self._available = available
+    Args:
+        modules: what each local module needs.
+        task: of the heads.
+    """
+
+    def __init__(self, modules: Sequence[ModuleBytes], task: Task) -> None:
+        self._modules = modules
         self._task = task
         self._known: dict[str, int] = {}  # heads of a kind need the same
 
-    def fit(self, levels: Collection[Level], shape: FeatureShape, together: bool = False) -> None:
-        """Choose for all patched heads of ``levels``, which may work ``together``, on features of ``shape``; one patch
-        where it is not known what they need."""
-        available = self._available // (len(levels) if together else 1)
+    def fit(self, module: int, levels: Collection[Level], shape: FeatureShape, together: bool = False) -> None:
+        """Choose for all patched heads of ``levels``, those of this ``module``, which may work ``together``, on
+        features of ``shape``; one patch where it is not known what they need."""
+        largest = max(each.backward for each in self._modules)
+        available = (largest - self._modules[module].graph) // (len(levels) if together else 1)
         for level in levels:
             stands_on = shape if level.front is None else level.front.shape
             for _, head in level.heads():
@@ -65,9 +85,9 @@ class HeadMemory:
                     head.at_once = self._known[kind]
 
 
-def _module_bytes(blocks: Sequence[nn.Module], given: Specs) -> int:
-    """The most that forward and backward of these blocks have alive, without what stays: the gradients of the outputs
-    and of parameters. 0 where that fails."""
+def _module_bytes(blocks: Sequence[nn.Module], given: Specs) -> ModuleBytes:
+    """What these blocks have alive, without what stays: the gradients of the outputs and of parameters. 0 where that
+    fails."""
     with _blank_copies(blocks) as blanks:
         flow = bare({name: blank(spec, ROWS, torch.float32, CPU) for name, spec in given.items()})
         alive = Alive()
@@ -75,14 +95,15 @@ def _module_bytes(blocks: Sequence[nn.Module], given: Specs) -> int:
             with alive:
                 for block in blanks:
                     flow = passed(block(flow))
+                graph = alive.now
                 outputs = [output for output in named(flow).values() if output.requires_grad]
                 gradients = [torch.empty_like(output) for output in outputs]
                 if outputs:
                     torch.autograd.backward(outputs, gradients)
         except Exception:  # whatever it is: there is no answer without values
-            return 0
+            return ModuleBytes(0, 0)
         stays = gradients + [p.grad for block in blanks for p in block.parameters() if p.grad is not None]
-        return alive.most - sum(tensor.nbytes for tensor in stays)
+        return ModuleBytes(graph, alive.most - sum(tensor.nbytes for tensor in stays))
 
 
 def _fitting(patched: PatchedHead, shape: FeatureShape, task: Task, available: int) -> int:

@@ -21,7 +21,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.flow import MAIN, Specs, TensorSpec
 from pipeline.base.numerics import Numerics, stable_hash
 from pipeline.edges.wire import FieldSpec, MessageSpec
-from pipeline.local.at_once import HeadMemory, largest_backward
+from pipeline.local.at_once import HeadMemory, bytes_of_modules
 from pipeline.local.entrance import Maps
 from pipeline.local.graphs import Capture
 from pipeline.local.local_module import LocalModule
@@ -99,8 +99,8 @@ class Plan:
         memory = None
         if at_once == "auto" and self.config.patches.grid > 1 and not self.modules[0].reconciles:
             parts = [[blocks[name] for name in names] for names in self.cut.modules]
-            largest = largest_backward(zip(parts, (self.inputs, *self.boundaries), strict=False))
-            memory = HeadMemory(largest, self.task)
+            modules = bytes_of_modules(zip(parts, (self.inputs, *self.boundaries), strict=False))
+            memory = HeadMemory(modules, self.task)
         config = dataclasses.replace(self.config, patches=dataclasses.replace(self.config.patches, at_once=at_once))
         return dataclasses.replace(self, config=config, head_memory=memory)
 
@@ -298,7 +298,7 @@ def build_modules(
             mine = OrderedDict((name, convert(block)) for name, block in mine.items())
             levels = OrderedDict((name, convert(level)) for name, level in levels.items())
         if plan.head_memory is not None:
-            plan.head_memory.fit(levels.values(), plan.feature(index), plan.modules[index].together)
+            plan.head_memory.fit(index, levels.values(), plan.feature(index), plan.modules[index].together)
         role, mailbox = plan.modules[index], None
         if plan.upstream is not None:
             mailbox = plan.upstream.mailbox(index, numerics)

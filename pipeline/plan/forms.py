@@ -104,7 +104,7 @@ def _heads(plan: Plan) -> tuple[tuple[tuple[int, int], ...], ...]:
         builders = plan.level_builders(role.index)
         levels = [without_memory(build) for build in builders.values()]
         if plan.head_memory is not None:
-            plan.head_memory.fit(levels, shape, role.together)
+            plan.head_memory.fit(role.index, levels, shape, role.together)
         of_module = []
         for head in (head for level in levels for _, head in level.heads() if head.grid > 1):
             of_module.append((head.largest_block(len(shape) + 1), head.patches(len(shape) + 1)))

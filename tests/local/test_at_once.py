@@ -1,4 +1,5 @@
-"""``patches.at_once = "auto"``: as many patches as the largest local module's own graph has room for."""
+"""``patches.at_once = "auto"``: as many patches as there is room for beside the graph of their module, up to what the
+largest local module's own backward needs."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from pipeline.base.flow import TensorSpec
 from pipeline.base.numerics import Numerics
-from pipeline.local.at_once import HeadMemory, largest_backward
+from pipeline.local.at_once import HeadMemory, ModuleBytes, bytes_of_modules
 from pipeline.local.methods import Level
 from pipeline.local.task import Classification
 from pipeline.models.heads import DecoderHead, Given
@@ -63,32 +64,45 @@ def test_one_patch_after_another_holds_one_graph_and_all_at_once_hold_all() -> N
     assert one < 0.4 * four and one < 0.7 * two < 0.7 * 0.7 * four
 
 
-def chosen(width: int) -> int:
-    """Patches at once of a decoder beside a convolution, BatchNorm and ReLU of ``width`` channels."""
+def needs(width: int) -> ModuleBytes:
+    """Of a convolution, BatchNorm and ReLU of ``width`` channels."""
     block = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU())
+    (found,) = bytes_of_modules([([block], {"x": TensorSpec((3, 16, 16))})])
+    return found
+
+
+def chosen(*widths: int) -> int:
+    """Patches at once of a decoder on the first of modules of these widths."""
     level = Level(1.0, {"reconstruction": (1.0, PatchedHead(partial(DecoderHead, 8, 3, 1), 2, at_once=4))})
-    HeadMemory(largest_backward([([block], {"x": TensorSpec((3, 16, 16))})]), TASK).fit([level], SHAPE)
+    HeadMemory([needs(width) for width in widths], TASK).fit(0, [level], SHAPE)
     ((_, head),) = level.heads()
     return head.at_once
 
 
-def test_auto_takes_what_fits_into_the_largest_modules_own_graph() -> None:
-    found = [chosen(width) for width in (1, 12, 16, 20, 24, 100)]
+def test_a_module_needs_what_its_graph_keeps_and_in_its_backward_more() -> None:
+    """A graph of two maps of fp32, what the convolution and BatchNorm give; at most two gradients of maps besides."""
+    one_map = 64 * 16 * 16 * 16 * 4
+    found = needs(16)
+    assert 2 * one_map <= found.graph < 3.2 * one_map and found.graph < found.backward <= found.graph + 2 * one_map
+
+
+def test_auto_takes_what_fits_beside_the_graph_into_what_the_largest_backward_needs() -> None:
+    found = [chosen(width) for width in (1, 24, 32, 40, 48, 200)]
     assert found == sorted(found)
     assert found[0] == 1 and found[-1] == 4 and len(set(found)) > 2
+    assert chosen(24, 200) == 4 and chosen(200, 24) == 4 and chosen(24, 12) == chosen(24) < 4
 
 
 def test_two_levels_at_work_together_share_what_there_is() -> None:
-    def fitted(available: int, together: bool) -> list[int]:
+    def fitted(module: ModuleBytes, together: bool) -> list[int]:
         heads = [PatchedHead(partial(DecoderHead, 8, 3, 1), 2) for _ in range(2)]
         levels = [Level(1.0, {"reconstruction": (1.0, head)}) for head in heads]
-        HeadMemory(available, TASK).fit(levels, SHAPE, together)
+        HeadMemory([module], TASK).fit(0, levels, SHAPE, together)
         return [head.at_once for head in heads]
 
-    module = [nn.Conv2d(3, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU()]
-    available = largest_backward([(module, {"x": TensorSpec((3, 16, 16))})])
-    half = fitted(available // 2, False)
-    assert fitted(available, True) == half != fitted(available, False)
+    module = needs(48)
+    half = fitted(ModuleBytes(module.graph, (module.graph + module.backward) // 2), False)
+    assert fitted(module, True) == half != fitted(module, False)
 
 
 def test_a_network_that_cannot_run_without_values_leaves_one_patch_at_a_time() -> None:
@@ -97,7 +111,7 @@ def test_a_network_that_cannot_run_without_values_leaves_one_patch_at_a_time() -
             return x if float(x.sum()) > 0 else -x
 
     level = Level(1.0, {"reconstruction": (1.0, PatchedHead(partial(DecoderHead, 8, 3, 1), 2, at_once=4))})
-    HeadMemory(largest_backward([([Picky()], {"x": TensorSpec((3, 16, 16))})]), TASK).fit([level], SHAPE)
+    HeadMemory(bytes_of_modules([([Picky()], {"x": TensorSpec((3, 16, 16))})]), TASK).fit(0, [level], SHAPE)
     assert level.heads()[0][1].at_once == 1
 
 
