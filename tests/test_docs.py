@@ -5,7 +5,8 @@ A block of bash is a list of commands, and so is what stands in backticks and be
     python3 -m venv ...                the set-up; .ci/run and test_learning.py run it, test_readme.py compares the text
     torchrun ... launch/train.py       on docs/checkpoints.md, for two steps; elsewhere as far as its configuration
     torchrun ... mine.py               the example of README; test_readme.py runs it
-    python launch/..., learning_curve  in this process, on the run of docs/checkpoints.md; plans for two images a step
+    python launch/..., learning_curve  in this process, on the run of docs/checkpoints.md; plans for two images a step,
+                                       of a smaller network where they name no recipe
     python benchmarks/...              by test_benchmarks.py with --quick, by test_evidence.py with little data
 
 A block below ``<!-- not run: why -->`` is not run. Examples in Python are run, one after another.
@@ -37,7 +38,7 @@ pytestmark = pytest.mark.long
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TRAINED = ROOT / "docs" / "checkpoints.md"
-SMALL = ["--set", "data.batch_size=16"]
+SMALL = ["--set", "data.batch_size=16", "--set", "model.name=resnet20"]
 
 
 def commands(page: Path) -> list[str]:
@@ -113,6 +114,7 @@ def test_commands_run(
         command = f"python launch/train.py {script} --print-config"
     elif "launch/plan.py" in command:
         command += f" --set data.batch_size={4 if 'replicas' in command else 2}"  # two images for each, at least
+        command += "" if "--recipe" in command else " --set model.name=resnet20"
     run_here(command, monkeypatch)
     printed = capfd.readouterr().out
     assert printed or "learning_curve" in command

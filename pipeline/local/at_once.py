@@ -5,14 +5,14 @@
     auto      the largest n <= all with g_m + w(n) <= B, or 1; g_m + 2 w(n) <= B where both levels work together
 
 So with a module on each rank no head at work makes the peak larger than what the largest module needs for its own
-backward anyway, unless one patch alone does. All of these are the most that is alive at a time, without what is there in
-any form: gradients of outputs and of parameters.
+backward anyway, unless one patch alone does. All of these are the most that is alive at a time, without what is there
+in any form: gradients of outputs and of parameters.
 
 Why B, and not b_m of the module itself? A late module needs little, while its decoder gives whole images: patches would
-come one after another just where calls are dearest, on ranks that have the memory of the fullest. Why not what is free on
-a rank? Bits of the result depend on n, so it must be the same in every placement. Therefore bytes are also counted from
-shapes alone, on tensors without values, in one dtype and layout, for a fixed number of rows: batch size and precision
-change both sides alike, more or less (autocast's copies are not counted).
+come one after another just where calls are dearest, on ranks that have the memory of the fullest. Why not what is free
+on a rank? Bits of the result depend on n, so it must be the same in every placement. Therefore bytes are also counted
+from shapes alone, on tensors without values, in one dtype and layout, for a fixed number of rows: batch size and
+precision change both sides alike, more or less (autocast's copies are not counted).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ROWS = 64  # so many that what does not grow with them, such as the weights' gra
 
 @dataclass(frozen=True)
 class ModuleBytes:
-    """What ``ROWS`` rows need in a local module without its heads: between its forward and its backward, and at most."""
+    """What ``ROWS`` rows need in a local module, heads aside: from its forward to its backward, and at most."""
 
     graph: int
     backward: int

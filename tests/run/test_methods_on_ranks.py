@@ -84,7 +84,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return trained(0, str(tmp_path_factory.mktemp("alone")))
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=[pytest.mark.slow, pytest.mark.every]), 4])
 def test_the_weights_are_those_of_one_process(alone: dict[str, Any], ranks: int, tmp_path: Path) -> None:
     assert len(set(alone.values())) == len(CASES) + len(TEXT_CASES) + len(STRIDED_CASES)
     results = run_ranks(trained, ranks, str(tmp_path), timeout_s=120)
