@@ -15,6 +15,7 @@ parameters are an independent check of the choice.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -139,9 +140,12 @@ class Kinks:
             below = child
 
     def peers(self, site: Site, count: int) -> list[Site]:
-        """The sites at the same place of the first ``count`` of a patched term's heads; ``site`` is of the first."""
-        names = [site.name.replace("heads.0.", f"heads.{index}.") for index in range(count)]
-        return [site] if count == 1 else [next(s for s in self.sites if s.name == name) for name in names]
+        """The sites at the same place of ``count`` of a patched term's heads in turn; ``site`` is that of the first."""
+        if count == 1:
+            return [site]
+        before, first, behind = re.split(r"(?<=heads\.)(\d+)", site.name, maxsplit=1)
+        names = [f"{before}{int(first) + index}{behind}" for index in range(count)]
+        return [next(s for s in self.sites if s.name == name) for name in names]
 
     def before_action(self, step: int, action: Action) -> None:
         """Stage hook: a relay carries a part of the gradient only, so it must use, not choose, branches."""
