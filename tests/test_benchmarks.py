@@ -100,6 +100,7 @@ def test_one_slow_stage_holds_up_exact_and_async_but_not_free(of_virtual_devices
 
 
 @pytest.mark.slow
+@pytest.mark.every
 @pytest.mark.alone
 def test_a_plan_predicts_steps_of_a_plausible_length(tmp_path: Path) -> None:
     result, page = quick("prediction", tmp_path)
