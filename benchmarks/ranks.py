@@ -76,6 +76,9 @@ def run_processes(
     context.set_forkserver_preload(PRELOAD)
     port, start = free_port(), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / f"stderr{rank}" for rank in range(count)]
+        for log in logs:
+            log.touch()  # a rank may be killed before it has begun
         pipes = [context.Pipe(duplex=False) for _ in range(count)]
         processes = []
         for rank, (_, result) in enumerate(pipes):
@@ -91,7 +94,7 @@ def run_processes(
             for process in processes:
                 process.kill()
                 process.join()
-        stderr = [(Path(folder) / f"stderr{rank}").read_text(errors="replace") for rank in range(count)]
+        stderr = [log.read_text(errors="replace") for log in logs]
     if len(ended) < count and (grace_s is None or not any(processes[rank].exitcode for rank in ended)):
         raise TimeoutError(f"ranks still running after {timeout_s} s; stderr: {stderr}")
     results = []
