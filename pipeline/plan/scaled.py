@@ -10,6 +10,7 @@ work grows with the pixels.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -121,10 +122,7 @@ def scaled_profile(
 
 
 def _pixels(plan: Plan) -> int:
-    pixels = plan.rows
-    for side in plan.task.image_shape[1:]:
-        pixels *= side
-    return pixels
+    return plan.rows * math.prod(plan.task.image_shape[1:])
 
 
 def _counted(plan: Plan, index: int, blocks: Blocks, numerics: Numerics) -> ModuleCost:

@@ -12,6 +12,8 @@ for all; a loss that is not finite on one replica is not finite on any, and all 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -25,7 +27,8 @@ class Averaging:
 
     def __init__(self, twins: Twins) -> None:
         self.twins = twins
-        self._under_way: dict[tuple[int, int], tuple[Sum, list[Tensor], list[Tensor]]] = {}
+        self._under_way: dict[tuple[int, int], tuple[Sum, list[Tensor], Sequence[Tensor]]] = {}
+        self._norms: dict[int, list[_NormBase]] = {}  # by module; its layers stay the same
 
     @property
     def wait_s(self) -> float:
@@ -50,7 +53,8 @@ class Averaging:
         gradients = module.gradients(step)
         losses = [loss.float() if loss.dtype.itemsize < 4 else loss for loss in _open(module, step).values()]
         together = [torch.stack(losses)] if losses else []  # a module without a head has none
-        statistics = [buffer.detach() / self.twins.size for buffer in _statistics(module)]
+        running = [buffer.detach() for buffer in self._statistics(module)]
+        statistics = torch._foreach_div(running, self.twins.size) if running else []
         what = f"average module {module.plan.index} over the replicas"
         total = self.twins.sum([*gradients, *together, *statistics], what)
         self._under_way[module.plan.index, step] = total, together, statistics
@@ -62,21 +66,20 @@ class Averaging:
         total.wait()
         if together:
             module.losses.open[step] = dict(zip(_open(module, step), together[0].unbind(), strict=True))
-        for buffer, mean in zip(_statistics(module), statistics, strict=True):
+        for buffer, mean in zip(self._statistics(module), statistics, strict=True):
             buffer.data.copy_(mean)  # .data: graphs of later batches hold them, and their backward reads none
+
+    def _statistics(self, module: LocalModule) -> list[Tensor]:
+        """Running statistics, which follow the rows that a replica sees; SyncBatchNorm's follow those of all."""
+        index = module.plan.index
+        if index not in self._norms:
+            layers = [layer for part in (*module.blocks.values(), *module.levels.values()) for layer in part.modules()]
+            self._norms[index] = [
+                layer for layer in layers if isinstance(layer, _NormBase) and not isinstance(layer, nn.SyncBatchNorm)
+            ]
+        both = (statistic for layer in self._norms[index] for statistic in (layer.running_mean, layer.running_var))
+        return [statistic for statistic in both if statistic is not None]
 
 
 def _open(module: LocalModule, step: int) -> dict[str, Tensor]:
     return module.losses.open.get(step, {})
-
-
-def _statistics(module: LocalModule) -> list[Tensor]:
-    """Running statistics, which follow the rows that a replica sees; SyncBatchNorm's follow those of all."""
-    parts = (*module.blocks.values(), *module.levels.values())
-    layers = [layer for part in parts for layer in part.modules() if isinstance(layer, _NormBase)]
-    return [
-        statistic
-        for layer in layers
-        for statistic in (layer.running_mean, layer.running_var)
-        if statistic is not None and not isinstance(layer, nn.SyncBatchNorm)
-    ]
