@@ -6,7 +6,8 @@ A block of bash is a list of commands, and so is what stands in backticks and be
     torchrun ... launch/train.py       on docs/checkpoints.md, for two steps; elsewhere as far as its configuration
     torchrun ... mine.py               the example of README; test_readme.py runs it
     python launch/..., learning_curve  in this process, on the run of docs/checkpoints.md; plans for two images a step,
-                                       of a smaller network where they name no recipe
+                                       of a smaller network where they name no recipe; those of README are cut by
+                                       cost and compare the forms of heads, the others have one form
     python benchmarks/...              by test_benchmarks.py with --quick, by test_evidence.py with little data
 
 A block below ``<!-- not run: why -->`` is not run. Examples in Python are run, one after another.
@@ -115,6 +116,7 @@ def test_commands_run(
     elif "launch/plan.py" in command:
         command += f" --set data.batch_size={4 if 'replicas' in command else 2}"  # two images for each, at least
         command += "" if "--recipe" in command else " --set model.name=resnet20"
+        command += "" if page.name == "README.md" else " --set patches.grid=1 --set model.cuts=even"
     run_here(command, monkeypatch)
     printed = capfd.readouterr().out
     assert printed or "learning_curve" in command
