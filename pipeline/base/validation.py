@@ -231,6 +231,11 @@ def check_replicas(config: Config, replicas: int) -> None:
             "parallel.sync_batch_norm = true with runtime.device = 'cpu': torch.nn.SyncBatchNorm needs GPUs; leave it "
             "out"
         )
+    if config.parallel.sync_batch_norm and config.method.reconciliation > 0:
+        raise ConfigError(
+            f"parallel.sync_batch_norm = true with method.reconciliation = {config.method.reconciliation:g}: "
+            "torch.nn.SyncBatchNorm cannot be differentiated twice; remove one of them"
+        )
 
 
 def _refuse_groups(config: Config) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pipeline import ConfigError, LoaderData, train
 from pipeline.base.numerics import Numerics
+from pipeline.base.validation import validate, with_values
 from pipeline.local.task import Classification
 from pipeline.plan.assembly import build_modules, make_plan
 from pipeline.ranks.grid import Grid, grid_of
@@ -276,6 +277,12 @@ def test_what_does_not_go_with_replicas_is_refused(sections: dict[str, dict[str,
     parallel = {"replicas": 2} | sections.pop("parallel", {})
     with pytest.raises(ConfigError, match="^" + re.escape(line)):
         tiny_config(**{"data": {"batch_size": ROWS}, **sections, "parallel": parallel})
+
+
+def test_batch_norm_over_all_replicas_is_not_differentiated_twice() -> None:
+    config = tiny_config(parallel={"replicas": 2, "sync_batch_norm": True}, runtime={"device": "auto"})
+    with pytest.raises(ConfigError, match=r"^parallel\.sync_batch_norm = true with method\.reconciliation = 0\.1: torch"):
+        validate(with_values(config, {"method.reconciliation": 0.1}))
 
 
 def test_batch_norm_over_all_replicas_is_that_of_torch() -> None:
