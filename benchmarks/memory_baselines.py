@@ -110,7 +110,7 @@ def _rank(
 
 
 def _blocks(model: str, images: tuple[int, ...], classes: int) -> list[nn.Module]:
-    """A truncated normal distribution is drawn again where it is too large, which needs values: here it is not drawn."""
+    """What truncates a normal distribution asks for values: it is not drawn here."""
     with patch("torch.nn.init.trunc_normal_", side_effect=lambda tensor, *_, **__: tensor):
         return list(build_blocks(model, images[1], classes, images[2:]).values())
 

@@ -50,7 +50,8 @@ class Chooses(nn.Module):
 def test_a_network_that_cannot_be_counted_is_cut_evenly() -> None:
     end = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, CLASSES))
     blocks = OrderedDict(a=Chooses(), b=nn.Conv2d(3, 3, 3), c=end)
-    settings = load_config("cifar10-resnet32-bp", assignments=["model.name=resnet20", "model.modules=2", "model.cuts=memory"])
+    two = ["model.name=resnet20", "model.modules=2", "model.cuts=memory"]
+    settings = load_config("cifar10-resnet32-bp", assignments=two)
     found, words = cut_by_cost(settings, blocks, TASK)
     assert found.model.cuts == ("b",)
     assert words == "cut as with model.cuts = 'auto': what a has alive cannot be counted without values"
