@@ -183,6 +183,16 @@ class PatchesConfig:
         "auto: as many as memory allows",
         choices=("auto",), at_least=1, at_most=2**20,
     )
+    heads: str = key(
+        "all",
+        "which heads: all, or only those that reconstruct, where others see the whole map; released: always those",
+        choices=("all", "reconstruction"),
+    )
+    statistics: str = key(
+        "patch",
+        "of BatchNorm in heads: of every patch by itself, or shared by the patches of a map, as rows of one batch",
+        choices=("patch", "shared"),
+    )
 
 
 @dataclass(frozen=True)
@@ -260,6 +270,7 @@ class OptimConfig:
     min_lr: float = key(1e-4, "poly: learning rate that it falls to", at_least=0, at_most=10**6)
     warmup_epochs: int = key(10, "epochs of linear warm-up from warmup_lr", at_least=0, at_most=10**6)
     warmup_lr: float = key(0.01, "learning rate of the first epoch of a warm-up", at_least=0, at_most=10**6)
+    head_lr: float = key(1.0, "learning rate of auxiliary heads, to that of their module", above=0, at_most=10**6)
     clip_norm: float = key(
         0.0, "largest gradient norm of one local module with its heads; 0 = no clipping", at_least=0, at_most=10**9
     )

@@ -11,6 +11,7 @@ from pipeline.base.cut_tables import modules_of_cut
 from pipeline.base.data_config import SEGMENTED
 from pipeline.base.errors import ConfigError, shown, suggest
 
+COMPARES_ROWS = ("predsim", "infopro-contrast", "deinforeg")
 ALIASES = {
     "method.name": {"infopro-softmax": "infopro"},
     "precision.compute": {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16"},
@@ -145,6 +146,8 @@ def check_combinations(config: Config) -> None:
         )
     if config.method.reconciliation > 0:
         _refuse_unreconciled(config)
+    if config.patches.statistics == "shared" and config.patches.grid > 1:
+        _refuse_shared_statistics(config)
     if config.schedule.kind == "free":
         _refuse_free(config)
     if config.optim.error_feedback and (config.schedule.kind != "async" or config.schedule.delay == 0):
@@ -300,6 +303,21 @@ def _refuse_unreconciled(config: Config) -> None:
         raise ConfigError(
             f"{where} with precision.cuda_graphs = true: what is differentiated twice has not been tried in graphs; "
             "remove one of them"
+        )
+
+
+def _refuse_shared_statistics(config: Config) -> None:
+    """Patches are then rows of one batch, which is the same loss only where a loss is a mean over rows."""
+    where = "patches.statistics = 'shared'"
+    if config.method.name in COMPARES_ROWS:
+        raise ConfigError(
+            f"{where} with method.name = '{config.method.name}', whose loss compares the rows of a batch, and so the "
+            "patches of one image with each other; use patches.statistics=patch"
+        )
+    if config.hierarchy.variant == "released":
+        raise ConfigError(
+            f"{where} with hierarchy.variant = 'released', which has a decoder for every patch; use "
+            "hierarchy.variant=paper"
         )
 
 

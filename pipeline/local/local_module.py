@@ -112,7 +112,7 @@ class LocalModule:
         self.parameters = [p for block in blocks.values() for p in block.parameters()]
         head_parameters = [p for level in levels.values() for p in level.parameters()]
         self._trained = self.parameters + head_parameters
-        self.optimiser = Optimiser(self._trained, config.optim, self._hidden(), lag)
+        self.optimiser = Optimiser(self._trained, config.optim, self._hidden(), head_parameters, lag)
         several = config.train.accumulate
         self.accumulation = Accumulation(self.optimiser, several, copies=capture is not None) if several > 1 else None
         weights = [weight for part in parts for weight in part.state_dict().values()]

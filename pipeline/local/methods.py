@@ -52,12 +52,14 @@ from pipeline.models.imagenet_heads import LAST_WIDTHS, StepwiseDecoderHead, ima
 from pipeline.models.later import LaterBlock
 from pipeline.models.layers import VectorInput
 from pipeline.models.losses import full
+from pipeline.models.patch_rows import AsRows
 from pipeline.models.patches import Autocast, PatchedHead, backward_together, patch_shape
 from pipeline.models.sequence_heads import IdsHead, SequenceSimilarityHead
 from pipeline.models.spread import Gradient, whole
-from pipeline.models.tokens import reading_of
+from pipeline.models.tokens import Reading, reading_of
 from pipeline.models.tuned import use_plain
 
+RECONSTRUCTION = "reconstruction"
 DEFAULT_HEADS = {"dgl": "mlp-sr", "greedy": "0c1f", "infopro": "1c2f", "infopro-contrast": "1c2f", "predsim": ""}
 
 
@@ -218,10 +220,17 @@ def build_level(
     terms = method_terms(config.method, task, position, later, _stride(whole_map, task))
     if released and level == "independent":  # the released code keeps only the classification term, with weight 1
         terms = [dataclasses.replace(t, weight=1.0) for t in terms if t.name in ("task", "prediction")]
+    patches = config.patches
+    reconstructs = any(term.name == RECONSTRUCTION for term in terms)
+    if patches.grid > 1 and patches.heads == RECONSTRUCTION and not released and not reconstructs:
+        raise ConfigError(
+            f"patches.heads = '{patches.heads}' with patches.grid = {patches.grid}: method '{config.method.name}' has "
+            "no head that reconstructs; use patches.heads=all or patches.grid=1"
+        )
     built: dict[str, tuple[float, PatchedHead]] = {}
     for term in terms:
-        patched = not released or term.name == "reconstruction"
-        n = config.patches.grid if patched and len(shape) > 1 else 1
+        every = patches.heads == "all" and not released
+        n = patches.grid if len(shape) > 1 and (every or term.name == RECONSTRUCTION) else 1
         reading, stands_on, grid = reading_of(shape, task.image_shape, n, term.as_map)
         sides = stands_on[1:] if len(stands_on) == 3 else stands_on[:1]
         if n > 1 and min(sides + task.image_shape[1:]) < n:
@@ -229,6 +238,9 @@ def build_level(
                 f"patches.grid = {n}, but module {module} ends in {'x'.join(map(str, sides))} features; "
                 f"use at most {min(sides)}"
             )
+        if n > 1 and patches.statistics == "shared":
+            _refuse_shared(module, reading, stands_on, task, n)
+            reading, stands_on, grid = AsRows(n), patch_shape(stands_on, n), 1
         separate = released and grid > 1 and len(stands_on) == 3
         make = partial(_head_of, term, patch_shape(stands_on, grid))
         head = PatchedHead(make, grid, separate, at_once(config, grid), reading)
@@ -236,6 +248,21 @@ def build_level(
         use_plain(head, TUNED_LAYERS if config.method.reconciliation > 0 else config.precision.plain_layers)
         built[term.name] = (term.weight, head)
     return Level(weight, built, front)
+
+
+def _refuse_shared(module: int, reading: Reading | None, shape: FeatureShape, task: Task, grid: int) -> None:
+    """Patches as rows of a batch: of maps, all of one size."""
+    where = f"patches.statistics = 'shared' with patches.grid = {grid}"
+    if reading is not None or len(shape) != 3 or len(task.image_shape) != 3:
+        raise ConfigError(
+            f"{where}: module {module} ends in features {shape} that are no map; use patches.statistics=patch"
+        )
+    if any(side % grid for side in (*shape[1:], *task.image_shape[1:])):
+        raise ConfigError(
+            f"{where}: module {module} ends in {'x'.join(map(str, shape[1:]))} features of "
+            f"{'x'.join(map(str, task.image_shape[1:]))} images, which make no patches of one size; use a grid that "
+            "divides all sides, or patches.statistics=patch"
+        )
 
 
 def at_once(config: Config, grid: int) -> int:
@@ -345,7 +372,7 @@ def method_terms(
     task_first, task_last = config.task
     return [
         Term(
-            "reconstruction",
+            RECONSTRUCTION,
             first + (last - first) * position,
             lambda shape: _decoder(shape, task, config, stride),
             as_map=True,

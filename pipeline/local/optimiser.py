@@ -37,10 +37,11 @@ POLY_POWER = 0.9
 @dataclass(eq=False, slots=True)
 class Weight:
     """A parameter and what its optimiser keeps: tensors like it, by name, and the number of its updates (AdamW).
-    ``hidden``: one of the matrices that Muon is for."""
+    ``hidden``: one of the matrices that Muon is for; ``rate``: its learning rate, to that of the module."""
 
     parameter: nn.Parameter
     hidden: bool = False
+    rate: float = 1.0
     state: dict[str, Tensor] = field(default_factory=dict)
     steps: int = 0
 
@@ -52,6 +53,7 @@ class Optimiser:
         parameters: of the module and its heads; those that require no gradient are left out.
         config: which optimiser.
         hidden: those of ``parameters`` that are hidden matrices, which Muon is for.
+        heads: those of ``parameters`` that are of heads, with ``optim.head_lr`` times the learning rate.
         lag: steps from a forward to the update of its batch (schedule `async`).
 
     Attributes:
@@ -64,11 +66,13 @@ class Optimiser:
         parameters: Iterable[nn.Parameter],
         config: OptimConfig,
         hidden: Iterable[nn.Parameter] = (),
+        heads: Iterable[nn.Parameter] = (),
         lag: int = 0,
     ) -> None:
         self.config = config
         matrices = {id(parameter) for parameter in hidden} if config.name == "muon" else set()
-        self.weights = [Weight(p, id(p) in matrices) for p in parameters if p.requires_grad]
+        rates = {id(parameter): config.head_lr for parameter in heads}
+        self.weights = [Weight(p, id(p) in matrices, rates.get(id(p), 1.0)) for p in parameters if p.requires_grad]
         self.lr = config.lr
         self.lag = lag
 
@@ -118,6 +122,13 @@ def step_together(optimisers: Sequence[Optimiser]) -> None:
     config, (lr,) = optimisers[0].config, {each.lr for each in optimisers}
     late = [each for each in optimisers if each.lag and config.error_feedback]
     before = [_copies(each) for each in late]
+    for rate in sorted({weight.rate for weight in weights}):
+        _step(config, lr * rate, [weight for weight in weights if weight.rate == rate])
+    for optimiser, copies in zip(late, before, strict=True):
+        _feed_back(optimiser, copies)
+
+
+def _step(config: OptimConfig, lr: float, weights: list[Weight]) -> None:
     if config.name == "muon":
         _muon(config, lr, [weight for weight in weights if weight.hidden])
         weights = [weight for weight in weights if not weight.hidden]
@@ -127,8 +138,6 @@ def step_together(optimisers: Sequence[Optimiser]) -> None:
         _sgd(config, lr, weights, parameters, gradients)
     elif weights:
         _adamw(config, lr, weights, parameters, gradients)
-    for optimiser, copies in zip(late, before, strict=True):
-        _feed_back(optimiser, copies)
 
 
 def _copies(optimiser: Optimiser) -> list[tuple[Weight, Tensor]]:

@@ -267,7 +267,8 @@ class PatchedHead(nn.Module):
                 return output if self.reading is None else self.reading.output(output)
             rows = [torch.cat(scores[start : start + self.grid], dim=3) for start in range(0, len(scores), self.grid)]
             return torch.cat(rows, dim=2)
-        return torch.stack(scores).mean(dim=0)
+        mean = torch.stack(scores).mean(dim=0)
+        return mean if self.reading is None else self.reading.rows(mean)
 
 
 def backward_together(

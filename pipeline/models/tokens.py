@@ -54,7 +54,7 @@ class TokenGrid:
 
 
 class Reading:
-    """How the heads of a term read the tokens of a grid; compared by its fields."""
+    """How the heads of a term read a feature, the tokens of a grid above all; compared by its fields."""
 
     def feature(self, tokens: Tensor) -> Tensor:
         """(B, T, D) -> what they stand on; linear in the tokens."""
@@ -66,6 +66,10 @@ class Reading:
 
     def output(self, output: Tensor) -> Tensor:
         """Of a head that gives one output per token, (B, ., V) -> (B, T, V)."""
+        return output
+
+    def rows(self, output: Tensor) -> Tensor:
+        """Of a head that gives one output per row of what it stands on: one per row of the feature."""
         return output
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from pipeline.base.config import Config, HierarchyConfig, ModelConfig, PatchesConfig, PrecisionConfig
+from pipeline.base.config import Config, HierarchyConfig, ModelConfig, PrecisionConfig
 from pipeline.base.errors import ConfigError
 from pipeline.base.flow import MAIN, Specs
 from pipeline.base.numerics import Numerics
@@ -148,7 +148,7 @@ def _counted(config: Config, blocks: Blocks, task: Task, inputs: Specs) -> tuple
             model=cut,
             hierarchy=hierarchy,
             method=dataclasses.replace(config.method, reconciliation=0.0),  # see _reconciled
-            patches=PatchesConfig(config.patches.grid, at_once=config.patches.grid**2),  # whatever memory allows
+            patches=dataclasses.replace(config.patches, at_once=config.patches.grid**2),  # whatever memory allows
             precision=PrecisionConfig(compute="fp32"),
         )
         return make_plan(everywhere, blocks, task, 1, inputs)

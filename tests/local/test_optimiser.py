@@ -64,3 +64,21 @@ def test_clipping_bounds_the_gradient_of_one_module() -> None:
     for module, old in zip(modules, before, strict=True):
         moved = torch.stack([(p - q).norm() for p, q in zip(module.parameters, old, strict=True)]).norm()
         assert 0 < float(moved.detach()) <= 1e-3 * 1.001
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_heads_learn_at_a_rate_of_their_own(name: str) -> None:
+    """The first updates: the blocks' are the same, the heads' a quarter of what they were."""
+    moves = []
+    for head_lr in (1.0, 0.25):
+        config = tiny_config("dgl", "hpff", 2, optim={"name": name, "weight_decay": 0.0, "head_lr": head_lr})
+        stage, modules, _ = tiny_stage(config)
+        heads = [p for module in modules for level in module.levels.values() for p in level.parameters()]
+        parts = [[p for module in modules for p in module.parameters], heads]
+        before = [[p.detach().clone() for p in part] for part in parts]
+        train_on(stage, 1, 0, tiny_batch())
+        moves.append([[p.detach() - q for p, q in zip(*pair, strict=True)] for pair in zip(parts, before, strict=True)])
+    (blocks, heads), (same, quarters) = moves
+    assert len(heads) and any(float(move.abs().max()) > 1e-6 for move in heads)
+    torch.testing.assert_close(same, blocks, rtol=0, atol=0)
+    torch.testing.assert_close(quarters, [move / 4 for move in heads], rtol=1e-3, atol=1e-6)
