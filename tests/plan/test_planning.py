@@ -275,10 +275,10 @@ def command_line(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 
 EVEN = [
     word
-    for key in (*"model.cuts=even patches.grid=1 partition.kind=count".split(), "method.name=dgl", "runtime.device=cpu")
+    for key in ("model.cuts=even", "patches.grid=1", "partition.kind=count", "method.name=dgl", "runtime.device=cpu")
     for word in ("--set", key)
 ]
-"""Of the default recipe, without what is counted for its cut, its placement and its patches, and of a smaller network."""
+"""Of the default recipe, without what is counted for its cut, its placement and its patches."""
 
 
 def test_the_command_line_prints_and_writes_what_it_is_asked_for(
