@@ -239,7 +239,8 @@ class ParallelConfig:
 
     replicas: int | str = key(
         1,
-        "R, the number of pipelines, each on an equal part of every batch; auto: as many as parallel.stages allows",
+        "R, the number of pipelines, each on an equal part of every batch; auto: as many as parallel.stages allows, on "
+        "parts as equal as can be",
         choices=("auto",), at_least=1, at_most=65_536,
     )
     stages: int = key(0, "P, the processes of one pipeline; 0 = processes / R", at_least=0, at_most=10_000)
