@@ -81,10 +81,11 @@ def draw_local_to_global(rows: Sequence[Row], path: Path) -> None:
         sizes = [30 + 600 * row["bytes"] / largest for row in of]
         left.scatter([row["units"] for row in of], [row["error"] for row in of], s=sizes, color=colour, alpha=0.55,
                      linewidths=0)  # fmt: skip
-        for row in of:
-            text = row["system"] if row["modules"] == 1 else f"k = {row['span']}"
-            left.annotate(text, (row["units"], row["error"]), (0, 11), textcoords="offset points", fontsize=6.5,
-                          color=INK, ha="center")  # fmt: skip
+        for row, size in zip(of, sizes, strict=True):
+            alone = row["modules"] == 1  # names stand below, k above, clear of the point
+            text, away = (row["system"], -1) if alone else (f"k = {row['span']}", 1)
+            left.annotate(text, (row["units"], row["error"]), (0, away * (3 + size**0.5 / 2)), fontsize=6.5, color=INK,
+                          textcoords="offset points", ha="center", va="top" if alone else "bottom")  # fmt: skip
         for index, row in enumerate(of):
             right.plot(*zip(*row["reached"], strict=True), color=colour, linewidth=1.3, marker="o", markersize=3,
                        label=key if index == 0 else None, linestyle=_dashes(key, row["span"]))  # fmt: skip
