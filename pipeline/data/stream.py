@@ -30,9 +30,9 @@ class ImageStream:
     """Batches of one data set on the device of ``normalise``, ahead of their consumer: a thread reads, copies, augments
     and normalises them.
 
-    The last, short training batch of an epoch is kept unless ``drop_last``, or unless it would have fewer than ``least``
-    images: BatchNorm cannot train on a single one. With ``batch_size`` 1 that is what was asked for, and nothing is
-    dropped. Tests leave nothing out.
+    The last, short training batch of an epoch is kept unless ``drop_last``, or unless it would have fewer than
+    ``least`` images: BatchNorm cannot train on a single one. With ``batch_size`` 1 that is what was asked for, and
+    nothing is dropped. Tests leave nothing out.
 
     Of several replicas each reads its ``share`` only. ``mixer`` mixes training batches.
 

@@ -32,8 +32,6 @@ from pipeline.data.stream import epoch_order
 from pipeline.local.next_token import NextToken
 from pipeline.stage.inlet import Batch
 
-TEXT = "text"
-"""Its name."""
 VOCABULARY = 256
 _TEST_SHARE = 10
 _SHIFT_KEY = 4

@@ -96,8 +96,8 @@ class InPatches(Reading):
     n: int
 
     def feature(self, tokens: Tensor) -> Tensor:
-        # Views, not indices of every token: nothing is made anew in a step, and the gradients of the tokens in front, which
-        # stand in every patch, are added in one order on a GPU as well.
+        # Views, not an index of every token: nothing is made anew in a step, and the gradients of the tokens in front,
+        # which stand in every patch, are added in one order on a GPU as well.
         front, positions = tokens[:, None, : self.grid.front], tokens[:, self.grid.front :]
         patches = positions.unflatten(1, self._sides).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return torch.cat([front.expand(-1, self.n**2, *front.shape[2:]), patches], dim=2).flatten(1, 2)
