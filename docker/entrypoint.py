@@ -1,8 +1,8 @@
 """Process 1 of the image.
 
-    IMAGE [--recipe NAME ...]          localpipe train --nproc auto ...: torchrun, one process per GPU
-    IMAGE plan|evaluate|export|doctor  localpipe plan|evaluate|export|doctor ...
-    IMAGE WORD ...                     anything else is the program WORD, in place of this one
+    IMAGE [--recipe NAME ...]     localpipe train --nproc auto ...: torchrun, one process per GPU
+    IMAGE plan|evaluate|... ...   localpipe plan|evaluate|export|compare|doctor ...
+    IMAGE WORD ...                anything else is the program WORD, in place of this one
 
 Process 1 has two duties that no program below it knows of. The kernel gives it the orphans of all others: it waits for
 them, or they stay as zombies. And a signal without a handler does not reach it: it passes signals on, once each, to a
@@ -18,7 +18,7 @@ import signal
 import sys
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-COMMANDS = ("train", "plan", "evaluate", "export", "doctor")
+COMMANDS = ("train", "plan", "evaluate", "export", "compare", "doctor")
 LOCALPIPE = [sys.executable, "-m", "pipeline"]
 
 

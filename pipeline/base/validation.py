@@ -201,7 +201,8 @@ def _check_targets(config: Config) -> None:
 
 
 def check_replicas(config: Config, replicas: int) -> None:
-    """Whether ``config`` can be trained on so many replicas.
+    """Whether ``config`` can be trained on so many replicas. As many as there happen to be (``parallel.replicas`` =
+    auto) need not have equal parts of a batch: a job that has lost a machine goes on.
 
     Raises:
         ConfigError: names the keys and the fix.
@@ -212,7 +213,7 @@ def check_replicas(config: Config, replicas: int) -> None:
             raise ConfigError("parallel.sync_batch_norm = true with one replica, where nothing is to be synchronised")
         return
     many = f"parallel.replicas = {replicas}"
-    if batch % (replicas * parts):
+    if isinstance(config.parallel.replicas, int) and batch % (replicas * parts):
         both = f" x schedule.micro_batches = {parts}" if parts > 1 else ""
         least = replicas * parts
         raise ConfigError(
@@ -232,6 +233,11 @@ def check_replicas(config: Config, replicas: int) -> None:
         raise ConfigError(
             "parallel.sync_batch_norm = true with runtime.device = 'cpu': torch.nn.SyncBatchNorm needs GPUs; leave it "
             "out"
+        )
+    if config.parallel.sync_batch_norm and config.method.reconciliation > 0:
+        raise ConfigError(
+            f"parallel.sync_batch_norm = true with method.reconciliation = {config.method.reconciliation:g}: "
+            "torch.nn.SyncBatchNorm cannot be differentiated twice; remove one of them"
         )
 
 

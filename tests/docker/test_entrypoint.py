@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.cli import main
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="an image is Linux: /proc, sessions, orphans")
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +66,10 @@ def watched(*command: str) -> subprocess.Popen[str]:
 )
 def test_words_are_those_of_localpipe(words: str, command: str) -> None:
     assert ENTRY["command_of"](words.split()) == ([sys.executable, "-m", "pipeline", *command.split()], True)
+
+
+def test_every_command_of_localpipe_is_one_of_the_image() -> None:
+    assert set(ENTRY["COMMANDS"]) == {command.__name__.rpartition(".")[2] for command in main.COMMANDS}
 
 
 def test_any_other_word_is_a_program_in_the_place_of_this_one() -> None:

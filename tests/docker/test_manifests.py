@@ -138,6 +138,8 @@ def test_the_task_of_skypilot_speaks_to_torchrun_and_to_localpipe() -> None:
     named = set(re.findall(r"\bPET_\w+", task["run"]))
     assert {"PET_NNODES", "PET_RDZV_BACKEND", "PET_RDZV_ENDPOINT"} <= named <= read_by_torchrun
     assert task["resources"]["image_id"] == f"docker:{re.findall('^ARG BASE=(.*)$', DOCKERFILE, re.MULTILINE)[0]}"
+    (extras,) = set(re.findall(r"\.\[\w+\]", DOCKERFILE))
+    assert extras in task["setup"] and "--without-pip" in task["setup"] and "--without-pip" in DOCKERFILE
     words = shlex.split(task["run"].split("localpipe ")[1].replace("\\\n", ""))
     config = config_of(words)
     gpus = int(task["resources"]["accelerators"].partition(":")[2])
