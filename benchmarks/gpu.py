@@ -8,10 +8,10 @@
     speed      backpropagation (eager, compiled, as one CUDA graph) against local learning, in bf16, on one GPU:
                time of a step, peak memory, kernels of a step, and how much of the time the GPU computes
 
-All of it takes less than 8 minutes on one GPU: what is not begun after ``--minutes`` is left out, and said; each case is
-measured once before any is measured again. A case that fails is named, and the others go on. Each measurement is also a
-line of the error output when it is made, and of the file ``--keep``, with which the same command goes on. ``--device
-cpu`` runs what has a meaning there: it is how this file is tested.
+All of it takes less than 8 minutes on one GPU: what is not begun after ``--minutes`` is left out, and said; each case
+is measured once before any is measured again. A case that fails is named, and the others go on. Each measurement is
+also a line of the error output when it is made, and of the file ``--keep``, with which the same command goes on.
+``--device cpu`` runs what has a meaning there: it is how this file is tested.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from kept import Kept
 from networks import CLASSES, network, normalise, random_images, sgd
-from runner import Report, Target, hardware, main, option
+from runner import Report, Target, check_files, hardware, main, option
 from tables import Column, K, Row, Table
 from torch import Tensor, nn
 from torch.autograd import DeviceType
@@ -352,7 +352,9 @@ def measure(settings: Settings) -> Report:
     cuda = settings.device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise LocalpipeError("--device cuda: torch finds no GPU here; --device cpu runs what has a meaning without one")
-    kept = Kept(Path(settings.keep) if settings.keep else None,
+    path = Path(settings.keep) if settings.keep else None
+    check_files(keep=path)
+    kept = Kept(path,
                 {"where": hardware(settings.device), "torch": torch.__version__, "version": __version__,
                  "steps": settings.steps, "batch": settings.batch, "quick": settings.quick})  # fmt: skip
     findings, targets = [], []
