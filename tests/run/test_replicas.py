@@ -31,6 +31,15 @@ UNEVEN = (15, 13)
 LATE = {"kind": "async"}
 ADDED_UP = {"epochs": 2, "accumulate": 2, "ema": 0.5}
 SPOILT = {"epochs": 2, "nonfinite": "skip"}
+METHODS: dict[str, dict[str, Any]] = {
+    "weights upstream": {
+        "method": {"front": "man++", "average": 0.5},
+        "schedule": LATE,
+        "optim": {"error_feedback": True},
+    },
+    "gradients downstream": {"method": {"reconciliation": 0.01}, "hierarchy": {"cascade_span": 1}},
+}
+"""Methods with messages of their own."""
 
 
 class Block(nn.Module):
@@ -85,12 +94,14 @@ def run(
     seed: int = 7,
     resume: str = "auto",
     batches: tuple[int, ...] = (12, 12, 9),
+    method: dict[str, Any] | None = None,
     **sections: Any,
 ) -> dict[str, Any]:
     """A short run on this rank, and its summary."""
     sections["parallel"] = {"replicas": replicas, **sections.get("parallel", {})}
     sections.setdefault("train", {"epochs": 2})
     config = tiny_config("greedy", "plain", 2, 4, data={"batch_size": max(batches)}, **sections)
+    config = validate(with_values(config, {f"method.{key}": value for key, value in (method or {}).items()}))
     data = LoaderData(Images(batches, sections["train"].get("nonfinite") == "skip"), Images((5, 12, 3)))
     with contextlib.redirect_stdout(io.StringIO()):
         return train(config, network=network(norm, seed), data=data, run_dir=folder, quiet=True, resume=resume)
@@ -102,6 +113,8 @@ def on_four(rank: int, folder: str) -> dict[str, str]:
         run(here / name, replicas, seed=7 + rank // (4 // replicas))  # the first replica's weights count
     run(here / "added up 2 x 2", 2, train=ADDED_UP)
     run(here / "spoilt 2 x 2", 2, train=SPOILT)
+    for name, sections in METHODS.items():
+        run(here / f"{name} 2 x 2", 2, **sections)
     run(here / "uneven 4 x 1", "auto", batches=UNEVEN, parallel={"stages": 1})
     run(here / "resumed", 2, train={"max_steps": 2})
     run(here / "stopped", 2, nn.BatchNorm2d, train={"max_steps": 4})
@@ -119,6 +132,8 @@ def on_two(rank: int, folder: str) -> None:
     run(Path(folder) / "added up 1 x 2", 1, train=ADDED_UP)
     run(Path(folder) / "spoilt 1 x 2", 1, train=SPOILT)
     run(Path(folder) / "uneven 1 x 2", 1, batches=UNEVEN)
+    for name, sections in METHODS.items():
+        run(Path(folder) / f"{name} 1 x 2", 1, **sections)
     run(Path(folder) / "resumed", 1, train={"max_steps": 4}, seed=8)  # other weights, which the checkpoint replaces
     saved = str(Path(folder) / "late 2 x 2" / "checkpoints" / "step-00000002")
     run(Path(folder) / "late 1 x 2", 1, schedule=LATE)
@@ -165,6 +180,13 @@ def test_replicas_end_with_the_weights_of_one_pipeline_on_the_same_batches(runs:
     begun = network().state_dict()
     assert not torch.allclose(expected["a.conv.weight"], begun["a.conv.weight"], atol=1e-3)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_with_messages_of_their_own_train_as_one_pipeline_does(runs: Runs, name: str) -> None:
+    expected, plain = runs.weights(f"{name} 1 x 2"), runs.weights("1 x 2")
+    assert not torch.allclose(expected["c.conv.weight"], plain["c.conv.weight"], atol=1e-4)
+    torch.testing.assert_close(runs.weights(f"{name} 2 x 2"), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_as_many_replicas_as_there_are_need_not_divide_a_batch(runs: Runs) -> None:
