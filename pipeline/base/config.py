@@ -286,7 +286,8 @@ class TrainConfig:
     max_steps: int = key(0, "stop after this many steps, then evaluate; 0 = all epochs", at_least=0, at_most=10**12)
     seed: int = key(0, "of weights, order of the images and augmentation", at_least=0, at_most=LARGEST_SEED)
     label_smoothing: float = key(
-        0.0, "share of the target that is spread over all classes, in every loss that classifies", at_least=0, at_most=1
+        0.0, "share of the target that is spread over all classes, in every loss that classifies whole images",
+        at_least=0, at_most=1,
     )
     evaluate_every: int = key(
         1, "epochs between tests; the last epoch is always tested", at_least=1, at_most=10**6

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.base.config import Config, LevelWeight, ScheduleConfig, sections, settings
 from pipeline.base.cut_tables import modules_of_cut
-from pipeline.base.data_config import SEGMENTED
+from pipeline.base.data_config import SEGMENTED, TEXT
 from pipeline.base.errors import ConfigError, shown, suggest
 
 COMPARES_ROWS = ("predsim", "infopro-contrast", "deinforeg")
@@ -191,10 +191,15 @@ def _check_targets(config: Config) -> None:
             f"data.{mixed} = {getattr(data, mixed):g} with loaders of your own: mix in their collate_fn "
             "(torchvision.transforms.v2.MixUp) and pass task=Classification(classes, shape, soft=True)"
         )
-    if mixed and data.name in SEGMENTED:
+    spread = {f"data.{mixed}": getattr(data, mixed)} if mixed else {}
+    if config.train.label_smoothing > 0:
+        spread["train.label_smoothing"] = config.train.label_smoothing
+    if spread and data.name in (*SEGMENTED, TEXT):
+        (key, value), *_ = spread.items()
+        place = "byte" if data.name == TEXT else "pixel"
         raise ConfigError(
-            f"data.{mixed} = {getattr(data, mixed):g} with data.name = '{data.name}': it mixes classes of whole "
-            "images, and these have one for every pixel; remove it"
+            f"{key} = {value:g} with data.name = '{data.name}': it spreads classes of whole images, and these have one "
+            f"for every {place}; remove it"
         )
     if data.test_scales == ():
         raise ConfigError("data.test_scales = [] leaves nothing to test; use [1.0]")

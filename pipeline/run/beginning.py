@@ -70,6 +70,12 @@ def refuse_early(
                 "data.mixup and data.cutmix make shares of classes, which your task does not take; pass "
                 "task=Classification(classes, shape, soft=True), or no task"
             )
+        smoothing = config.train.label_smoothing
+        if smoothing > 0 and not (isinstance(task, Classification) and task.label_smoothing == smoothing):
+            raise ConfigError(
+                f"train.label_smoothing = {smoothing:g} with a task of your own, whose loss is its own; pass "
+                f"task=Classification(classes, shape, label_smoothing={smoothing:g}), or leave the key out"
+            )
     blocks = (
         network_blocks(network, config.model.cuts) if network is not None else planned_blocks(config.model.name, 3, 10)
     )
