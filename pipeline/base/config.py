@@ -18,7 +18,7 @@ from pipeline.base.cut_tables import group_sizes, modules_of_cut
 from pipeline.base.data_config import DataConfig
 from pipeline.base.keys import Setting, key
 
-CUTS = ("auto", "cost", "even", "equal", "hpff", "balanced", "balanced-stl10")
+CUTS = ("auto", "cost", "memory", "even", "equal", "hpff", "balanced", "balanced-stl10")
 METHODS = ["auglocal", "deinforeg", "dgl", "greedy", "infopro", "infopro-contrast", "lopt", "predsim"]
 """Of ``method.name``; register_method adds to it."""
 DGL_HEADS = ("mlp-sr", "mlp", "cnn", "auglocal")
@@ -46,8 +46,8 @@ class ModelConfig:
     modules: int = key(4, "K, the number of local modules; 1 is plain backpropagation", at_least=1, at_most=10_000)
     cuts: str | tuple[str, ...] = key(
         "auto",
-        "the papers' cut points, even, the blocks that local modules begin with, or cost: fewest FLOPs of the largest "
-        "module, heads included; auto: the table if it has K",
+        "the papers' cut points, even, the blocks that local modules begin with, cost: fewest FLOPs of the largest "
+        "module, heads included, or memory: fewest bytes; auto: the table if it has K",
         choices=CUTS,
     )
     stem: str = key(
@@ -239,7 +239,8 @@ class ParallelConfig:
 
     replicas: int | str = key(
         1,
-        "R, the number of pipelines, each on an equal part of every batch; auto: as many as parallel.stages allows",
+        "R, the number of pipelines, each on an equal part of every batch; auto: as many as parallel.stages allows, on "
+        "parts as equal as can be",
         choices=("auto",), at_least=1, at_most=65_536,
     )
     stages: int = key(0, "P, the processes of one pipeline; 0 = processes / R", at_least=0, at_most=10_000)
@@ -285,7 +286,8 @@ class TrainConfig:
     max_steps: int = key(0, "stop after this many steps, then evaluate; 0 = all epochs", at_least=0, at_most=10**12)
     seed: int = key(0, "of weights, order of the images and augmentation", at_least=0, at_most=LARGEST_SEED)
     label_smoothing: float = key(
-        0.0, "share of the target that is spread over all classes, in every loss that classifies", at_least=0, at_most=1
+        0.0, "share of the target that is spread over all classes, in every loss that classifies whole images",
+        at_least=0, at_most=1,
     )
     evaluate_every: int = key(
         1, "epochs between tests; the last epoch is always tested", at_least=1, at_most=10**6

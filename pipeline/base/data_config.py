@@ -11,6 +11,7 @@ DATA_SETS = (
 )
 CITYSCAPES, SHAPES = "cityscapes", "shapes"
 SEGMENTED = (CITYSCAPES, SHAPES)  # data sets with a class for every pixel
+TEXT = "text"
 DECODED = ("imagenet", CITYSCAPES)  # data sets that worker processes decode and augment
 
 

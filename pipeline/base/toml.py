@@ -6,6 +6,7 @@ A configuration is text in UTF-8 whatever the locale says, so that a run directo
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from pipeline.base.config import Config, sections, settings
 from pipeline.base.errors import ConfigError, shown
 
 
+@functools.lru_cache(maxsize=4)  # a run writes its own several times
 def to_toml(config: Config, comments: bool = False) -> str:
     """The configuration as TOML text that :func:`load_config` reads back.
 

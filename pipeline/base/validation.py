@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.base.config import Config, LevelWeight, ScheduleConfig, sections, settings
 from pipeline.base.cut_tables import modules_of_cut
-from pipeline.base.data_config import SEGMENTED
+from pipeline.base.data_config import SEGMENTED, TEXT
 from pipeline.base.errors import ConfigError, shown, suggest
 
 COMPARES_ROWS = ("predsim", "infopro-contrast", "deinforeg")
@@ -191,17 +191,23 @@ def _check_targets(config: Config) -> None:
             f"data.{mixed} = {getattr(data, mixed):g} with loaders of your own: mix in their collate_fn "
             "(torchvision.transforms.v2.MixUp) and pass task=Classification(classes, shape, soft=True)"
         )
-    if mixed and data.name in SEGMENTED:
+    spread = {f"data.{mixed}": getattr(data, mixed)} if mixed else {}
+    if config.train.label_smoothing > 0:
+        spread["train.label_smoothing"] = config.train.label_smoothing
+    if spread and data.name in (*SEGMENTED, TEXT):
+        (key, value), *_ = spread.items()
+        place = "byte" if data.name == TEXT else "pixel"
         raise ConfigError(
-            f"data.{mixed} = {getattr(data, mixed):g} with data.name = '{data.name}': it mixes classes of whole "
-            "images, and these have one for every pixel; remove it"
+            f"{key} = {value:g} with data.name = '{data.name}': it spreads classes of whole images, and these have one "
+            f"for every {place}; remove it"
         )
     if data.test_scales == ():
         raise ConfigError("data.test_scales = [] leaves nothing to test; use [1.0]")
 
 
 def check_replicas(config: Config, replicas: int) -> None:
-    """Whether ``config`` can be trained on so many replicas.
+    """Whether ``config`` can be trained on so many replicas. As many as there happen to be (``parallel.replicas`` =
+    auto) need not have equal parts of a batch: a job that has lost a machine goes on.
 
     Raises:
         ConfigError: names the keys and the fix.
@@ -212,7 +218,7 @@ def check_replicas(config: Config, replicas: int) -> None:
             raise ConfigError("parallel.sync_batch_norm = true with one replica, where nothing is to be synchronised")
         return
     many = f"parallel.replicas = {replicas}"
-    if batch % (replicas * parts):
+    if isinstance(config.parallel.replicas, int) and batch % (replicas * parts):
         both = f" x schedule.micro_batches = {parts}" if parts > 1 else ""
         least = replicas * parts
         raise ConfigError(
@@ -232,6 +238,11 @@ def check_replicas(config: Config, replicas: int) -> None:
         raise ConfigError(
             "parallel.sync_batch_norm = true with runtime.device = 'cpu': torch.nn.SyncBatchNorm needs GPUs; leave it "
             "out"
+        )
+    if config.parallel.sync_batch_norm and config.method.reconciliation > 0:
+        raise ConfigError(
+            f"parallel.sync_batch_norm = true with method.reconciliation = {config.method.reconciliation:g}: "
+            "torch.nn.SyncBatchNorm cannot be differentiated twice; remove one of them"
         )
 
 

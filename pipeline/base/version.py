@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 
 VERSION = "0.1.0"
 
 
+@functools.cache  # the code of a process is what it has imported
 def code_version() -> str:
     """``0.1.0+3f2a...``: the version and 12 hex digits of a SHA-256 over names and bytes of all code and recipes.
 

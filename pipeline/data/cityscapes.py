@@ -5,6 +5,8 @@
     test     the whole image in tiles of the crop's size, every pixel once
     whole    the whole image, for an evaluation
 
+Those of the benchmark have one size; others in its directories may have several, an image and its labels one.
+
 Image and labels go through the same transforms (torchvision's v2 on tv_tensors), as InfoPro's code for Cityscapes does
 (mmsegmentation). Labels are the 19 classes of the benchmark, in order; 255: does not count.
 """
@@ -17,6 +19,7 @@ from typing import Any
 import numpy
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from pipeline.base.data_config import DataConfig
@@ -25,6 +28,7 @@ from pipeline.base.flow import TensorSpec
 from pipeline.base.paths import path_of
 from pipeline.data.catalogue import IMAGENET_MEAN, known_entry
 from pipeline.data.decoding import UNREADABLE, unreadable
+from pipeline.data.images import in_parallel
 from pipeline.local.segmentation import IGNORED
 
 SPLITS = {"train": "train", "test": "val"}
@@ -36,7 +40,7 @@ class CityscapesSamples:
     """One sample by its number, see :class:`pipeline.data.decoded_source.Samples`; ``whole``: tests are whole images.
 
     Raises:
-        ConfigError: the data set is not below ``data.root``.
+        ConfigError: the data set is not below ``data.root``, labels of an image are not there, or a test image is none.
     """
 
     def __init__(self, settings: DataConfig, whole: bool = False) -> None:
@@ -48,22 +52,20 @@ class CityscapesSamples:
         self.image_shape: tuple[int, ...] = entry.image_shape
         self.target = TensorSpec(self.image_shape[1:], torch.uint8)
         self._whole, self._augments = whole, settings.augment == "auto"
-        self._sets = {split: _open(datasets, settings.root, name) for split, name in SPLITS.items()}
-        # What a directory lists comes in any order.
-        self._order = {split: sorted(range(len(s)), key=s.images.__getitem__) for split, s in self._sets.items()}
-        for split, order in self._order.items():
-            if not order:
-                where = f"leftImg8bit/{SPLITS[split]}"
-                raise ConfigError(f"data.root = '{settings.root}': {where} has no images; copy it again")
+        self._files = {split: _files(datasets, settings.root, name) for split, name in SPLITS.items()}
         self._class_of_id = _class_of_id(datasets.Cityscapes.classes)
-        height, width = self._read("train", 0)[0].shape[-2:]
-        self._sides = (height, width)
-        self._tiles = _tiles((height, width), self.image_shape[1:])
+        tests = [] if whole else self._files["test"]
+        sides = [(0, 0)] * len(tests)
+
+        def look(number: int) -> None:
+            sides[number] = _sides_of(tests[number][0])
+
+        in_parallel(look, len(tests))
+        self._tiles = [(n, place) for n, size in enumerate(sides) for place in _tiles(size, self.image_shape[1:])]
 
     def count(self, split: str) -> int:
         """Of "train" or "test"; of the test set all tiles."""
-        tiles = 1 if split == "train" or self._whole else len(self._tiles)
-        return len(self._order[split]) * tiles
+        return len(self._files[split] if split == "train" or self._whole else self._tiles)
 
     def sample(self, split: str, index: int) -> tuple[Tensor, Tensor]:
         """uint8 (3, H, W) and uint8 (H, W)."""
@@ -71,19 +73,19 @@ class CityscapesSamples:
             return self._random_crop(*self._read(split, index))
         if self._whole:
             return self._read(split, index)
-        image, labels = self._read(split, index // len(self._tiles))
-        return self._tile(image, labels, self._tiles[index % len(self._tiles)])
+        number, place = self._tiles[index]
+        return self._tile(*self._read(split, number), place)
 
     def _read(self, split: str, index: int) -> tuple[Tensor, Tensor]:
         """A whole image and its labels."""
-        found = self._sets[split]
-        number = self._order[split][index]
-        try:
-            picture, ids = found[number]
-            pixels = numpy.array(picture.convert("RGB"))
-            labels = torch.from_numpy(self._class_of_id[numpy.array(ids)])
-        except UNREADABLE as error:
-            raise unreadable(found.images[number], error) from error
+        path, of_labels = self._files[split][index]
+        pixels, ids = _content(path, "RGB"), _content(of_labels)
+        if ids.shape != pixels.shape[:2] or ids.dtype != numpy.uint8:
+            raise ConfigError(
+                f"'{of_labels}' holds {ids.dtype} {ids.shape} for an image of {pixels.shape[:2]}; give it a byte for "
+                "every pixel, the label"
+            )
+        labels = torch.from_numpy(self._class_of_id[ids])
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), labels
 
     def _random_crop(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,7 +95,7 @@ class CityscapesSamples:
         sides = self.image_shape[1:]
         pair: Any = (tv_tensors.Image(image), tv_tensors.Mask(labels))
         if self._augments:
-            shorter = min(self._sides)
+            shorter = min(labels.shape)
             pair = v2.RandomResize(shorter // 2, 2 * shorter + 1)(*pair)
         crop = v2.RandomCrop([min(side, given) for side, given in zip(sides, pair[1].shape, strict=True)])
         for _ in range(TRIES if self._augments else 1):
@@ -117,16 +119,44 @@ class CityscapesSamples:
         return _padded(image, labels, (height, width))
 
 
-def _open(datasets: Any, root: str, split: str) -> Any:
+def _files(datasets: Any, root: str, split: str) -> list[tuple[str, str]]:
+    """Image and labels of every sample, in order of the images."""
     fix = "with leftImg8bit/train, leftImg8bit/val, gtFine/train and gtFine/val"
     if not root:
         raise ConfigError(f"data.root is empty; set it to the directory of Cityscapes, {fix}")
     try:
-        return datasets.Cityscapes(str(Path(path_of(root)).expanduser()), split=split, target_type="semantic")
+        found = datasets.Cityscapes(str(Path(path_of(root)).expanduser()), split=split, target_type="semantic")
     except (RuntimeError, OSError) as error:
         raise ConfigError(
             f"data.root = '{root}': Cityscapes is not there or is damaged; set data.root to its directory, {fix}"
         ) from error
+    # What a directory lists comes in any order.
+    files = sorted((image, target) for image, (target,) in zip(found.images, found.targets, strict=True))
+    if not files:
+        raise ConfigError(f"data.root = '{root}': leftImg8bit/{split} has no images; copy it again")
+    missing = next((pair for pair in files if not Path(pair[1]).is_file()), None)
+    if missing is not None:
+        image = Path(missing[0]).name
+        raise ConfigError(f"'{missing[1]}', the labels of '{image}', is not there; copy it, or remove the image")
+    return files
+
+
+def _content(path: str, mode: str = "") -> Any:
+    """(H, W, 3) of "RGB"; else what the file holds, such as (H, W)."""
+    try:
+        with Image.open(path) as picture:
+            return numpy.array(picture.convert(mode) if mode else picture)
+    except UNREADABLE as error:
+        raise unreadable(path, error) from error
+
+
+def _sides_of(path: str) -> tuple[int, int]:
+    """(H, W), of the header alone."""
+    try:
+        with Image.open(path) as picture:
+            return picture.height, picture.width
+    except UNREADABLE as error:
+        raise unreadable(path, error) from error
 
 
 def _class_of_id(classes: Any) -> Any:

@@ -24,6 +24,7 @@ from pipeline.base.flow import MAIN, TensorSpec
 from pipeline.base.numerics import Numerics, stable_hash
 from pipeline.data.catalogue import IMAGENET_MEAN, IMAGENET_STD
 from pipeline.data.cityscapes import CityscapesSamples
+from pipeline.data.epoch import Epoch
 from pipeline.data.imagenet import ImageNetSamples
 from pipeline.data.loader_errors import guarded, named_errors
 from pipeline.data.mixing import Mixer
@@ -78,15 +79,8 @@ class DecodedSource:
         self._mixer = Mixer(settings, samples.classes, self._seed)
         self._counts = {split: samples.count(split) for split in ("train", "test")}
         self._batch, self._test_batch = settings.batch_size, 1 if whole else settings.batch_size // (parts * share.of)
-        batches, short = divmod(self._counts["train"], self._batch)
-        keep = not settings.drop_last and short >= 2 * parts  # BatchNorm needs two images
-        if batches + keep < 1:
-            raise ConfigError(
-                f"data.batch_size = {self._batch} is larger than the {self._counts['train']} training images of "
-                f"'{settings.name}'; use a smaller batch"
-            )
-        if keep:
-            share.check_short(settings.name, short, 2 * parts)
+        epoch = Epoch.of(self._counts["train"], self._batch, 2 * parts, settings.drop_last)
+        epoch.check(settings, self._counts["train"], share)
         self._share = share
         self.rate = LoaderRate()
         self._workers = settings.workers
@@ -102,9 +96,9 @@ class DecodedSource:
         self.data_spec = DataSpec(
             classes=samples.classes,
             inputs={MAIN: TensorSpec(samples.image_shape)},
-            train_batches=batches + keep,
+            train_batches=epoch.batches,
             test_batches=-(-self._counts["test"] // self._test_batch),
-            train_images=batches * self._batch + (short if keep else 0),
+            train_images=epoch.samples,
         )
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:

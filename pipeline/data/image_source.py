@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.base.config import Config
-from pipeline.base.errors import ConfigError
 from pipeline.base.flow import MAIN, TensorSpec
 from pipeline.base.numerics import Numerics
 from pipeline.data.catalogue import open_data
@@ -35,28 +34,22 @@ class ImageSource:
             augment=settings.augment,
         )
         parts = config.schedule.micro_batches
-        short = len(data.train) % settings.batch_size
-        # A short batch must leave every micro-batch at least two images, or BatchNorm has nothing to average.
-        drop_last = settings.drop_last or 0 < short < 2 * parts
-        if drop_last and len(data.train) < settings.batch_size:
-            raise ConfigError(
-                f"data.batch_size = {settings.batch_size} is larger than the {len(data.train)} training images of "
-                f"'{settings.name}'; use a smaller batch"
-            )
-        if not drop_last:
-            share.check_short(settings.name, short, 2 * parts)
         normalise, seed = Normaliser(data.mean, data.std, numerics), config.train.seed
         mixer = Mixer(settings, len(data.classes), seed)
-        self._train = ImageStream(data, settings.batch_size, seed, normalise, drop_last, share, mixer)
+        self._train = ImageStream(
+            data, settings.batch_size, seed, normalise, settings.drop_last, share, mixer, least=2 * parts
+        )
+        epoch = self._train.epoch
+        epoch.check(settings, len(data.train), share)
         tests = settings.batch_size // (parts * share.of)
         self._test = ImageStream(data, tests, seed, normalise, share=share, mixer=mixer)
         self.rate = self._train.rate
         self.data_spec = DataSpec(
             classes=len(data.classes),
             inputs={MAIN: TensorSpec(data.image_shape)},
-            train_batches=self._train.train_batch_count,
+            train_batches=epoch.batches,
             test_batches=self._test.test_batch_count,
-            train_images=len(data.train) - (short if drop_last else 0),
+            train_images=epoch.samples,
         )
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:

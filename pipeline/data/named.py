@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pipeline.base.config import Config
-from pipeline.base.data_config import DECODED, SEGMENTED
+from pipeline.base.data_config import DECODED, SEGMENTED, TEXT
 from pipeline.base.numerics import Numerics
 from pipeline.data.catalogue import known_entry
 from pipeline.data.decoded_source import DecodedSource
 from pipeline.data.image_source import ImageSource
 from pipeline.data.share import WHOLE, Share
 from pipeline.data.source import Source
-from pipeline.data.text import TEXT, TextSource, next_byte
+from pipeline.data.text import TextSource, next_byte
 from pipeline.local.segmentation import Segmentation
 from pipeline.local.task import Task
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.augmentation import augment, hashed
+from pipeline.data.epoch import Epoch
 from pipeline.data.images import ImageData
 from pipeline.data.mixing import Mixer
 from pipeline.data.normaliser import Normaliser
@@ -29,14 +30,15 @@ class ImageStream:
     """Batches of one data set on the device of ``normalise``, ahead of their consumer: a thread reads, copies, augments
     and normalises them.
 
-    The last, short training batch of an epoch is kept unless ``drop_last`` - or unless it would be one single
-    image, which BatchNorm cannot train on (no variance over one value per channel). With ``batch_size`` 1
-    that is what was asked for, and nothing is dropped. Tests leave nothing out.
+    The last, short training batch of an epoch is kept unless ``drop_last``, or unless it would have fewer than
+    ``least`` images: BatchNorm cannot train on a single one. With ``batch_size`` 1 that is what was asked for, and
+    nothing is dropped. Tests leave nothing out.
 
     Of several replicas each reads its ``share`` only. ``mixer`` mixes training batches.
 
     Attributes:
-        train_batch_count, test_batch_count: batches of an epoch and of a test, of all replicas.
+        epoch: the batches of an epoch, of all replicas.
+        test_batch_count: batches of a test, of all replicas.
         rate: of the training batches.
     """
 
@@ -49,6 +51,7 @@ class ImageStream:
         drop_last: bool = False,
         share: Share = WHOLE,
         mixer: Mixer | None = None,
+        least: int = 2,
     ) -> None:
         self._data = data
         self._batch_size = batch_size
@@ -58,8 +61,7 @@ class ImageStream:
         self._device = normalise.numerics.device
         self._share = share
         self.rate = LoaderRate()
-        whole, rest = divmod(len(data.train), batch_size)
-        self.train_batch_count = whole + (1 if rest and not drop_last and rest != 1 else 0)
+        self.epoch = Epoch.of(len(data.train), batch_size, least, drop_last)
         self.test_batch_count = -(-len(data.test) // batch_size)
 
     def train_batches(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
@@ -84,7 +86,7 @@ class ImageStream:
             self.rate.add(len(labels), time.perf_counter() - started)
             return made
 
-        return on_device(make, range(start_batch, self.train_batch_count), self._device)
+        return on_device(make, range(start_batch, self.epoch.batches), self._device)
 
     def test_batches(self) -> Iterator[Batch]:
         """The test set in order, as it is, nothing left out."""

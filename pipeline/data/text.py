@@ -23,6 +23,7 @@ from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics
 from pipeline.base.paths import path_of
 from pipeline.data.augmentation import hashed
+from pipeline.data.epoch import Epoch
 from pipeline.data.prefetch import moved, on_device
 from pipeline.data.rate import LoaderRate
 from pipeline.data.share import WHOLE, Share
@@ -31,8 +32,6 @@ from pipeline.data.stream import epoch_order
 from pipeline.local.next_token import NextToken
 from pipeline.stage.inlet import Batch
 
-TEXT = "text"
-"""Its name."""
 VOCABULARY = 256
 _TEST_SHARE = 10
 _SHIFT_KEY = 4
@@ -63,23 +62,21 @@ class TextSource:
         self._tests = (len(self._test) - 1) // self._length
         parts = config.schedule.micro_batches
         self._batch, self._micro_batch = settings.batch_size, settings.batch_size // (parts * share.of)
-        whole, short = divmod(self._count, self._batch)
-        keep = bool(short) and not settings.drop_last and short >= parts
-        if keep:
-            share.check_short(settings.name, short, parts)
-        if self._tests < 1 or whole + keep < 1:
+        epoch = Epoch.of(self._count, self._batch, parts, settings.drop_last)
+        if self._tests < 1 or epoch.batches < 1:
             needed = max(self._batch * self._length * _TEST_SHARE // (_TEST_SHARE - 1), _TEST_SHARE * self._length)
             raise ConfigError(
                 f"data.root = '{settings.root}' has {len(content):,} bytes, too few for a batch of {self._batch} "
                 f"sequences of data.length = {self._length} and a test set; use a file of {2 * needed:,} or more, or "
                 "smaller batches"
             )
+        epoch.check(settings, self._count, share)
         self.data_spec = DataSpec(
             classes=VOCABULARY,
             inputs=next_byte(config).inputs,
-            train_batches=whole + keep,
+            train_batches=epoch.batches,
             test_batches=-(-self._tests // self._micro_batch),
-            train_images=whole * self._batch + (short if keep else 0),
+            train_images=epoch.samples,
         )
 
     def train(self, epoch: int, start: int = 0) -> Iterator[Batch]:

@@ -112,7 +112,7 @@ def _fitting(patched: PatchedHead, shape: FeatureShape, task: Task, available: i
     fits, least_too_many = 1, patched.grid**2 + 1
     trial = least_too_many - 1
     while fits < trial:
-        if 0 < _work_bytes(patched, shape, task, trial) <= available:
+        if 0 < work_bytes(patched, shape, task, trial) <= available:
             fits = trial
         else:
             least_too_many = trial
@@ -120,7 +120,7 @@ def _fitting(patched: PatchedHead, shape: FeatureShape, task: Task, available: i
     return fits
 
 
-def _work_bytes(patched: PatchedHead, shape: FeatureShape, task: Task, at_once: int) -> int:
+def work_bytes(patched: PatchedHead, shape: FeatureShape, task: Task, at_once: int) -> int:
     """The most that forward and backward of all patches have alive, ``at_once`` together; without what stays: the
     gradients of the feature and of parameters. 0 where that fails."""
     with _blank_copies([patched]) as (head,):

@@ -41,7 +41,7 @@ from pipeline.local.optimiser import Optimiser
 from pipeline.local.output_gradients import OutputGradients, summed
 from pipeline.local.repeated import count_repeated, imitate_repeated
 from pipeline.local.roles import ModulePlan
-from pipeline.local.sgr import differentiable_twice, reconcile
+from pipeline.local.sgr import differentiable_twice, last_loss, reconcile
 from pipeline.local.stashes import Stash, Stashes
 from pipeline.local.task import Task
 from pipeline.local.upstream import FlatWeights, Mailbox, shapes_of
@@ -375,24 +375,23 @@ class LocalModule:
 
     def _reconcile(self, name: str, item: InFlight, step: int) -> Tensors:
         """The loss of the level ``name``, or of the task, with SGR's: a_m, and what the next module is told."""
-        leaf = item.outputs[MAIN].detach().requires_grad_()
+        aux = name == "final" and AUX in item.outputs and self._aux_weight > 0
+        leaves = {n: item.outputs[n].detach().requires_grad_() for n in ((MAIN, AUX) if aux else (MAIN,))}
         with torch.enable_grad(), differentiable_twice():
             if name == "final":
-                loss = self.task.loss(leaf, item.batch.labels)
-                terms = {name: loss.detach()}
+                loss, terms = last_loss(self.task, leaves, item.batch.labels, self._aux_weight)
             else:
-                feature, given = self._feature({MAIN: leaf}), self._given(item, step)
+                feature, given = self._feature(leaves), self._given(item, step)
                 loss, found = self.levels[name].loss(feature, given, self.numerics.autocast)
                 terms = {f"{name}.{term}": value for term, value in found.items()}
             asked = item.batch.local_gradient
             entrance = None if asked is None else (item.batch.inputs[MAIN], asked)
-            trained = [p for p in self._trained if p.requires_grad]
             result = reconcile(
-                loss, leaf, item.outputs[MAIN], entrance, self._reconciliation, item.batch.scale, trained
+                loss, leaves, item.outputs, entrance, self._reconciliation, item.batch.scale, self._trained
             )
         if result.distance is not None:
             terms[f"{name}.reconciliation"] = result.distance
-        item.independent = result.own
+        item.independent, item.aux = result.own[MAIN], result.own.get(AUX)
         item.local_gradient = self.numerics.boundary(result.passed_on)
         return terms
 

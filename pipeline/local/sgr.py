@@ -7,7 +7,8 @@ input is drawn towards what the loss of the module before has asked of its outpu
 
 u is a constant here, v a function of the weights: R is differentiated through the backward pass of f_m and of the head.
 A row's u and v are those of its own loss, so R does not depend on the size of the batch or its parts. u has no part of
-R. The last module has no head but the loss of the task, and an R as well.
+R. The last module has no head but the loss of the task, and an R as well; an output "aux" of the network is part of it.
+Of several tensors on a boundary x is the one that heads stand on; the others have no u and no v.
 
 Attention is computed by plain products: the fused kernels of PyTorch can be differentiated once only.
 """
@@ -22,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from pipeline.base.flow import AUX, MAIN, Tensors
+from pipeline.local.task import Task
 from pipeline.models.losses import full
 
 
@@ -29,12 +32,12 @@ from pipeline.models.losses import full
 class Reconciled:
     """
     Attributes:
-        own: gradient of the output of a module, from its whole loss, times the share of the micro-batch.
-        passed_on: gradient of that output from the local loss alone, for the next module.
+        own: by name, gradients of the outputs of a module, from its whole loss, times the share of the micro-batch.
+        passed_on: gradient of "x" of them from the local loss alone, for the next module.
         distance: R; None in the first module.
     """
 
-    own: Tensor
+    own: Tensors
     passed_on: Tensor
     distance: Tensor | None
 
@@ -44,34 +47,47 @@ def differentiable_twice() -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
+def last_loss(task: Task, leaves: Tensors, target: Tensor, aux_weight: float) -> tuple[Tensor, Tensors]:
+    """The loss of the task on what the network gives, "x" and where it is there "aux", and its terms by name."""
+    loss = task.loss(leaves[MAIN], target)
+    terms = {"final": loss.detach()}
+    if AUX in leaves:
+        aux = task.loss(leaves[AUX], target)
+        loss, terms["final.aux"] = loss + aux_weight * aux, aux.detach()
+    return loss, terms
+
+
 def reconcile(
     loss: Tensor,
-    leaf: Tensor,
-    output: Tensor,
+    leaves: Tensors,
+    outputs: Tensors,
     entrance: tuple[Tensor, Tensor] | None,
     weight: float,
     share: float,
     trained: Sequence[Tensor],
 ) -> Reconciled:
     """Gradients of ``share * (loss + weight * R)``: those of R in the weights of the module, and all in those of the
-    head, are added to ``.grad``. What else there is in the module's weights is left to the backward of ``output``.
+    head, are added to ``.grad``. What else there is in the module's weights is left to the backward of ``outputs``.
 
     Args:
-        loss: scalar, the mean over the rows, a function of ``leaf`` and of the weights of the head.
-        leaf: (b, ...) the output of the module, detached, requires grad.
-        output: the same with its graph, which stays.
+        loss: scalar, the mean over the rows, a function of ``leaves`` and of the weights of the head.
+        leaves: (b, ...) the outputs of the module that have a loss, "x" first, detached, require grad.
+        outputs: the same with their graph, which stays, and others.
         entrance: x (b, ...), a leaf of that graph, and u (b, ...); None in the first module.
         weight: lambda.
         share: of this micro-batch in the batch.
-        trained: leaves that get gradients.
+        trained: weights that get gradients where they require them.
     """
-    (slope,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    slopes = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
     total, distance = loss, None
     if entrance is not None:
         x, asked = entrance
-        (found,) = torch.autograd.grad(output, x, slope.to(output.dtype), create_graph=True)
+        ends = [outputs[name] for name in leaves]
+        start = [slope.to(end.dtype) for slope, end in zip(slopes, ends, strict=True)]
+        (found,) = torch.autograd.grad(ends, x, start, create_graph=True)
         distance = len(x) * (full(found) - full(asked)).square().sum()
         total = loss + weight * distance
-    torch.autograd.backward(total * share, inputs=[leaf, *trained], retain_graph=True)
-    assert leaf.grad is not None
-    return Reconciled(leaf.grad, slope.detach(), None if distance is None else distance.detach())
+    weights = [parameter for parameter in trained if parameter.requires_grad]
+    torch.autograd.backward(total * share, inputs=[*leaves.values(), *weights], retain_graph=True)
+    own = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    return Reconciled(own, slopes[0].detach(), None if distance is None else distance.detach())

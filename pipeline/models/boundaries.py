@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from pipeline.base.errors import ConfigError
 from pipeline.base.flow import MAIN, Flow, Specs, Tensors, TensorSpec, bare, named
@@ -79,7 +80,7 @@ def _of_larger_images(blocks: Blocks, inputs: Specs) -> dict[str, Specs]:
     for name, block in blocks.items():
         stripped = without_weights(block).eval()
         try:
-            with META, torch.no_grad():
+            with META, _ShapesOnly(), torch.no_grad():
                 flow = _checked(stripped(flow), name)
         except Exception:  # whatever it is: a network may take images of one size only
             break
@@ -136,7 +137,7 @@ def _dry_run(blocks: Blocks, inputs: Specs, entrances: Collection[str] = ()) -> 
         given, before = flow, _versions(flow)
         if on_meta:
             try:
-                with META, torch.no_grad():
+                with META, _ShapesOnly(), torch.no_grad():
                     flow = _checked(without_weights(block).eval()(given), name)
             except ConfigError:
                 raise
@@ -153,6 +154,33 @@ def _dry_run(blocks: Blocks, inputs: Specs, entrances: Collection[str] = ()) -> 
             )
         found[name] = {key: TensorSpec(tuple(x.shape[1:]), x.dtype) for key, x in named(flow).items()}
     return found
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """BatchNorm in evaluation gives what it is given, in shape and dtype; PyTorch finds that out on the meta device by
+    all operations that it consists of."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is nn.functional.batch_norm and _keeps_form(*args, **kwargs):
+            return torch.empty_like(args[0])  # no view of it: what comes next may change it in place
+        return func(*args, **kwargs)
+
+
+def _keeps_form(
+    x: Tensor,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    **numbers: float,
+) -> bool:
+    """Whether ``torch.nn.functional.batch_norm`` with these arguments has statistics and factors that fit ``x``."""
+    vectors = (mean, variance, weight, bias)
+    return not training and x.dim() > 1 and all(
+        v is not None and v.is_meta and v.shape == x.shape[1:2] and v.dtype == x.dtype for v in vectors
+    )
 
 
 def blank(spec: TensorSpec, rows: int, floating: torch.dtype, device: torch.device) -> Tensor:

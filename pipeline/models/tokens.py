@@ -96,7 +96,11 @@ class InPatches(Reading):
     n: int
 
     def feature(self, tokens: Tensor) -> Tensor:
-        return tokens.index_select(1, self._order(tokens.device).flatten())
+        # Views, not an index of every token: nothing is made anew in a step, and the gradients of the tokens in front,
+        # which stand in every patch, are added in one order on a GPU as well.
+        front, positions = tokens[:, None, : self.grid.front], tokens[:, self.grid.front :]
+        patches = positions.unflatten(1, self._sides).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return torch.cat([front.expand(-1, self.n**2, *front.shape[2:]), patches], dim=2).flatten(1, 2)
 
     def given(self, given: Given) -> Given:
         length = self.grid.front + self.grid.rows * self.grid.columns
@@ -110,17 +114,15 @@ class InPatches(Reading):
     def output(self, output: Tensor) -> Tensor:
         """Of the tokens in front the mean of what the patches say."""
         front, patches = self.grid.front, output.unflatten(1, (self.n**2, -1))
-        order = self._order(output.device)[:, front:].flatten().argsort()
-        positions = patches[:, :, front:].flatten(1, 2).index_select(1, order)
-        return torch.cat([patches[:, :, :front].mean(dim=1), positions], dim=1)
+        rows, height, columns, width = self._sides
+        positions = patches[:, :, front:].unflatten(2, (height, width)).unflatten(1, (rows, columns))
+        return torch.cat([patches[:, :, :front].mean(dim=1), positions.transpose(2, 3).flatten(1, 4)], dim=1)
 
-    def _order(self, device: torch.device) -> Tensor:
-        """(n n, front + t): the token that stands at each place."""
+    @property
+    def _sides(self) -> tuple[int, int, int, int]:
+        """Of the grid: patches and their rows, patches and their columns."""
         grid, n = self.grid, self.n
-        positions = torch.arange(grid.rows * grid.columns, device=device) + grid.front
-        sides = (n, grid.rows // n, n, grid.columns // n)
-        patches = positions.view(sides).transpose(1, 2).reshape(n * n, -1)
-        return torch.cat([torch.arange(grid.front, device=device).expand(n * n, -1), patches], dim=1)
+        return n, grid.rows // n, n, grid.columns // n
 
 
 def reading_of(

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from pipeline.base.errors import LocalpipeError
 from pipeline.models.backbones import Blocks, Sides, build_blocks, initialise
@@ -34,13 +35,28 @@ def without_memory(build: Callable[[], T], seed: int = 0) -> T:
     """
     with torch.random.fork_rng(devices=[]):
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), _Undrawn():
                 return build()
         except LocalpipeError:
             raise
         except (RuntimeError, NotImplementedError):
             torch.manual_seed(seed)
             return build()
+
+
+class _Undrawn(TorchFunctionMode):
+    """Draws no initial weights on the meta device, where PyTorch does so in Python, operation by operation."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _DRAWS:
+            tensor: Tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
+
+
+_DRAWS = {nn.init.uniform_, nn.init.normal_, nn.init.kaiming_uniform_, Tensor.uniform_, Tensor.normal_}
 
 
 def real_blocks(name: str, in_channels: int, classes: int, seed: int, sides: Sides | None = None) -> Blocks:

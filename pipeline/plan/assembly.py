@@ -124,13 +124,13 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """Images of a step in one replica."""
-        return self.config.data.batch_size // self.replicas
+        """Images of a step in one replica; the most of any, where they do not divide a batch."""
+        return -(-self.config.data.batch_size // self.replicas)
 
     @property
     def micro_batch_rows(self) -> int:
         """Largest number of images in one micro-batch."""
-        return self.rows // self.config.schedule.micro_batches
+        return -(-self.rows // self.config.schedule.micro_batches)
 
     def labels(self) -> list[str]:
         """First and last block of every local module."""

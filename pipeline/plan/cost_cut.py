@@ -36,17 +36,20 @@ from pipeline.models.boundaries import boundary_specs
 from pipeline.models.later import later_blocks
 from pipeline.models.unbuilt import without_memory
 from pipeline.plan.assembly import Plan, make_plan
-from pipeline.plan.cut import BY_COST, make_cut
+from pipeline.plan.cut import BY_MEMORY, COUNTED, make_cut
+from pipeline.plan.memory_cut import memory_of_modules
 from pipeline.plan.module_flops import Flops, Uncountable, flops_by_kind
 from pipeline.stage.schedule import Kind, stage_schedule
 
 Cost = Callable[[int, int, int], float]
 """(module, first piece, end) -> cost of this local module made of these pieces."""
+MIB = 2**20
 NUMERICS = Numerics(torch.device("cpu"), torch.float32, channels_last=False)
 
 
 def cut_by_cost(config: Config, blocks: Blocks, task: Task, inputs: Specs | None = None) -> tuple[Config, str]:
-    """The configuration with names of blocks in place of ``model.cuts = "cost"``, and what to tell people (else "").
+    """The configuration with names of blocks in place of ``model.cuts = "cost"`` or ``"memory"``
+    (:mod:`pipeline.plan.memory_cut`), and what to tell people (else "").
 
     A network that cannot be counted is cut as with ``model.cuts = "auto"``. With one module there is nothing to cut.
 
@@ -60,11 +63,12 @@ def cut_by_cost(config: Config, blocks: Blocks, task: Task, inputs: Specs | None
         ConfigError: more local modules than blocks.
     """
     model = config.model
-    if model.cuts != BY_COST or model.modules == 1:
+    if model.cuts not in COUNTED or model.modules == 1:
         return config, ""
-    names = list(blocks)
+    names, by_memory = list(blocks), model.cuts == BY_MEMORY
+    count = _needed if by_memory else _counted
     try:
-        beginnings, cost = _counted(config, blocks, task, task.inputs if inputs is None else inputs)
+        beginnings, cost = count(config, blocks, task, task.inputs if inputs is None else inputs)
         ends = smallest_largest(len(beginnings), model.modules, cost, alone=model.stem == "own")
     except (Uncountable, ConfigError) as reason:
         cut = make_cut(names, dataclasses.replace(model, cuts="auto"))
@@ -74,6 +78,8 @@ def cut_by_cost(config: Config, blocks: Blocks, task: Task, inputs: Specs | None
         chosen = tuple(beginnings[end] for end in ends[:-1])
         shares = [cost(module, *piece) for module, piece in enumerate(itertools.pairwise((0, *ends)))]
         words = f"cut by FLOPs: {' | '.join(f'{100 * share / sum(shares):.0f}' for share in shares)} % of a step"
+        if by_memory:
+            words = f"cut by memory: {' | '.join(f'{share / MIB:,.0f}' for share in shares)} MiB on a rank for each"
     return dataclasses.replace(config, model=dataclasses.replace(model, cuts=chosen)), words
 
 
@@ -133,10 +139,7 @@ def smallest_largest(pieces: int, modules: int, cost: Cost, alone: bool = False)
 
 def _counted(config: Config, blocks: Blocks, task: Task, inputs: Specs) -> tuple[list[str], Cost]:
     """The first block of every piece of a network that is cut wherever it may be; the cost of any module of pieces."""
-    paper = dataclasses.replace(
-        config.hierarchy, cascade_span=2, independent_weight=1.0, cascade_weight=1.0, levels="separate"
-    )
-    with_heads = dataclasses.replace(paper, final_loss="local")
+    with_heads = _with_heads(config.hierarchy)
     beginnings = _beginnings(config, blocks, task, inputs, with_heads)
     count = len(beginnings)
     backpropagation = HierarchyConfig(count, "paper", 0.0, 0.0, final_loss="cascade")
@@ -160,6 +163,19 @@ def _counted(config: Config, blocks: Blocks, task: Task, inputs: Specs) -> tuple
     if config.method.reconciliation > 0:
         cost = _reconciled(cost, _relayed(local.modules, own), own, through)
     return beginnings, cost
+
+
+def _needed(config: Config, blocks: Blocks, task: Task, inputs: Specs) -> tuple[list[str], Cost]:
+    """The same with bytes for cost."""
+    beginnings = _beginnings(config, blocks, task, inputs, _with_heads(config.hierarchy))
+    return beginnings, memory_of_modules(config, blocks, task, inputs, beginnings)
+
+
+def _with_heads(hierarchy: HierarchyConfig) -> HierarchyConfig:
+    """All heads that a module may have."""
+    return dataclasses.replace(
+        hierarchy, cascade_span=2, independent_weight=1.0, cascade_weight=1.0, levels="separate", final_loss="local"
+    )
 
 
 def _cost_of(

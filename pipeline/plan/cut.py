@@ -13,7 +13,8 @@ from pipeline.base.config import ModelConfig
 from pipeline.base.cut_tables import EQUAL, HPFF, TABLES, group_sizes
 from pipeline.base.errors import ConfigError, suggest
 
-BY_COST = "cost"
+BY_COST, BY_MEMORY = COUNTED = ("cost", "memory")
+"""Of ``model.cuts``: what is counted, and chooses only when a run begins; from then on the names of blocks stay."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Cut:
 
 
 def make_cut(blocks: Sequence[str], config: ModelConfig) -> Cut:
-    """Cut the named blocks into ``config.modules`` local modules; not by cost, as a name has none
-    (see :mod:`pipeline.plan.cost_cut`). Then ``config.group`` joins consecutive ones:
+    """Cut the named blocks into ``config.modules`` local modules; not by cost or memory, which a name has
+    none of (see :mod:`pipeline.plan.cost_cut`). Then ``config.group`` joins consecutive ones:
 
         cut          stem a | b | c | d | e classifier        K = 5
         group = 2    stem a b   | c d   | e classifier        local modules, each with the levels of one
@@ -67,7 +68,7 @@ def _cut(blocks: Sequence[str], config: ModelConfig) -> Cut:
         )
     if wanted == 1:
         return Cut((tuple(blocks),), 1)
-    assert config.cuts != BY_COST
+    assert config.cuts not in COUNTED
     if config.cuts in TABLES:
         by_number = TABLES[config.cuts].get(config.name, {})
         if wanted not in by_number:

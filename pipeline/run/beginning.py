@@ -29,7 +29,7 @@ from pipeline.models.custom import network_blocks
 from pipeline.models.pretrained import PretrainedWeights, sha256_of
 from pipeline.models.unbuilt import planned_blocks
 from pipeline.plan.cost_cut import cut_by_cost
-from pipeline.plan.cut import BY_COST, make_cut
+from pipeline.plan.cut import COUNTED, make_cut
 from pipeline.plan.placement import given, place
 from pipeline.ranks.agreement import agree_on_config
 from pipeline.ranks.grid import Grid
@@ -70,11 +70,17 @@ def refuse_early(
                 "data.mixup and data.cutmix make shares of classes, which your task does not take; pass "
                 "task=Classification(classes, shape, soft=True), or no task"
             )
+        smoothing = config.train.label_smoothing
+        if smoothing > 0 and not (isinstance(task, Classification) and task.label_smoothing == smoothing):
+            raise ConfigError(
+                f"train.label_smoothing = {smoothing:g} with a task of your own, whose loss is its own; pass "
+                f"task=Classification(classes, shape, label_smoothing={smoothing:g}), or leave the key out"
+            )
     blocks = (
         network_blocks(network, config.model.cuts) if network is not None else planned_blocks(config.model.name, 3, 10)
     )
-    # How many modules a cut by cost makes is known before anything is counted.
-    model = dataclasses.replace(config.model, cuts="auto") if config.model.cuts == BY_COST else config.model
+    # How many modules a cut by cost or memory makes is known before anything is counted.
+    model = dataclasses.replace(config.model, cuts="auto") if config.model.cuts in COUNTED else config.model
     count = len(make_cut(list(blocks), model))
     if config.partition.kind == "given":
         given(config.partition.stages, count, grid.stages)
@@ -168,14 +174,14 @@ def cut_network(
     config: Config, network: nn.Module | None, data_spec: DataSpec, task: Task | None, start: Start, team: Team
 ) -> tuple[Config, Blocks, Task, str]:
     """The configuration with the cuts of this run, the network in blocks, what it is for, and what to tell people about
-    a cut by cost (else ""). Collective.
+    a cut that was counted (else ""). Collective.
 
-    Rank 0 counts where ``model.cuts = "cost"``; a run that goes on keeps the cuts it has.
+    Rank 0 counts where ``model.cuts`` is "cost" or "memory"; a run that goes on keeps the cuts it has.
     """
     if start.cuts is not None:
         config = with_values(config, {"model.cuts": start.cuts})
     blocks, found = blocks_and_task(config, network, data_spec, task)
-    if config.model.cuts != BY_COST or config.model.modules == 1:
+    if config.model.cuts not in COUNTED or config.model.modules == 1:
         return config, blocks, found, ""
     config, words = team.broadcast(
         cut_by_cost(config, blocks, found, data_spec.inputs) if team.leads else (config, "")

@@ -18,7 +18,7 @@ from pipeline.base.errors import CheckpointError, ConfigError
 from pipeline.base.metric import ERROR, MetricForm
 from pipeline.base.validation import with_values
 from pipeline.local.task import Task, task_name
-from pipeline.plan.cut import BY_COST
+from pipeline.plan.cut import COUNTED
 from pipeline.store.atomic import remove_temporaries
 from pipeline.store.checkpoint import (
     FOLDER,
@@ -82,8 +82,8 @@ class Start:
         checkpoint: to go on from; None: the beginning.
         lines, warnings: what the user should know.
         levels_together: see :meth:`pipeline.store.checkpoint.Checkpoint.levels_together`.
-        cuts: ``model.cuts`` of the checkpoint where the configuration says ``"cost"``, which chooses only when a run
-            begins.
+        cuts: ``model.cuts`` of the checkpoint where the configuration says "cost" or "memory", which choose only when a
+            run begins.
     """
 
     checkpoint: Path | None
@@ -135,10 +135,11 @@ def choose_start(
             "the task that was trained, or start anew with --resume none and another --run-dir"
         )
     warnings += [chosen.older] if chosen.older is not None else []
-    cuts = chosen.config.model.cuts if config.model.cuts == BY_COST else None
+    cuts = chosen.config.model.cuts if config.model.cuts in COUNTED else None
     lines = _changes(chosen, with_values(config, {"model.cuts": cuts}) if cuts is not None else config)
-    if isinstance(cuts, str) and cuts != BY_COST and config.model.modules > 1:
-        lines.append(f"model.cuts = {cuts!r} of the checkpoint stays: 'cost' chooses only when a run begins")
+    if isinstance(cuts, str) and cuts not in COUNTED and config.model.modules > 1:
+        word = config.model.cuts
+        lines.append(f"model.cuts = {cuts!r} of the checkpoint stays: {word!r} chooses only when a run begins")
     return Start(chosen.path, tuple(lines), tuple(warnings), chosen.levels_together(ranks), cuts)
 
 

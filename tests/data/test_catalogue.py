@@ -17,7 +17,6 @@ from pipeline.base.data_config import DATA_SETS
 from pipeline.base.errors import ConfigError
 from pipeline.data import CATALOGUE, Augmentation, open_data
 from pipeline.data.catalogue import NAMES
-from pipeline.data.text import TEXT
 
 CIFAR_MEAN = (0.49137, 0.48235, 0.44667)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -150,4 +149,4 @@ def test_folder_recipe(size: int, mean: tuple[float, ...], padding: int, tmp_pat
 
 
 def test_the_configuration_knows_the_names_of_the_catalogue() -> None:
-    assert set(DATA_SETS) == {*NAMES, TEXT}
+    assert set(DATA_SETS) == {*NAMES, "text"}

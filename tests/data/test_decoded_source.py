@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -147,6 +148,47 @@ def test_tiles_show_every_pixel_once_and_an_evaluation_whole_images(streets: Pat
     assert counted == 2 * (HEIGHT - 2) * WIDTH
     whole = some(source("cityscapes", streets, crop=(16, 20), whole=True).test())
     assert [tuple(t.labels.shape) for t in whole] == [(1, HEIGHT, WIDTH)] * 2
+
+
+def test_images_of_several_sizes_are_tested_whole_as_well(streets: Path, tmp_path: Path) -> None:
+    root = tmp_path / "several"
+    shutil.copytree(streets, root)
+    for kind, suffix in (("leftImg8bit", "leftImg8bit"), ("gtFine", "gtFine_labelIds")):
+        for split, number, sides in (("val", 1, (60, 40)), ("train", 1, (30, 50))):
+            file = root / kind / split / "town1" / f"town_{number:06}_{suffix}.png"
+            Image.open(file).resize(sides, Image.Resampling.NEAREST).save(file)
+    opened = source("cityscapes", root, crop=(16, 20), batch_size=5)
+    tests = some(opened.test())
+    assert len(tests) == opened.data_spec.test_batches == 3
+    assert sum(len(t.labels) for t in tests) == 2 * 3 + 3 * 3
+    counted = sum(int((t.labels != IGNORED).sum()) for t in tests)
+    assert counted == (HEIGHT - 2) * WIDTH + (40 - 3) * 60  # the border has grown with the image
+    (batch,) = some(opened.train(1))
+    assert batch.labels.shape == (5, 16, 20)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "^'.*/town1/town_000001_gtFine_labelIds.png', the labels of '.*leftImg8bit.png', is not there; copy it"),
+        (b"junk", "'.*/gtFine/train/town1/town_000001_gtFine_labelIds.png' is no readable image"),
+        ((7, 9), r"'.*_labelIds.png' holds uint8 \(7, 9\) for an image of \(24, 48\); give it a byte for every pixel"),
+        ((24, 48, 3), r"'.*_labelIds.png' holds uint8 \(24, 48, 3\) for an image"),
+    ],
+)
+def test_labels_that_cannot_be_are_named_with_their_file(
+    content: Any, words: str, streets: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "odd"
+    shutil.copytree(streets, root)
+    file = root / "gtFine" / "train" / "town1" / "town_000001_gtFine_labelIds.png"
+    file.unlink()
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        Image.fromarray(np.zeros(content, dtype=np.uint8)).save(file)
+    with pytest.raises(ConfigError, match=words):
+        CityscapesSamples(config("cityscapes", root).data).sample("train", 3)
 
 
 def test_what_is_smaller_than_a_crop_is_padded_with_what_does_not_count(streets: Path) -> None:

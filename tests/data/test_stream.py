@@ -83,7 +83,7 @@ def test_the_last_batch(count: int, batch_size: int, drop_last: bool, sizes: lis
     batches = stream(count, batch_size, drop_last)
 
     assert [len(batch.labels) for batch in batches.train_batches(1)] == sizes
-    assert batches.train_batch_count == len(sizes)
+    assert batches.epoch.batches == len(sizes)
 
 
 @pytest.mark.parametrize("batch_size", [3, 4, 5, 100])

@@ -74,7 +74,10 @@ def test_top_5_is_counted_from_100_classes_on() -> None:
 
 def test_keys_that_do_not_go_together_are_refused() -> None:
     for assignments, words in (
-        (["data.name=shapes", "data.mixup=0.2"], "classes of whole images"),
+        (["data.name=shapes", "data.mixup=0.2"], "^data.mixup = 0.2 with .* and these have one for every pixel"),
+        (["data.name=text", "data.cutmix=1"], "^data.cutmix = 1 .* and these have one for every byte; remove it"),
+        (["data.name=cityscapes", "train.label_smoothing=0.1"], "^train.label_smoothing = 0.1 with .* for every pixel"),
+        (["data.name=text", "train.label_smoothing=0.1"], "^train.label_smoothing = 0.1 with .* for every byte"),
         (["optim.schedule=poly"], "without a warm-up"),
         (["optim.schedule=poly", "optim.warmup_epochs=0", "optim.lr=1e-5"], "lower optim.min_lr"),
         (["data.test_scales=[]"], "leaves nothing to test"),
@@ -91,6 +94,13 @@ def test_mixing_is_left_to_loaders_of_ones_own(tmp_path: Path) -> None:
         task = Classification(10, (3, 32, 32))
         config = load_config(assignments=["data.cutmix=1", "log.curve=false"])
         train(config, network=tiny.network(), task=task, run_dir=tmp_path)
+
+
+def test_smoothing_that_a_task_of_ones_own_does_not_have_is_refused(tmp_path: Path) -> None:
+    config, loaders = tiny_config(train={"label_smoothing": 0.2}), LoaderData(tiny.Batches(), tiny.Batches())
+    task = Classification(tiny.CLASSES, tiny.IMAGE, soft=True)
+    with pytest.raises(ConfigError, match=r"^train.label_smoothing = 0.2 .* label_smoothing=0.2\), or leave"):
+        train(config, network=tiny.network(), data=loaders, task=task, run_dir=tmp_path)
 
 
 def test_poly_falls_from_the_peak_to_its_floor_in_every_step() -> None:

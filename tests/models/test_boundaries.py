@@ -67,6 +67,14 @@ def test_images_need_not_be_square() -> None:
     assert [specs[name]["x"].shape for name in "ab"] == [(4, 6, 20), (5, 3, 10)]
 
 
+def test_batch_norm_gives_what_it_is_given_if_it_fits_and_no_view_of_it() -> None:
+    image = {"x": TensorSpec((3, 8, 8))}
+    fitting = OrderedDict(a=nn.Identity(), b=nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(inplace=True)))
+    assert boundary_specs(fitting, image, entrances=["b"])["b"] == image
+    with pytest.raises(ConfigError, match=r"^block 'b' fails on an input of shape \(3, 8, 8\)"):
+        boundary_specs(OrderedDict(a=nn.Identity(), b=nn.BatchNorm2d(4)), image)
+
+
 def test_a_block_that_looks_at_values_runs_for_real() -> None:
     def peeks(x: Tensor) -> Tensor:
         assert float(x.sum()) == 0.0

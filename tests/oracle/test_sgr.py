@@ -8,13 +8,19 @@ from typing import Any
 import pytest
 import torch
 from tiny import gradients, tiny_batch, tiny_config, tiny_plan, tiny_stage, train_on, without_updates
+from tiny_strided import SCENES, dense_blocks, dense_config, images
 from torch import Tensor, nn
 
 from pipeline import ConfigError
 from pipeline.base.config import Config
+from pipeline.base.numerics import Numerics
 from pipeline.base.validation import validate, with_values
+from pipeline.edges.connect import Edges
 from pipeline.local.local_module import LocalModule
 from pipeline.models.heads import Given
+from pipeline.plan.assembly import build_modules, make_plan
+from pipeline.stage.inlet import Batch, BatchInlet
+from pipeline.stage.stage import Stage
 
 MODULES, WEIGHT = 5, 20.0
 
@@ -76,6 +82,43 @@ def test_gradients_are_those_of_the_formula(method: str, variant: str, parts: in
     for index, value in sums.items():
         level = "final" if index == "4" else "independent"
         assert float(modules[int(index)].losses.open[0][f"{level}.reconciliation"]) == pytest.approx(value, rel=1e-10)
+
+
+def test_the_loss_of_a_second_head_of_the_network_is_part_of_the_last_one() -> None:
+    """As DeepLabV3's on stage 3, which stands in the last module here; 0.4 of its loss."""
+    config = with_values(dense_config(), {"method.name": "dgl", "method.reconciliation": WEIGHT})
+    plan = make_plan(with_values(config, {"model.modules": 2, "model.cuts": ("d",)}), dense_blocks(), SCENES, 1)
+    numerics = Numerics(torch.device("cpu"), torch.float64, False)
+    modules = build_modules(plan, 0, dense_blocks(), numerics, fresh=True)
+    stage = without_updates(Stage(modules, plan.schedules[0], BatchInlet(), Edges()))
+    for part in (modules[0].levels["independent"], modules[1].blocks["classifier"]):
+        for layer in part.modules():
+            if isinstance(layer, nn.Dropout | nn.Dropout2d):
+                layer.p = 0.0
+    first, last = copy.deepcopy(modules)
+    image, labels = images(0, dense=True)
+    x = image.double() / 127.5 - 1.0
+    train_on(stage, 0, 0, Batch(x, labels, image))
+
+    for block in first.blocks.values():
+        x = block.train()(x)
+    h = x.detach().requires_grad_()
+    head = first.levels["independent"].train().terms["task"].heads[0]
+    (asked,) = torch.autograd.grad(head.loss(h, Given(labels)), h)
+    flow = h
+    for block in last.blocks.values():
+        flow = block.train()(flow)
+    loss = SCENES.loss(flow["x"], labels) + 0.4 * SCENES.loss(flow["aux"], labels)
+    (found,) = torch.autograd.grad(loss, h, create_graph=True)
+    distance = len(h) * (found - asked).square().sum()
+    (loss + WEIGHT * distance).backward()
+    mine, theirs = gradients(modules[1:]), gradients([last])
+    scale = max(float(g.norm()) for g in theirs.values() if g is not None)
+    for name, expected in theirs.items():
+        assert float((mine[name] - expected).norm()) <= 1e-10 * max(float(expected.norm()), 1e-2 * scale), name
+    losses = modules[1].losses.open[0]
+    assert set(losses) == {"final", "final.aux", "final.reconciliation"}
+    assert float(losses["final.reconciliation"]) == pytest.approx(float(distance.detach()), rel=1e-10)
 
 
 def test_the_gradient_travels_downstream_with_the_activation_and_nothing_upstream() -> None:

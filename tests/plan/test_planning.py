@@ -34,8 +34,9 @@ PROFILE = Profile((ModuleCost(0.040, 0.0, 0.0025, 0.0, 0.0, 0.080, 0.001, 2**20,
 
 
 def config(*assignments: str) -> Config:
-    cuts = () if any("model.cuts" in assignment for assignment in assignments) else ("model.cuts=even",)
-    return load_config(assignments=["runtime.device=cpu", "precision.compute=fp32", *cuts, *assignments])
+    """Of the default recipe, without what is counted for its cut and for its patches."""
+    settings = ["runtime.device=cpu", "precision.compute=fp32", "model.cuts=even", "patches.at_once=4"]
+    return load_config(assignments=[*settings, *assignments])
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +153,10 @@ def test_stages_of_schedule_free_wait_for_nobody() -> None:
 
 def test_a_rank_that_is_too_large_is_reported_with_the_plan() -> None:
     small = Profile((COST,) * 4, 32, 32, device_bytes=2**21)
-    report = explain(config(), 2, small)
+    by_count = config("partition.kind=count")
+    report = explain(by_count, 2, small)
     assert report.refusal is not None and report.refusal.startswith("rank ")
-    assert explain(config(), 2, PROFILE).refusal is None
+    assert explain(by_count, 2, PROFILE).refusal is None
 
 
 def test_a_measured_plan_needs_no_profile() -> None:
@@ -271,8 +273,12 @@ def command_line(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return runpy.run_path(str(script))["main"]()
 
 
-EVEN = ("--set", "model.cuts=even", "--set", "patches.grid=1", "--set", "runtime.device=cpu")
-"""Of the default recipe, without what is counted for its cut and for its patches."""
+EVEN = [
+    word
+    for key in ("model.cuts=even", "patches.grid=1", "partition.kind=count", "method.name=dgl", "runtime.device=cpu")
+    for word in ("--set", key)
+]
+"""Of the default recipe, without what is counted for its cut, its placement and its patches."""
 
 
 def test_the_command_line_prints_and_writes_what_it_is_asked_for(

@@ -63,12 +63,21 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any], dict[str, dic
 }
 
 
+THREE_RANKS = ("dgl, sgr", "infopro, man++", "greedy, man, async", "lopt")
+
+
 def trained(rank: int, folder: str) -> dict[str, Any]:
     """The digest of the weights of every case, and what the test of their averages says; of text the perplexity."""
-    on_strided = trained_on_strided(rank, folder)
     on_text = trained_on_text(rank, Path(folder) / "text")
     found: dict[str, Any] = {f"text, {case}": result for case, result in on_text.items()}
-    for case, (build, batches, sections) in CASES.items():
+    return found | trained_on_cases(rank, folder, tuple(CASES))
+
+
+def trained_on_cases(rank: int, folder: str, cases: tuple[str, ...]) -> dict[str, Any]:
+    """Likewise of some, and of the heads for large images."""
+    on_strided, found = trained_on_strided(rank, folder), {}
+    for case in cases:
+        build, batches, sections = CASES[case]
         method = {"name": case.split(",")[0], **sections.get("method", {})}
         rest = {name: section for name, section in sections.items() if name != "method"}
         config = configured(2, method, **{"train": {"epochs": 1}, "checkpoint": {"every_epochs": 0}, **rest})
@@ -92,9 +101,9 @@ def test_the_weights_are_those_of_one_process(alone: dict[str, Any], ranks: int,
     assert results[0].value == alone
 
 
-def test_three_ranks_train_the_same_weights_with_heads_for_large_images(
+def test_three_ranks_train_the_same_weights_with_heads_for_large_images_and_messages_of_methods(
     alone: dict[str, Any], tmp_path: Path
 ) -> None:
-    results = run_ranks(trained_on_strided, 3, str(tmp_path), timeout_s=120)
+    results = run_ranks(trained_on_cases, 3, str(tmp_path), THREE_RANKS, timeout_s=120)
     assert [result.exit_code for result in results] == [0] * 3, [result.stderr for result in results]
-    assert results[0].value == {case: alone[case] for case in STRIDED_CASES}
+    assert results[0].value == {case: alone[case] for case in (*STRIDED_CASES, *THREE_RANKS)}

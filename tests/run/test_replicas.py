@@ -19,14 +19,26 @@ from torch import Tensor, nn
 
 from pipeline import ConfigError, LoaderData, train
 from pipeline.base.numerics import Numerics
+from pipeline.base.validation import validate, with_values
 from pipeline.local.task import Classification
 from pipeline.plan.assembly import build_modules, make_plan
 from pipeline.ranks.grid import Grid, grid_of
 
 ROWS = 12
+UNEVEN = (15, 13)
+"""Rows of batches that no four replicas have equal parts of."""
 LATE = {"kind": "async"}
 ADDED_UP = {"epochs": 2, "accumulate": 2, "ema": 0.5}
 SPOILT = {"epochs": 2, "nonfinite": "skip"}
+METHODS: dict[str, dict[str, Any]] = {
+    "weights upstream": {
+        "method": {"front": "man++", "average": 0.5},
+        "schedule": LATE,
+        "optim": {"error_feedback": True},
+    },
+    "gradients downstream": {"method": {"reconciliation": 0.01}, "hierarchy": {"cascade_span": 1}},
+}
+"""Methods with messages of their own."""
 
 
 class Block(nn.Module):
@@ -56,9 +68,8 @@ def network(norm: type[nn.Module] | None = None, seed: int = 7) -> nn.Sequential
 class Images:
     """Batches of noise in another order in every epoch, the last one short; ``spoilt``: one has a NaN at its end."""
 
-    batch_size = ROWS
-
-    def __init__(self, rows: tuple[int, ...] = (12, 12, 9), spoilt: bool = False) -> None:
+    def __init__(self, rows: tuple[int, ...], spoilt: bool = False) -> None:
+        self.batch_size = max(rows)
         self._rows = rows
         self._spoilt = spoilt
 
@@ -77,17 +88,20 @@ class Images:
 
 def run(
     folder: Path,
-    replicas: int,
+    replicas: int | str,
     norm: type[nn.Module] | None = None,
     seed: int = 7,
     resume: str = "auto",
+    batches: tuple[int, ...] = (12, 12, 9),
+    method: dict[str, Any] | None = None,
     **sections: Any,
 ) -> dict[str, Any]:
     """A short run on this rank, and its summary."""
     sections["parallel"] = {"replicas": replicas, **sections.get("parallel", {})}
     sections.setdefault("train", {"epochs": 2})
-    config = tiny_config("greedy", "plain", 2, 4, data={"batch_size": ROWS}, **sections)
-    data = LoaderData(Images(spoilt=sections["train"].get("nonfinite") == "skip"), Images((5, 12, 3)))
+    config = tiny_config("greedy", "plain", 2, 4, data={"batch_size": max(batches)}, **sections)
+    config = validate(with_values(config, {f"method.{key}": value for key, value in (method or {}).items()}))
+    data = LoaderData(Images(batches, sections["train"].get("nonfinite") == "skip"), Images((5, 12, 3)))
     with contextlib.redirect_stdout(io.StringIO()):
         return train(config, network=network(norm, seed), data=data, run_dir=folder, quiet=True, resume=resume)
 
@@ -98,6 +112,9 @@ def on_four(rank: int, folder: str) -> dict[str, str]:
         run(here / name, replicas, seed=7 + rank // (4 // replicas))  # the first replica's weights count
     run(here / "added up 2 x 2", 2, train=ADDED_UP)
     run(here / "spoilt 2 x 2", 2, train=SPOILT)
+    for name, sections in METHODS.items():
+        run(here / f"{name} 2 x 2", 2, **sections)
+    run(here / "uneven 4 x 1", "auto", batches=UNEVEN, parallel={"stages": 1})
     run(here / "resumed", 2, train={"max_steps": 2})
     run(here / "stopped", 2, nn.BatchNorm2d, train={"max_steps": 4})
     found = {name: run(here / name, 2, nn.BatchNorm2d) for name in ("whole", "stopped")}
@@ -113,6 +130,9 @@ def on_two(rank: int, folder: str) -> None:
         run(Path(folder) / name, replicas)
     run(Path(folder) / "added up 1 x 2", 1, train=ADDED_UP)
     run(Path(folder) / "spoilt 1 x 2", 1, train=SPOILT)
+    run(Path(folder) / "uneven 1 x 2", 1, batches=UNEVEN)
+    for name, sections in METHODS.items():
+        run(Path(folder) / f"{name} 1 x 2", 1, **sections)
     run(Path(folder) / "resumed", 1, train={"max_steps": 4}, seed=8)  # other weights, which the checkpoint replaces
     saved = str(Path(folder) / "late 2 x 2" / "checkpoints" / "step-00000002")
     run(Path(folder) / "late 1 x 2", 1, schedule=LATE)
@@ -155,6 +175,21 @@ def test_replicas_end_with_the_weights_of_one_pipeline_on_the_same_batches(runs:
     begun = network().state_dict()
     assert not torch.allclose(expected["a.conv.weight"], begun["a.conv.weight"], atol=1e-3)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_with_messages_of_their_own_train_as_one_pipeline_does(runs: Runs, name: str) -> None:
+    expected, plain = runs.weights(f"{name} 1 x 2"), runs.weights("1 x 2")
+    assert not torch.allclose(expected["c.conv.weight"], plain["c.conv.weight"], atol=1e-4)
+    torch.testing.assert_close(runs.weights(f"{name} 2 x 2"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_as_many_replicas_as_there_are_need_not_divide_a_batch(runs: Runs) -> None:
+    """A job of four machines that has lost one goes on with three, at the same batch."""
+    torch.testing.assert_close(runs.weights("uneven 4 x 1"), runs.weights("uneven 1 x 2"), rtol=1e-4, atol=1e-5)
+    for found, expected in zip(runs.records("uneven 4 x 1"), runs.records("uneven 1 x 2"), strict=True):
+        assert found["images"] == expected["images"] == sum(UNEVEN)
+        assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
 
 
 def test_gradients_of_several_batches_and_averages_of_weights_are_those_of_one_pipeline(runs: Runs) -> None:
@@ -225,7 +260,7 @@ def test_running_statistics_are_the_same_on_all_replicas_so_one_saves_for_all(ru
         ({}, 1, "parallel.replicas = 2 with 1 process: every replica is a pipeline of as many; start 2 processes"),
         ({"parallel": {"stages": 4}}, 4, "parallel.replicas = 2 x parallel.stages = 4 with 4 processes; start 8"),
         ({"parallel": {"replicas": "auto", "stages": 2}}, 3, "parallel.stages = 2 with 3 processes, which are no"),
-        ({"parallel": {"replicas": "auto", "stages": 1}}, 5, "data.batch_size = 12 is not divisible by parallel"),
+        ({"parallel": {"replicas": "auto", "stages": 1}}, 7, "data.batch_size = 12 with parallel.replicas = 7 leaves"),
     ],
 )  # fmt: skip
 def test_processes_that_are_no_replicas_are_refused(sections: dict[str, Any], size: int, line: str) -> None:
@@ -264,6 +299,12 @@ def test_what_does_not_go_with_replicas_is_refused(sections: dict[str, dict[str,
     parallel = {"replicas": 2} | sections.pop("parallel", {})
     with pytest.raises(ConfigError, match="^" + re.escape(line)):
         tiny_config(**{"data": {"batch_size": ROWS}, **sections, "parallel": parallel})
+
+
+def test_batch_norm_over_all_replicas_is_not_differentiated_twice() -> None:
+    config = tiny_config(parallel={"replicas": 2, "sync_batch_norm": True}, runtime={"device": "auto"})
+    with pytest.raises(ConfigError, match=r"^parallel\.sync_batch_norm = true with method\.reconciliation = 0\.1: "):
+        validate(with_values(config, {"method.reconciliation": 0.1}))
 
 
 def test_batch_norm_over_all_replicas_is_that_of_torch() -> None:
