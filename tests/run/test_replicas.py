@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import twins_on_device
 from helpers_spawn import run_ranks
 from tiny import CLASSES, IMAGE, tiny_blocks, tiny_config
 from torch import Tensor, nn
@@ -139,16 +140,19 @@ def on_two(rank: int, folder: str) -> None:
     run(Path(folder) / "late, then 1 x 2", 1, schedule=LATE, resume=saved, seed=8)
 
 
-def on_four_again(rank: int, folder: str) -> None:
+def on_four_again(rank: int, folder: str) -> dict[str, Any]:
     run(Path(folder) / "resumed", 4, seed=8)
+    return twins_on_device.on_device(folder)
 
 
 @dataclass(frozen=True)
 class Runs:
-    """What the ranks have left in ``folder``; ``digests`` by name of the run."""
+    """What the ranks have left in ``folder``; ``digests`` by name of the run; what each has seen on a device that is
+    none."""
 
     folder: Path
     digests: dict[str, str]
+    on_device: list[dict[str, Any]]
 
     def weights(self, name: str) -> dict[str, Tensor]:
         states = [torch.load(self.folder / name / f"{part}.pt", weights_only=True) for part in ("model", "heads")]
@@ -165,8 +169,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     for function, ranks in ((on_four, 4), (on_two, 2), (on_four_again, 4)):
         results = run_ranks(function, ranks, str(folder), timeout_s=120)
         assert [result.exit_code for result in results] == [0] * ranks, [result.stderr for result in results]
-        digests |= results[0].value or {}
-    return Runs(folder, digests)
+        if function is on_four:
+            digests = results[0].value
+    return Runs(folder, digests, [result.value for result in results])
 
 
 @pytest.mark.parametrize("name", ["2 x 2", "4 x 1", "2 x 1"])
@@ -204,6 +209,16 @@ def test_gradients_of_several_batches_and_averages_of_weights_are_those_of_one_p
 def test_stages_of_a_replica_change_no_bit(runs: Runs) -> None:
     torch.testing.assert_close(runs.weights("2 x 2"), runs.weights("2 x 1"), rtol=0, atol=0)
     torch.testing.assert_close(runs.weights("1 x 4"), runs.weights("1 x 2"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [twins_on_device.EXACT, twins_on_device.LATE])
+def test_sums_on_a_device_and_messages_never_wait_for_each_other(runs: Runs, kind: str) -> None:
+    """As on NCCL, while every rank waits for all of its device before every action: the run ends, with the weights of
+    the CPU to the bit. Gradients are summed before they are used and not written meanwhile, those of graphs neither."""
+    assert runs.on_device[0][f"{kind}, device"][0] == runs.on_device[0][kind]
+    for rank in runs.on_device:
+        _, races, waits_in_step, replays = rank[f"{kind}, device"]
+        assert (races, waits_in_step) == ([], {}) and bool(replays) == (kind == twins_on_device.EXACT)
 
 
 def test_metrics_are_those_of_the_whole_batch_and_test_told_once(runs: Runs) -> None:
