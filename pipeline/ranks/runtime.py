@@ -253,7 +253,7 @@ class Runtime:
         try:
             return within(self.team.deadline_s + GRACE_S, connect)
         except TimeoutError as error:
-            interface = os.environ.get("GLOO_SOCKET_IFNAME") or f"the one of this machine's name, {socket.gethostname()}"
+            interface = os.environ.get("GLOO_SOCKET_IFNAME") or f"that of the name {socket.gethostname()}"
             raise DeadlineExceeded(
                 f"rank {self.team.rank} has waited {self.team.deadline_s:g} s for connections with the other ranks "
                 f"(gloo, interface: {interface}): all ranks have met, so their network must be wrong; let all ports "
