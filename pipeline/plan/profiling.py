@@ -171,8 +171,8 @@ def with_both_forms(separate: ModuleCost, together: ModuleCost) -> ModuleCost:
 
 
 def _state_bytes(module: LocalModule, sums: bool) -> int:
-    """Parameters, their gradients, buffers and what the updates keep; ``sums``: those of the gradients of batches before,
-    of which a module that updates in every step has none."""
+    """Parameters, their gradients, buffers and what the updates keep; ``sums``: those of the gradients of batches
+    before, of which a module that updates in every step has none."""
     parts = (*module.blocks.values(), *module.levels.values())
     parameters = [p for part in parts for p in part.parameters()]
     buffers = [b for part in parts for b in part.buffers()]
