@@ -1,6 +1,6 @@
 """What a GPU makes of it: one command for the tests that need one, speed, memory, launches, and gradients.
 
-    python benchmarks/gpu.py [--parts PART ...] [--network NAME ...] [--quick] [--json FILE] [--output FILE.md] ...
+    python benchmarks/gpu.py [--parts PART ...] [--network NAME ...] [--quick] [--keep FILE] [--output FILE.md] ...
 
     tests      pytest -m gpu
     gradients  the weights after one step in fp32 against those on the CPU
@@ -8,9 +8,10 @@
     speed      backpropagation (eager, compiled, as one CUDA graph) against local learning, in bf16, on one GPU:
                time of a step, peak memory, kernels of a step, and how much of the time the GPU computes
 
-All of it takes less than 8 minutes on one GPU: what is not begun after ``--minutes`` is left out, and said. A case that
-fails is named, and the others go on. Each measurement is also a line of the error output when it is made. ``--device
-cpu`` runs what has a meaning there: it is how this file is tested.
+All of it takes less than 8 minutes on one GPU: what is not begun after ``--minutes`` is left out, and said; each case
+is measured once before any is measured again. A case that fails is named, and the others go on. Each measurement is
+also a line of the error output when it is made, and of the file ``--keep``, with which the same command goes on.
+``--device cpu`` runs what has a meaning there: it is how this file is tested.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from kept import Kept
 from networks import CLASSES, network, normalise, random_images, sgd
-from runner import Report, Target, main, option
+from runner import Report, Target, check_files, hardware, main, option
 from tables import Column, K, Row, Table
 from torch import Tensor, nn
 from torch.autograd import DeviceType
@@ -38,7 +40,7 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 from torchvision.models import vit_b_16
 
-from pipeline import Config, LoaderData, LocalpipeError, load_config, read_metrics, train
+from pipeline import Config, LoaderData, LocalpipeError, __version__, load_config, read_metrics, train
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("tests", "gradients", "ranks", "speed")
@@ -61,6 +63,8 @@ RUN = ("runtime.threads=1", "optim.warmup_epochs=0", "optim.schedule=constant", 
        "log.curve=false")  # fmt: skip
 STEP, MEMORY, BUSY = 2.0, 0.40, 0.85
 """The targets, for the fastest form of DGL + HPFF on ResNet-32, K = 16, on one H100 or H200."""
+TESTS_S, JOB_S = 150.0, 60.0
+"""The tests, and one of the jobs, are given up after so many seconds."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,7 @@ class Settings:
     batch: int = option(0, "images of a step; 0: as many as suit the network", "N", above=-1)
     minutes: float = option(7.0, "begin nothing of the part speed after so many", "N", above=0)
     device: str = option("cuda", "where", choices=("cuda", "cpu"))
+    keep: str = option("", "keep what has been measured in it, for the same command to go on with", "FILE")
     quick: bool = False
 
 
@@ -117,9 +122,9 @@ class Meter:
     On one device without neighbours nothing waits for a message, so waiting for all of the device is safe here.
     """
 
-    def __init__(self, device: str, profiled: bool) -> None:
+    def __init__(self, device: str) -> None:
         self._cuda = device == "cuda"
-        self._profiler = profile(activities=[ProfilerActivity.CUDA]) if profiled and self._cuda else None
+        self._profiler: profile | None = None
         self._started = 0.0
 
     def start(self) -> None:
@@ -127,8 +132,6 @@ class Meter:
         if self._cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        if self._profiler is not None:
-            self._profiler.start()
         self._started = time.perf_counter()
 
     def stop(self, steps: int) -> Steps:
@@ -136,19 +139,29 @@ class Meter:
         if self._cuda:
             torch.cuda.synchronize()
         seconds = (time.perf_counter() - self._started) / steps
-        peak = float(torch.cuda.max_memory_allocated()) if self._cuda else None
+        return Steps(seconds, float(torch.cuda.max_memory_allocated()) if self._cuda else None, None, None)
+
+    def start_profile(self) -> None:
+        """The first step under the profiler begins."""
+        if self._cuda:
+            self._profiler = profile(activities=[ProfilerActivity.CUDA])
+            self._profiler.start()
+
+    def stop_profile(self, timed: Steps, steps: int) -> Steps:
+        """``steps`` under it are over, which were ``timed`` without it: what it has seen besides."""
         if self._profiler is None:
-            return Steps(seconds, peak, None, None)
+            return timed
+        torch.cuda.synchronize()
         self._profiler.stop()
         kernels = [event for event in self._profiler.events() if event.device_type == DeviceType.CUDA]
         busy = sum(event.self_device_time_total for event in kernels) / 1e6 / steps
-        return Steps(seconds, peak, len(kernels) / steps, busy / seconds)
+        return replace(timed, kernels=len(kernels) / steps, busy=busy / timed.seconds)
 
 
 def local_steps(workload: Workload, config: Config, steps: int, device: str, profiled: bool) -> Steps:
-    """Steps of local learning after some to warm up."""
+    """Steps of local learning after some to warm up, and as many again under the profiler."""
     images, labels = random_images(config.data.batch_size, workload.image)
-    meter, seen = Meter(device, profiled), [-1]
+    meter, seen = Meter(device), [-1]
     found: list[Steps] = []
 
     def before(step: int, action: Any) -> None:
@@ -159,12 +172,17 @@ def local_steps(workload: Workload, config: Config, steps: int, device: str, pro
             meter.start()
         elif step == WARM_UP + steps:
             found.append(meter.stop(steps))
+            if profiled:
+                meter.start_profile()
+        elif step == WARM_UP + 2 * steps:
+            found.append(meter.stop_profile(found[0], steps))
 
-    data = LoaderData([(images, labels)] * (WARM_UP + 1 + steps), [(images[:2], labels[:2])])
+    batches = WARM_UP + 1 + steps * (1 + profiled)
+    data = LoaderData([(images, labels)] * batches, [(images[:2], labels[:2])])
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         train(config, network=workload.make(), data=data, run_dir=Path(folder) / "run", quiet=True,
               before_action=before)  # fmt: skip
-    return found[0]
+    return found[-1]
 
 
 def bp_steps(workload: Workload, form: str, batch: int, steps: int, device: str, profiled: bool) -> Steps:
@@ -184,11 +202,17 @@ def bp_steps(workload: Workload, form: str, batch: int, steps: int, device: str,
     for _ in range(3):
         step()
     replay = _graphed(step) if form == "BP, CUDA graph" else step
-    meter = Meter(device, profiled)
+    meter = Meter(device)
     meter.start()
     for _ in range(steps):
         replay()
-    return meter.stop(steps)
+    timed = meter.stop(steps)
+    if not profiled:
+        return timed
+    meter.start_profile()
+    for _ in range(steps):
+        replay()
+    return meter.stop_profile(timed, steps)
 
 
 def _graphed(step: Callable[[], None]) -> Callable[[], None]:
@@ -230,14 +254,17 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def measure_speed(settings: Settings, until: float) -> tuple[list[Row], list[str]]:
-    """All cases, interleaved, each once under the profiler after its first round; and what was left out or failed.
-    Nothing begins after ``until`` (monotonic)."""
+def _taken(run: Callable[[bool], Steps], profiled: bool) -> dict[str, Any]:
+    return asdict(run(profiled))
+
+
+def measure_speed(settings: Settings, until: float, kept: Kept) -> tuple[list[Row], list[str]]:
+    """All cases, interleaved, the first time under the profiler too; and what was left out or failed. Nothing begins
+    after ``until`` (monotonic)."""
     listed, findings = cases(settings), []
     samples: list[list[Steps]] = [[] for _ in listed]
-    profiles: list[Steps | None] = [None] * len(listed)
     failed: set[int] = set()
-    for number in range(settings.rounds + 1):
+    for number in range(settings.rounds):
         for index, (name, system, _, run) in enumerate(listed):
             if index in failed:
                 continue
@@ -245,21 +272,19 @@ def measure_speed(settings: Settings, until: float) -> tuple[list[Row], list[str
                 findings.append(f"Round {number + 1} ended before {name}, {system}: --minutes {settings.minutes:g}.")
                 break
             try:
-                steps = run(number == 1)
+                taken = kept.value(f"{name}, {system}, round {number + 1}", partial(_taken, run, number == 0))
             except Exception as error:  # the others are worth having
                 failed.add(index)
-                findings.append(f"{name}, {system}: failed ({' '.join(str(error).split())[:200]}).")
+                findings.append(_failed(f"{name}, {system}", error))
                 continue
+            steps = Steps(**taken)
             print(f"{name}, {system}: {1e3 * steps.seconds:.1f} ms/step", file=sys.stderr, flush=True)
-            if number == 1:
-                profiles[index] = steps
-            else:
-                samples[index].append(steps)
+            samples[index].append(steps)
         else:
             continue
         break
     rows: list[Row] = []
-    for (name, system, modules, _), timed, profiled in zip(listed, samples, profiles, strict=True):
+    for (name, system, modules, _), timed in zip(listed, samples, strict=True):
         if not timed:
             continue
         times = [1e3 * steps.seconds for steps in timed]
@@ -267,7 +292,7 @@ def measure_speed(settings: Settings, until: float) -> tuple[list[Row], list[str
         rows.append({
             "network": name, "system": system, "modules": modules, "ms_per_step": statistics.median(times),
             "low": min(times), "high": max(times), "peak_mib": max(peaks) / 2**20 if peaks else None,
-            "kernels": profiled.kernels if profiled else None, "busy": profiled.busy if profiled else None,
+            "kernels": timed[0].kernels, "busy": timed[0].busy,
         })  # fmt: skip
     for row in rows:
         bases = [other for other in rows if (other["network"], other["system"]) == (row["network"], BP[0])]
@@ -298,22 +323,27 @@ def run_job(ranks: int, device: str, steps: int) -> float:
 
     Raises:
         LocalpipeError: it failed.
+        TimeoutExpired: it took too long.
     """
     with tempfile.TemporaryDirectory() as folder:
         changed = [f"runtime.device={device}", f"train.max_steps={steps}"]
         command = [sys.executable, str(ROOT / "launch/train.py"), f"--nproc={ranks}", "--run-dir", f"{folder}/run",
                    *(part for assignment in changed for part in ("--set", assignment))]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=JOB_S)
         if done.returncode:
             raise LocalpipeError(f"{ranks} ranks on {device}: {(done.stderr or done.stdout).strip()[-500:]}")
         return float(read_metrics(Path(folder) / "run/metrics.jsonl")[-1]["images_per_s"])
 
 
 def run_tests() -> str:
-    """The last line of ``pytest -m gpu``."""
+    """The last line of ``pytest -m gpu``. Raises TimeoutExpired."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "gpu", str(ROOT / "tests")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TESTS_S)
     return done.stdout.strip().splitlines()[-1].strip("= ") if done.stdout.strip() else done.stderr.strip()[-200:]
+
+
+def _failed(what: str, error: Exception) -> str:
+    return f"{what}: failed ({' '.join(str(error).split())[:200]})."
 
 
 def measure(settings: Settings) -> Report:
@@ -322,18 +352,36 @@ def measure(settings: Settings) -> Report:
     cuda = settings.device == "cuda"
     if cuda and not torch.cuda.is_available():
         raise LocalpipeError("--device cuda: torch finds no GPU here; --device cpu runs what has a meaning without one")
+    path = Path(settings.keep) if settings.keep else None
+    check_files(keep=path)
+    kept = Kept(path,
+                {"where": hardware(settings.device), "torch": torch.__version__, "version": __version__,
+                 "steps": settings.steps, "batch": settings.batch, "quick": settings.quick})  # fmt: skip
     findings, targets = [], []
-    if "tests" in settings.parts:
-        findings.append(f"Tests: {run_tests()}")
+
+    def tried(what: str, work: Callable[[], Any]) -> Any:
+        """None where it fails, which is said."""
+        try:
+            return kept.value(what, work)
+        except Exception as error:
+            findings.append(_failed(what, error))
+            return None
+
+    if "tests" in settings.parts and (said := tried("Tests", run_tests)):
+        findings.append(f"Tests: {said}")
     if "gradients" in settings.parts:
         some = dict(list(LEARNING.items())[:: 3 if settings.quick else 1])
-        worst = {name: gradient_difference(settings.device, chosen) for name, chosen in some.items()}
+        found = {name: tried(f"Gradients of {name}", partial(gradient_difference, settings.device, chosen))
+                 for name, chosen in some.items()}  # fmt: skip
+        worst = {name: value for name, value in found.items() if value is not None}
         targets.append(Target("difference of updates to the CPU's in fp32", worst, most=1e-2))
     if "ranks" in settings.parts:
         for ranks, device in ((1, "cuda"), (4, "cuda-shared")) if cuda else ((2, "cpu"),):
-            rate = run_job(ranks, device, steps=8 if settings.quick else 50)
-            findings.append(f"Default job, {ranks} ranks, runtime.device={device}: {rate:.0f} images/s.")
-    rows, left_out = measure_speed(settings, until) if "speed" in settings.parts else ([], [])
+            job = f"Default job, {ranks} ranks, runtime.device={device}"
+            rate = tried(job, partial(run_job, ranks, device, 8 if settings.quick else 50))
+            if rate is not None:
+                findings.append(f"{job}: {rate:.0f} images/s.")
+    rows, left_out = measure_speed(settings, until, kept) if "speed" in settings.parts else ([], [])
     findings += left_out
     aim = [row for row in rows if row["network"] == "resnet32" and row["system"].startswith("DGL + HPFF")]
     ours = min(aim, key=lambda row: row["ms_per_step"]) if cuda and aim else {}
@@ -347,7 +395,7 @@ def measure(settings: Settings) -> Report:
     about = (
         "bf16, channels last, one GPU, one process. Step and memory: medians, and the largest, of "
         f"{settings.rounds} interleaved rounds of {settings.steps} steps after some to warm up; kernels and GPU busy: "
-        "another round under torch.profiler, time of all kernels to the time of the step."
+        "as many steps again under torch.profiler, time of all kernels to the time of a step without it."
     )
     return Report("One GPU", [Table(COLUMNS, rows)], [about], targets, findings)
 

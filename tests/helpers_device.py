@@ -4,7 +4,7 @@
     an operation on some of these                            done at once; noted on the stream of the calling thread
     one with a tensor of the host among them                 refused, as CUDA does (numbers and copies aside)
     a copy to the host, .item(), float(t), bool(t)           noted as a wait of the host, unless both sides allow none
-    a transfer of a group of "spinning" (NCCL's stand-in)    noted on a stream of the group, in both ranks' own time
+    a transfer or sum of a group of "spinning" (for NCCL)    noted on a stream of the group, in the ranks' own time
 operations within a capture                              recorded, and done again on the same memory by each replay
 
 So the package takes its way for CUDA from the choice of the device to the last checkpoint, with real numbers, and can
@@ -32,7 +32,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 CUDA = torch.device("cuda:0")
 READING = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2", "unique_dim"}
-"""Operations that end only when the host has a number."""
+READING |= {"unique_consecutive", "bincount", "repeat_interleave"}
+"""Operations that end only when the host has a number: often the size of what they give."""
 COPIES = {"_to_copy", "copy_"}
 
 
@@ -149,6 +150,7 @@ class Device:
         # Where C++ names a device, it is the CPU on which all of this happens.
         to_device = not pinned and any(isinstance(t, OnDevice) for t in tensors)
         to_device = to_device or (target is not None and target.type == "cuda")
+        to_device = to_device or (target is not None and torch._C._current_graph_task_id() >= 0)  # of a backward
         if name == "_to_copy" and getattr(_here, "leaves", False):
             to_device = _here.leaves = False
         copies = name in COPIES
@@ -474,6 +476,20 @@ def _transfers(real: Any, arrives: bool) -> Any:
     return transfer
 
 
+def _collective(real: Any) -> Any:
+    """Of NCCL's stand-in: in place, on the stream of the group."""
+
+    def begun(group: Any, tensors: list[torch.Tensor], options: Any) -> _Transfer:
+        stream = _streams.setdefault(group, clocks.Stream(name="stream of NCCL"))
+        stream.wait_stream(clocks.current_stream())
+        work = real(group, list(map(bare, tensors)), options)
+        with _device._lock, clocks.on_stream(stream):
+            _device.launched("sum", list(tensors), [])
+        return _Transfer(work, tensors[0], True, stream)
+
+    return begun
+
+
 class _Autocast(torch.autocast):
     def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
         super().__init__(device_type.replace("cuda", "cpu"), *args, **kwargs)
@@ -503,6 +519,7 @@ def pretended() -> Iterator[Device]:
         "set_device": lambda device: None,
         "_lazy_init": lambda: None,
         "device_count": lambda: 1,
+        "get_device_capability": lambda device=None: (8, 0),
         "max_memory_allocated": lambda device=None: 0,
         "default_generators": (torch.Generator(),),
         "CUDAGraph": Graph,
@@ -517,6 +534,9 @@ def pretended() -> Iterator[Device]:
             patches.enter_context(patch.object(torch, name, _as_on_the_cpu(getattr(torch, name))))
         for name, arrives in (("isend", False), ("irecv", True)):
             patches.enter_context(patch.object(dist, name, _transfers(getattr(dist, name), arrives)))
+        for name in ("allreduce_coalesced", "broadcast"):
+            noted = _collective(getattr(spinning.SpinningGroup, name))
+            patches.enter_context(patch.object(spinning.SpinningGroup, name, noted))
         # A parameter that moves to the device becomes another object there, of another type.
         alike = torch._has_compatible_shallow_copy_type
 

@@ -1,9 +1,10 @@
 """A stand-in for NCCL that runs on the CPU: backend "spinning", and the one device of this process.
 
-A transfer is a kernel: once launched it spins on the device until its other half has come, and the transfers of one
-group follow one another. Whoever waits for the whole device (:func:`device_wide_wait`: a synchronisation, a cudaFree,
-the first launch of a kernel) waits for all of them. Bytes are carried by gloo, whose Work is over only within its
-``wait``: that is called by a thread per group, which is the group's stream.
+A transfer is a kernel: once launched it spins on the device until its other half has come (a sum until all ranks of the
+group have begun it), and those of one group follow one another. Whoever waits for the whole device
+(:func:`device_wide_wait`: a synchronisation, a cudaFree, the first launch of a kernel) waits for all of them. Bytes are
+carried by gloo, whose Work is over only within its ``wait``: that is called by a thread per group, which is the group's
+stream.
 """
 
 from __future__ import annotations
@@ -62,11 +63,21 @@ class SpinningGroup(dist.ProcessGroup):
         self._stream: queue.SimpleQueue[SpinningWork] = queue.SimpleQueue()
         threading.Thread(target=self._run, name=SPINNING, daemon=True).start()
 
+    @property
+    def group_name(self) -> str:
+        return dist.distributed_c10d._world.pg_names[self]
+
     def send(self, tensors: list[torch.Tensor], dst: int, tag: int = 0) -> dist.Work:
         return self._launch(lambda: self._gloo.send(tensors, dst, tag))
 
     def recv(self, tensors: list[torch.Tensor], src: int, tag: int = 0) -> dist.Work:
         return self._launch(lambda: self._gloo.recv(tensors, src, tag))
+
+    def allreduce_coalesced(self, tensors: list[torch.Tensor], options: Any) -> dist.Work:
+        return self._launch(lambda: _unseen(lambda: self._gloo.allreduce_coalesced(tensors, options)))
+
+    def broadcast(self, tensors: list[torch.Tensor], options: Any) -> dist.Work:
+        return self._launch(lambda: _unseen(lambda: self._gloo.broadcast(tensors, options)))
 
     def getBackendName(self) -> str:
         return SPINNING
@@ -85,6 +96,12 @@ class SpinningGroup(dist.ProcessGroup):
     def _run(self) -> None:
         while True:
             self._stream.get().run()
+
+
+def _unseen(launch: Callable[[], dist.Work]) -> dist.Work:
+    """Gloo's own operations, in threads of its own, are none of the device."""
+    with torch._C._DisableTorchDispatch():
+        return launch()
 
 
 def register() -> None:

@@ -159,6 +159,39 @@ def test_what_a_gpu_is_measured_by_runs_without_one(of_one_process: Quick) -> No
     assert "| resnet32 | DGL | 16 |" in page
 
 
+def test_what_a_gpu_is_measured_by_goes_on_where_it_was_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every case once before any again; one that fails is named, and tried again by the next command."""
+    gpu, kept = importlib.import_module("gpu"), importlib.import_module("kept")
+    file, done = tmp_path / "kept.jsonl", []
+
+    def case(name: str, fails: bool) -> Any:
+        def steps(profiled: bool) -> Any:
+            done.append(f"{name} {profiled}")
+            if fails:
+                raise RuntimeError("no kernel")
+            return gpu.Steps(0.5, None, None, None)
+
+        return "net", name, 1, steps
+
+    def measured(fails: bool, about: int = 1) -> tuple[list[Any], list[str]]:
+        done.clear()
+        monkeypatch.setattr(gpu, "cases", lambda settings: [case("A", False), case("B", fails), case("C", False)])
+        rows, findings = gpu.measure_speed(gpu.Settings(rounds=2), time.monotonic() + 60, kept.Kept(file, {"n": about}))
+        return [row["system"] for row in rows], findings
+
+    assert measured(fails=True) == (["A", "C"], ["net, B: failed (no kernel)."])
+    assert done == ["A True", "B True", "C True", "A False", "C False"]
+    file.write_text(file.read_text()[:-9])  # killed in the middle of the last line
+    assert measured(fails=False) == (["A", "B", "C"], [])
+    assert done == ["B True", "B False", "C False"]
+    measured(fails=False)
+    assert not done
+    measured(fails=False, about=2)
+    assert len(done) == 6
+
+
 @pytest.mark.slow
 def test_memory_is_counted_in_one_process_and_on_the_fullest_rank(tmp_path: Path) -> None:
     result, page = quick("memory", tmp_path)

@@ -39,7 +39,8 @@ pytestmark = pytest.mark.long
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TRAINED = ROOT / "docs" / "checkpoints.md"
-SMALL = ["--set", "data.batch_size=16", "--set", "model.name=resnet20"]
+SMALL = ["--set", "data.batch_size=16", "--set", "model.name=resnet20", "--set", "model.cuts=even"]
+SMALL += ["--set", "patches.at_once=4", "--set", "partition.kind=count", "--set", "log.curve=false"]  # no counts
 
 
 def commands(page: Path) -> list[str]:
@@ -230,7 +231,7 @@ def called_in_training(rank: int, folder: str, wanted: list[tuple[str, str]]) ->
     threading.setprofile(look)  # of threads that are still to begin
     sys.setprofile(look)
     settings = ["data.name=folder", f"data.root={folder}/images", "data.batch_size=2", "data.cache_gib=0"]
-    settings += ["model.name=resnet20", "model.modules=3", "model.cuts=even"]
+    settings += ["model.name=resnet20", "model.modules=3", "model.cuts=even", "patches.at_once=4", "log.curve=false"]
     settings += ["partition.kind=given", "partition.stages=[1, 2]"]
     config = load_config(assignments=[*settings, "train.max_steps=1", "checkpoint.every_epochs=0"])
     train(config, run_dir=f"{folder}/run", quiet=True)

@@ -10,14 +10,16 @@ one backward of a module. A local module has several of both in a step: a head o
 backward, a backward on stashed weights; so the stage, which knows when its gradients are complete, begins the sum.)
 
 On the host a sum is waited for with the patience of the team. What NCCL sums is waited for by the device, in the order
-of the stream; a twin that has died is noticed by the sentinel.
+of the stream. The host, which is ahead of it, waits with the same patience, an update later: else it would come to wait
+for a device that itself waits for a twin, and would know nothing of that.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from queue import Empty
 
 import torch
@@ -32,6 +34,8 @@ from pipeline.ranks.team import Team
 
 LOOK_S = 0.5
 """Between two looks at who is missing."""
+SHORTEST_POLL_S, LONGEST_POLL_S = 20e-6, 5e-3
+"""Between two looks at a sum of a GPU, first and last."""
 
 
 class Twins:
@@ -105,16 +109,17 @@ class Twins:
             Sum(self, [work], [], [], "begin with the same weights", self._begun).wait()
             tensor.copy_(moved)
 
-    def await_work(self, work: dist.Work, what: str, number: int) -> None:
-        """Wait on the host until ``work`` is done, which is the ``number``-th of this rank. Raises DeadlineExceeded,
-        PeerLost."""
+    def await_over(self, over: Callable[[float], bool], what: str, number: int) -> None:
+        """Wait on the host for the ``number``-th sum of this rank. Raises DeadlineExceeded, PeerLost.
+
+        Args:
+            over: whether it is over; blocks for so many seconds or less. It may raise RuntimeError.
+        """
         rank, begun = self._grid.rank, time.monotonic()
-        done = threading.Event()
-        work.get_future().add_done_callback(lambda _: done.set())
         late = self._others[:1]
 
         def look(seconds: float) -> None:
-            if done.wait(min(seconds, LOOK_S)):
+            if over(min(seconds, LOOK_S)):
                 return
             self._team.set(Key.SUMMED(what=self._name, rank=rank), str(number))
             late[:] = [other for other in self._others if self._count(other) < number] or late
@@ -128,7 +133,6 @@ class Twins:
 
         try:
             self._team.wait(look, awaited, too_late)
-            work.wait()
         except RuntimeError as error:
             if isinstance(error, dist.DistStoreError):
                 raise
@@ -156,15 +160,50 @@ class Sum:
         self._summed = summed
         self._what = what
         self._number = number
+        self._reached: torch.cuda.Event | None = None
 
     def wait(self) -> None:
         """The tensors hold their sums now; on a GPU for the current stream. Raises DeadlineExceeded, PeerLost."""
         on_host = dist.get_backend(self._twins.group) == dist.Backend.GLOO
         for work in self._works:
             if on_host:
-                self._twins.await_work(work, self._what, self._number)
+                self._twins.await_over(_over_on_host(work), self._what, self._number)
             else:
                 work.wait()
         for target, summed in zip(self._targets, self._summed, strict=True):
             if target is not summed:
                 target.copy_(summed)
+        if not on_host:
+            self._reached = torch.cuda.current_stream().record_event()
+        self._works = self._targets = self._summed = ()  # others may use their memory
+
+    def settle(self) -> None:
+        """After :meth:`wait`: block until the device has come past it too. Raises DeadlineExceeded, PeerLost."""
+        if self._reached is not None:
+            self._twins.await_over(partial(_passed, self._reached), self._what, self._number)
+            self._reached = None
+
+
+def _over_on_host(work: dist.Work) -> Callable[[float], bool]:
+    """Whether it is over after so many seconds. Raises RuntimeError."""
+    done = threading.Event()
+    work.get_future().add_done_callback(lambda _: done.set())
+
+    def over(seconds: float) -> bool:
+        if not done.wait(seconds):
+            return False
+        work.wait()
+        return True
+
+    return over
+
+
+def _passed(event: torch.cuda.Event, seconds: float) -> bool:
+    """Whether the device has come to an event after so many seconds."""
+    end, pause = time.monotonic() + seconds, SHORTEST_POLL_S
+    while not event.query():
+        if time.monotonic() > end:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_POLL_S)
+    return True

@@ -5,14 +5,16 @@
 
 Losses, and norms of gradients, of all modules that are updated together travel in one tensor. The losses are on their
 way to the host while the last backward runs, so waiting for them leaves the device its work. Waiting for the gradients
-would not: on a GPU a run that stops on them looks one update later (``confirm``).
+would not: on a GPU a run that stops on them looks one update later (``confirm``). So it does for losses that come with
+the gradients, as those that replicas have summed up.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial, reduce
 
 import torch
@@ -50,6 +52,17 @@ class Reading:
         return [partial(self.finite, first, end) for first, end in bounds]
 
 
+@dataclass(frozen=True)
+class _Update:
+    """An update that is done though it may have been a bad one: its step, what is known of its gradients, and of its
+    losses where nobody has looked at them before."""
+
+    step: int
+    gradients: Callable[[], bool]
+    losses: Callable[[], bool] = lambda: True
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+
+
 class FiniteGuard:
     """Watches over the updates of one module.
 
@@ -57,7 +70,7 @@ class FiniteGuard:
         losses: the module's losses.
         buffers: statistics of blocks and heads.
         skips: leave bad updates out instead of stopping the run.
-        reads_late: a run that stops looks at the gradients of an update in the next one, so as not to wait for them.
+        reads_late: a run that stops looks at what is known last of an update in the next one, so as not to wait for it.
         error: makes the error from the step, what is wrong, and whether it is in the losses.
     """
 
@@ -73,31 +86,35 @@ class FiniteGuard:
         self.skips = skips
         self.reads_late = reads_late
         self.losses_finite: dict[int, Callable[[], bool]] = {}  # by step, once its losses are sent, until its update
-        self.unconfirmed: tuple[int, Callable[[], bool]] | None = None  # step and gradients of the last update
+        self.unconfirmed: _Update | None = None  # the last one
         self._error = error
         self._buffers = [buffer for buffer in buffers if buffer.is_floating_point()] if skips else []
         self._found, self._good = _flat_copies(self._buffers), _flat_copies(self._buffers)
 
     def confirm(self) -> None:
-        """Look at the gradients of the last update; do it before its weights are saved.
+        """Look at the last update; do it before its weights are saved.
 
         Raises:
-            NonFiniteError: they were not finite.
+            NonFiniteError: its gradients were not finite, or its losses.
         """
-        _stop_at_the_first([self.gradient_error()])
+        _stop_at_the_first([self.update_error()])
 
-    def gradient_error(self) -> NonFiniteError | None:
-        """What is wrong with the gradients of the last update, unless that has been looked at. It waits for them."""
+    def update_error(self) -> NonFiniteError | None:
+        """What is wrong with the last update, unless that has been looked at. It waits for its gradients."""
         if self.unconfirmed is None:
             return None
-        (step, finite), self.unconfirmed = self.unconfirmed, None
-        return None if finite() else self._error(step, "losses are finite, gradients of weights are not", False)
+        update, self.unconfirmed = self.unconfirmed, None
+        if not update.losses():
+            return self._loss_error(update.step, {name: float(value) for name, value in update.terms.items()})
+        what = "losses are finite, gradients of weights are not"
+        return None if update.gradients() else self._error(update.step, what, False)
 
     def loss_error(self, step: int) -> NonFiniteError | None:
         """What is wrong with the losses of ``step``, whose update is still to come. It waits for the device."""
-        bad = ", ".join(
-            f"{name} = {value}" for name, value in self.losses.values(step).items() if not math.isfinite(value)
-        )
+        return self._loss_error(step, self.losses.values(step))
+
+    def _loss_error(self, step: int, losses: Mapping[str, float]) -> NonFiniteError | None:
+        bad = ", ".join(f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value))
         return self._error(step, f"loss not finite: {bad}", True) if bad else None
 
     def mend_buffers(self) -> None:
@@ -148,14 +165,18 @@ def allowed(due: Sequence[tuple[FiniteGuard, int]], norms: Tensor, sizes: Iterab
     losses = [guard.losses_finite.pop(step) for guard, step in due]
     if due[0][0].skips:
         return [of_losses() and of_gradients() for of_losses, of_gradients in zip(losses, gradients, strict=True)]
-    _stop_at_the_first(guard.gradient_error() for guard, _ in due)
+    _stop_at_the_first(guard.update_error() for guard, _ in due)
+    if unsent and due[0][0].reads_late:  # nothing of this update is on the host yet
+        for (guard, step), of_gradients, of_losses in zip(due, gradients, losses, strict=True):
+            guard.unconfirmed = _Update(step, of_gradients, of_losses, dict(guard.losses.open.get(step, {})))
+        return [True] * len(due)
     _stop_at_the_first(
         None if finite() else guard.loss_error(step) for (guard, step), finite in zip(due, losses, strict=True)
     )
     for (guard, step), finite in zip(due, gradients, strict=True):
-        guard.unconfirmed = step, finite
+        guard.unconfirmed = _Update(step, finite)
     if not due[0][0].reads_late:
-        _stop_at_the_first(guard.gradient_error() for guard, _ in due)
+        _stop_at_the_first(guard.update_error() for guard, _ in due)
     return [True] * len(due)
 
 

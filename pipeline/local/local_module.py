@@ -135,7 +135,8 @@ class LocalModule:
         graphs = Graphs(name, capture, self.in_flight, self._trained, self._forward_again, self._frozen, late, image)
         if self.mailbox is not None and any(level.front is None for level in self.levels.values()):
             graphs.give_up("its heads may keep weights of the next module in other tensors from step to step")
-        if any(isinstance(layer, nn.SyncBatchNorm) for block in self.blocks.values() for layer in block.modules()):
+        parts = (*self.blocks.values(), *self.levels.values())
+        if any(isinstance(layer, nn.SyncBatchNorm) for part in parts for layer in part.modules()):
             graphs.give_up("its BatchNorm sends messages to other replicas")
         return graphs
 

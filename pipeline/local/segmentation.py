@@ -37,7 +37,8 @@ def _confusion(logits: Tensor, target: Tensor) -> Tensor:
     classes = logits.size(1)
     found = resized(logits, target).argmax(dim=1)
     cells = torch.where(target == IGNORED, classes**2, target.long() * classes + found)
-    return torch.bincount(cells.flatten(), minlength=classes**2 + 1)[: classes**2]
+    counts = torch.zeros(classes**2 + 1, dtype=torch.int64, device=cells.device)  # bincount makes the host wait
+    return counts.scatter_add_(0, cells.flatten(), counts.new_ones(()).expand(cells.numel()))[: classes**2]
 
 
 def _mean_iou(counts: Tensor, _rows: int) -> float:

@@ -28,6 +28,7 @@ class Averaging:
     def __init__(self, twins: Twins) -> None:
         self.twins = twins
         self._under_way: dict[tuple[int, int], tuple[Sum, list[Tensor], Sequence[Tensor]]] = {}
+        self._last: dict[int, Sum] = {}  # by module: that of its last update
         self._norms: dict[int, list[_NormBase]] = {}  # by module; its layers stay the same
 
     @property
@@ -61,13 +62,26 @@ class Averaging:
 
     @torch.no_grad()
     def finish(self, module: LocalModule, step: int) -> None:
-        """Gradients and losses of ``step`` are those of the whole batch now. Raises DeadlineExceeded, PeerLost."""
-        total, together, statistics = self._under_way.pop((module.plan.index, step))
+        """Gradients and losses of ``step`` are those of the whole batch now, on a GPU for the current stream: the host
+        is an update ahead of it at most. Raises DeadlineExceeded, PeerLost."""
+        index = module.plan.index
+        total, together, statistics = self._under_way.pop((index, step))
         total.wait()
+        if index in self._last:
+            self._last[index].settle()
+        self._last[index] = total
+        if module.guard.skips:  # which reads what has been summed before it goes on
+            total.settle()
         if together:
             module.losses.open[step] = dict(zip(_open(module, step), together[0].unbind(), strict=True))
         for buffer, mean in zip(self._statistics(module), statistics, strict=True):
             buffer.data.copy_(mean)  # .data: graphs of later batches hold them, and their backward reads none
+
+    def settle(self) -> None:
+        """All sums are over, and the host knows it. Raises DeadlineExceeded, PeerLost."""
+        for total in self._last.values():
+            total.settle()
+        self._last.clear()
 
     def _statistics(self, module: LocalModule) -> list[Tensor]:
         """Running statistics, which follow the rows that a replica sees; SyncBatchNorm's follow those of all."""

@@ -144,6 +144,8 @@ class Stage:
             self.train_step(epoch, step)
         assert not self._inputs and not self._hidden and not self._held and not self._gradients
         update_rest(list(self.modules.values()))
+        if self._averaging is not None:
+            self._averaging.settle()
         ended_at = self.inlet.end_epoch(epoch, end_step)
         if self._marks_epochs and self.edges.activation_out is not None:
             self.edges.activation_out.send(Header(MessageKind.EPOCH, epoch, ended_at, 0, directive=self.directive))

@@ -31,7 +31,7 @@ def job(rank: int, fault: str, folder: str, sized: bool = False) -> Diagnosis:
     os.chdir(folder)
     if rank == 2 and fault:
         _break(fault)
-    keys = ["runtime.device=cpu", "runtime.threads=1", "method.name=dgl", "data.batch_size=8"]
+    keys = ["runtime.device=cpu", "runtime.threads=1", "method.name=dgl", "data.batch_size=8", "model.cuts=auto"]
     keys.append(f"runtime.deadline_s={DEADLINE_S if fault == 'hang' else 30.0}")
     return diagnose(load_config(assignments=keys), seconds=SECONDS, sized=sized)
 
@@ -85,7 +85,7 @@ def test_a_pair_whose_answers_are_slow_is_named(tmp_path: Path) -> None:
 
 def test_neighbours_have_the_messages_of_the_recipe_and_clocks_are_compared(tmp_path: Path) -> None:
     diagnosis = healthy(run_ranks(job, 3, "ahead", str(tmp_path), True))
-    # ResNet-32, K = 4, on 2 + 1 + 1 modules: layer2.1 and layer3.0, 8 images in fp32 or bf16, labels beside them
+    # ResNet-32, K = 4, on 2 + 1 + 1 modules: layer2 and layer3, 8 images in fp32 or bf16, labels beside them
     down = [pair.down_bytes for pair in diagnosis.pairs]
     assert down[0] > down[1] > 8 * 64 and all(pair.down_bytes_per_s > 0 for pair in diagnosis.pairs)
     skews = {clock.rank: clock for clock in diagnosis.clocks}

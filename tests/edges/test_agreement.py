@@ -28,7 +28,7 @@ def start(rank: int, folder: str, sections: dict[str, dict[str, Any]], other_cod
     """Train on three ranks; rank ODD has other values in ``sections``, or other code."""
     if other_code and rank == ODD:
         pipeline.run.beginning.code_version = lambda: f"{VERSION}+0123456789ab"
-    config = tiny_config("dgl", "plain", 1, 3)
+    config = tiny_config("dgl", "plain", 1, 3, train={"epochs": 1})
     return train(
         changed(config, **sections) if rank == ODD else config,
         network=network(),

@@ -10,15 +10,16 @@ import helpers_device
 import pytest
 import torch
 from helpers_device import CUDA, Device
-from tiny import tiny_batch, tiny_blocks, tiny_config, tiny_plan, train_on
+from tiny import CLASSES, IMAGE, tiny_batch, tiny_blocks, tiny_config, tiny_plan, train_on
 
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics
 from pipeline.edges.connect import Edges
 from pipeline.local import graphs
 from pipeline.local.module_state import module_state
+from pipeline.local.task import Classification
 from pipeline.local.to_host import arrival
-from pipeline.plan.assembly import build_modules
+from pipeline.plan.assembly import build_modules, make_plan
 from pipeline.stage.inlet import Batch, BatchInlet
 from pipeline.stage.stage import Stage
 
@@ -234,6 +235,28 @@ def test_levels_that_get_other_weights_are_captured_anew(device: Device) -> None
         weights = [p for module in stage.modules.values() for p in module.optimiser.weights]
         found.append({str(number): weight.parameter.detach() for number, weight in enumerate(weights)})
     assert differing(*found) == []
+
+
+def test_heads_whose_batch_norm_sends_messages_are_not_captured(
+    device: Device, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A graph would hold the sums over the replicas, which the other ranks do not launch with it."""
+    sections = {"parallel": {"replicas": 2, "sync_batch_norm": True}, "precision": {"cuda_graphs": True},
+                "runtime": {"device": "cuda"}}  # fmt: skip
+    blocks = tiny_blocks()
+    for block in blocks.values():
+        for layer in list(block.modules()):
+            for name, inner in list(layer.named_children()):
+                if isinstance(inner, torch.nn.BatchNorm2d):
+                    setattr(layer, name, torch.nn.Identity())
+    config = tiny_config("dgl-cnn", "plain", 1, 3, **sections)
+    plan = make_plan(config, blocks, Classification(CLASSES, IMAGE), 1)
+    group: Any = object()
+    build_modules(plan, 0, blocks, Numerics(CUDA, torch.float32, True), fresh=False, twins=group)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2  # the last module has no head
+    why = "works without CUDA graphs: its BatchNorm sends messages to other replicas"
+    assert all(line.endswith(why) for line in lines)
 
 
 def test_graphs_without_a_gpu_are_refused() -> None:

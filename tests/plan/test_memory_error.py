@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
+import resource
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers_spawn import run_ranks
-from tiny import Batches, network, tiny_blocks, tiny_config, tiny_plan
+from tiny import Batches, network, tiny_batch, tiny_blocks, tiny_config, tiny_plan, tiny_stage, train_on
 
 from pipeline import LoaderData, train
 from pipeline.base.numerics import Numerics
 from pipeline.plan.assembly import build_modules
 from pipeline.plan.memory import explain_out_of_memory
+from pipeline.stage.inlet import Batch
 from pipeline.stage.schedule import Action
 
 CUDA = (
@@ -27,7 +27,6 @@ CPU = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
     "3145728 bytes. Error code 12 (Cannot allocate memory)"
 )
-TESTS = Path(__file__).parents[1]
 
 
 def explain(error: BaseException, ranks: int = 2, modules: int = 3, **sections: dict[str, Any]) -> str | None:
@@ -108,37 +107,31 @@ def test_only_knobs_that_can_be_turned_are_named(options: dict[str, Any], there:
         assert word not in knobs
 
 
-REAL = """
-import resource, sys
-from pathlib import Path
-import torch
-from tiny import tiny_batch, tiny_blocks, tiny_config, tiny_stage, train_on
-from pipeline.plan.memory import explain_out_of_memory
-from pipeline.stage.inlet import Batch
-stage, modules, plan = tiny_stage(tiny_config("dgl", "hpff", 2))
-train_on(stage, 1, 0, tiny_batch())
-used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 64 * 2**20,) * 2)
-try:
-    if sys.argv[1] == "tensor":
-        torch.empty(2**40)
-    else:
-        image = torch.zeros(1, 3, 8, 8).expand(2**20, 3, 8, 8)
-        train_on(stage, 1, 1, Batch(image, torch.zeros(2**20, dtype=torch.int64), None))
-except Exception as error:
-    print(explain_out_of_memory(error, plan, 0, modules[0].numerics, modules) or repr(error))
-"""
+def run_out(rank: int, what: str) -> str:
+    """What is said when a tensor or a step needs more than 64 MiB beyond what this process has."""
+    stage, modules, plan = tiny_stage(tiny_config("dgl", "hpff", 2))
+    train_on(stage, 1, 0, tiny_batch())
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 64 * 2**20,) * 2)
+    try:
+        if what == "tensor":
+            torch.empty(2**40)
+        else:
+            image = torch.zeros(1, 3, 8, 8).expand(2**20, 3, 8, 8)
+            train_on(stage, 1, 1, Batch(image, torch.zeros(2**20, dtype=torch.int64), None))
+    except Exception as error:
+        return str(explain_out_of_memory(error, plan, 0, modules[0].numerics, modules) or repr(error))
+    return "nothing"
 
 
 @pytest.mark.parametrize("what", ["tensor", "step"])
 def test_a_real_failure_on_the_cpu_is_explained(what: str) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", REAL, what], cwd=TESTS, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert result.stdout.startswith("out of memory on cpu, which was asked for "), result.stdout + result.stderr
-    assert "modules 0-4 (stem-classifier)" in result.stdout and "data.batch_size" in result.stdout
+    (result,) = run_ranks(run_out, 1, what, timeout_s=60)
+    assert result.exit_code == 0, result.stderr
+    assert result.value.startswith("out of memory on cpu, which was asked for "), result.value
+    assert "modules 0-4 (stem-classifier)" in result.value and "data.batch_size" in result.value
     if what == "tensor":
-        assert "asked for 4,194,304 MiB more" in result.stdout
+        assert "asked for 4,194,304 MiB more" in result.value
 
 
 def ask_for_too_much(rank: int, folder: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import twins_on_device
 from helpers_spawn import run_ranks
 from tiny import CLASSES, IMAGE, tiny_blocks, tiny_config
 from torch import Tensor, nn
@@ -30,6 +31,15 @@ UNEVEN = (15, 13)
 LATE = {"kind": "async"}
 ADDED_UP = {"epochs": 2, "accumulate": 2, "ema": 0.5}
 SPOILT = {"epochs": 2, "nonfinite": "skip"}
+METHODS: dict[str, dict[str, Any]] = {
+    "weights upstream": {
+        "method": {"front": "man++", "average": 0.5},
+        "schedule": LATE,
+        "optim": {"error_feedback": True},
+    },
+    "gradients downstream": {"method": {"reconciliation": 0.01}, "hierarchy": {"cascade_span": 1}},
+}
+"""Methods with messages of their own."""
 
 
 class Block(nn.Module):
@@ -84,12 +94,14 @@ def run(
     seed: int = 7,
     resume: str = "auto",
     batches: tuple[int, ...] = (12, 12, 9),
+    method: dict[str, Any] | None = None,
     **sections: Any,
 ) -> dict[str, Any]:
     """A short run on this rank, and its summary."""
     sections["parallel"] = {"replicas": replicas, **sections.get("parallel", {})}
     sections.setdefault("train", {"epochs": 2})
     config = tiny_config("greedy", "plain", 2, 4, data={"batch_size": max(batches)}, **sections)
+    config = validate(with_values(config, {f"method.{key}": value for key, value in (method or {}).items()}))
     data = LoaderData(Images(batches, sections["train"].get("nonfinite") == "skip"), Images((5, 12, 3)))
     with contextlib.redirect_stdout(io.StringIO()):
         return train(config, network=network(norm, seed), data=data, run_dir=folder, quiet=True, resume=resume)
@@ -101,6 +113,8 @@ def on_four(rank: int, folder: str) -> dict[str, str]:
         run(here / name, replicas, seed=7 + rank // (4 // replicas))  # the first replica's weights count
     run(here / "added up 2 x 2", 2, train=ADDED_UP)
     run(here / "spoilt 2 x 2", 2, train=SPOILT)
+    for name, sections in METHODS.items():
+        run(here / f"{name} 2 x 2", 2, **sections)
     run(here / "uneven 4 x 1", "auto", batches=UNEVEN, parallel={"stages": 1})
     run(here / "resumed", 2, train={"max_steps": 2})
     run(here / "stopped", 2, nn.BatchNorm2d, train={"max_steps": 4})
@@ -118,22 +132,27 @@ def on_two(rank: int, folder: str) -> None:
     run(Path(folder) / "added up 1 x 2", 1, train=ADDED_UP)
     run(Path(folder) / "spoilt 1 x 2", 1, train=SPOILT)
     run(Path(folder) / "uneven 1 x 2", 1, batches=UNEVEN)
+    for name, sections in METHODS.items():
+        run(Path(folder) / f"{name} 1 x 2", 1, **sections)
     run(Path(folder) / "resumed", 1, train={"max_steps": 4}, seed=8)  # other weights, which the checkpoint replaces
     saved = str(Path(folder) / "late 2 x 2" / "checkpoints" / "step-00000002")
     run(Path(folder) / "late 1 x 2", 1, schedule=LATE)
     run(Path(folder) / "late, then 1 x 2", 1, schedule=LATE, resume=saved, seed=8)
 
 
-def on_four_again(rank: int, folder: str) -> None:
+def on_four_again(rank: int, folder: str) -> dict[str, Any]:
     run(Path(folder) / "resumed", 4, seed=8)
+    return twins_on_device.on_device(folder)
 
 
 @dataclass(frozen=True)
 class Runs:
-    """What the ranks have left in ``folder``; ``digests`` by name of the run."""
+    """What the ranks have left in ``folder``; ``digests`` by name of the run; what each has seen on a device that is
+    none."""
 
     folder: Path
     digests: dict[str, str]
+    on_device: list[dict[str, Any]]
 
     def weights(self, name: str) -> dict[str, Tensor]:
         states = [torch.load(self.folder / name / f"{part}.pt", weights_only=True) for part in ("model", "heads")]
@@ -150,8 +169,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     for function, ranks in ((on_four, 4), (on_two, 2), (on_four_again, 4)):
         results = run_ranks(function, ranks, str(folder), timeout_s=120)
         assert [result.exit_code for result in results] == [0] * ranks, [result.stderr for result in results]
-        digests |= results[0].value or {}
-    return Runs(folder, digests)
+        if function is on_four:
+            digests = results[0].value
+    return Runs(folder, digests, [result.value for result in results])
 
 
 @pytest.mark.parametrize("name", ["2 x 2", "4 x 1", "2 x 1"])
@@ -160,6 +180,13 @@ def test_replicas_end_with_the_weights_of_one_pipeline_on_the_same_batches(runs:
     begun = network().state_dict()
     assert not torch.allclose(expected["a.conv.weight"], begun["a.conv.weight"], atol=1e-3)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_with_messages_of_their_own_train_as_one_pipeline_does(runs: Runs, name: str) -> None:
+    expected, plain = runs.weights(f"{name} 1 x 2"), runs.weights("1 x 2")
+    assert not torch.allclose(expected["c.conv.weight"], plain["c.conv.weight"], atol=1e-4)
+    torch.testing.assert_close(runs.weights(f"{name} 2 x 2"), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_as_many_replicas_as_there_are_need_not_divide_a_batch(runs: Runs) -> None:
@@ -182,6 +209,16 @@ def test_gradients_of_several_batches_and_averages_of_weights_are_those_of_one_p
 def test_stages_of_a_replica_change_no_bit(runs: Runs) -> None:
     torch.testing.assert_close(runs.weights("2 x 2"), runs.weights("2 x 1"), rtol=0, atol=0)
     torch.testing.assert_close(runs.weights("1 x 4"), runs.weights("1 x 2"), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [twins_on_device.EXACT, twins_on_device.LATE])
+def test_sums_on_a_device_and_messages_never_wait_for_each_other(runs: Runs, kind: str) -> None:
+    """As on NCCL, while every rank waits for all of its device before every action: the run ends, with the weights of
+    the CPU to the bit. Gradients are summed before they are used and not written meanwhile, those of graphs neither."""
+    assert runs.on_device[0][f"{kind}, device"][0] == runs.on_device[0][kind]
+    for rank in runs.on_device:
+        _, races, waits_in_step, replays = rank[f"{kind}, device"]
+        assert (races, waits_in_step) == ([], {}) and bool(replays) == (kind == twins_on_device.EXACT)
 
 
 def test_metrics_are_those_of_the_whole_batch_and_test_told_once(runs: Runs) -> None:
