@@ -120,6 +120,11 @@ class Level(nn.Module):
         return [(name, head) for name, head in self.terms.items() if isinstance(head, PatchedHead)]
 
     @property
+    def counts(self) -> bool:
+        """Whether any of its losses has a weight."""
+        return any(self._shares.values())
+
+    @property
     def asks(self) -> frozenset[str]:
         """What its heads ask for, see :class:`pipeline.models.heads.Given`."""
         return frozenset().union(*(head.asks for _, head in self.heads()))

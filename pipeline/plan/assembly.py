@@ -63,6 +63,8 @@ class Plan:
         upstream: weights that the heads get from the next module, where the method declares them.
         head_memory: with ``patches.at_once = "auto"``, how many patches a head works on together; it remembers what it
             has counted, so plans made of this one share it.
+        replicas: number of pipelines.
+        untrained: local modules that no loss reaches.
     """
 
     config: Config
@@ -78,6 +80,7 @@ class Plan:
     upstream: UpstreamPlan | None = None
     head_memory: HeadMemory | None = None
     replicas: int = 1
+    untrained: tuple[int, ...] = ()
 
     def placed(self, stages: tuple[range, ...]) -> Plan:
         """The same plan with other consecutive local modules on the ranks."""
@@ -230,16 +233,19 @@ def make_plan(
             )
     network = later_blocks(blocks, inputs, by_block) if looks_ahead(config.method) else ()
     later = tuple(network[end:] for end in itertools.accumulate(map(len, cut.modules)))
-    reconstructing = set()
+    reconstructing, untrained = set(), []
     for plan, end, behind in zip(modules, ends, later, strict=True):
         levels = [without_memory(build) for build in levels_of(plan, count, end.feature, task, config, behind).values()]
         if any(IMAGE in level.asks for level in levels):
             reconstructing.add(plan.index)
+        if not (plan.final or plan.incoming or plan.reconciles or any(level.counts for level in levels)):
+            untrained.append(plan.index)
     upstream = plan_upstream(config, blocks, modules, cut.modules)
     schedules = _schedules(config, modules, stages, upstream)
     asking = frozenset(reconstructing)
     whole = Plan(
-        config, task, cut, modules, stages, schedules, inputs, boundaries, asking, later, upstream, replicas=replicas
+        config, task, cut, modules, stages, schedules, inputs, boundaries, asking, later, upstream, replicas=replicas,
+        untrained=tuple(untrained),
     )
     return whole.with_patches_at_once(config.patches.at_once, blocks)
 
@@ -352,10 +358,21 @@ def describe(plan: Plan, numerics: Numerics, devices: list[str]) -> list[str]:
     if type(plan.task) is not Classification:
         metric = plan.task.metrics[0].form
         lines.append(f"{task_name(plan.task)}: {metric.heading} of the test set, {metric.direction}")
+    lines += untrained_lines(plan)
     for rank, device in enumerate(devices):
         where = Grid(rank, plan.replicas, len(plan.stages))
         lines.append(f"rank {rank} ({device}): {where.named(plan.stage_label(where.stage))}")
     return lines
+
+
+def untrained_lines(plan: Plan) -> list[str]:
+    """What to say of local modules that no loss reaches."""
+    return [
+        f"module {index} ({plan.cut.label(index)}) IS NOT TRAINED: its heads have no weight and no gradient comes from "
+        "behind; raise the last values of method.reconstruction and method.task, or hierarchy.*_weight, or with "
+        "cascades set hierarchy.final_loss=cascade"
+        for index in plan.untrained
+    ]
 
 
 def _ranks_of(plan: Plan) -> str:

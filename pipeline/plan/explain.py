@@ -24,7 +24,7 @@ from pipeline.local.compilation import refuse_without_compiler
 from pipeline.local.task import Task, classification
 from pipeline.models.backbones import Blocks
 from pipeline.models.unbuilt import planned_blocks, without_memory
-from pipeline.plan.assembly import Plan, describe, make_plan
+from pipeline.plan.assembly import Plan, describe, make_plan, untrained_lines
 from pipeline.plan.averaging import averaged_bytes, with_averaging
 from pipeline.plan.cost import StepCost, planned_cost
 from pipeline.plan.cost_cut import cut_by_cost
@@ -344,6 +344,7 @@ def _lines(
     lines = (
         headline,
         how,
+        *untrained_lines(plan),
         *notes,
         levels_line(plan),
         f"images {shape}, {plan.task.classes} classes; each rank on {what} like {where}{measured}; {wire}",

@@ -119,6 +119,19 @@ def test_the_messages_of_a_placement_by_count_are_known_without_costs(report: Pl
     assert list(up) == [rank.sent_up_bytes for rank in report.ranks[1:]] and up[-1] == 0
 
 
+def test_a_module_that_no_loss_reaches_is_named_in_the_plan() -> None:
+    """HPFF's weights fall to 0 at the last module with a head; its released code lets the last loss reach it."""
+    falling = ("method.reconstruction=[5,0]", "method.task=[0.5,0]", "hierarchy.cascade_span=2")
+
+    def untrained(*more: str) -> list[str]:
+        return [line for line in explain(config(*falling, *more), 4, PROFILE).lines if "IS NOT TRAINED" in line]
+
+    (line,) = untrained()
+    assert line.startswith("module 2 (") and line.endswith("or with cascades set hierarchy.final_loss=cascade")
+    for reached in ("hierarchy.final_loss=cascade", "hierarchy.variant=released", "method.task=[0.5,0.1]"):
+        assert not untrained(reached)
+
+
 def test_an_asynchronous_schedule_has_no_bubble() -> None:
     exact = explain(config(), 4, Profile((COST,) * 4, 32, 32))
     late = explain(config("schedule.kind=async"), 4, Profile((COST,) * 4, 32, 32))
