@@ -58,15 +58,14 @@ def profile_modules(
     With ``hierarchy.levels = "auto"`` a module whose levels may go together is measured in both forms. Bytes are those
     of :class:`pipeline.plan.watches.MemoryWatch`.
     """
-    alone = one_module_a_rank(plan)
     cuda = [numerics.device.index or 0] if numerics.device.type == "cuda" else []
     costs = []
     both = joinable(plan) if plan.config.hierarchy.levels == "auto" else frozenset()
     with torch.random.fork_rng(devices=cuda):
         for index in range(len(plan.modules)):
-            cost = _profile_one(alone, index, blocks, numerics, warmup, steps)
+            cost = _profile_one(plan, index, blocks, numerics, warmup, steps)
             if index in both:
-                together = _profile_one(alone.with_levels_together({index}), index, blocks, numerics, warmup, steps)
+                together = _profile_one(plan.with_levels_together({index}), index, blocks, numerics, warmup, steps)
                 cost = with_both_forms(cost, together)
             costs.append(cost)
             if after_module is not None:
@@ -117,8 +116,9 @@ def device_name(device: torch.device) -> str:
 
 
 def _profile_one(
-    alone: Plan, index: int, blocks: Blocks, numerics: Numerics, warmup: int, steps: int
+    plan: Plan, index: int, blocks: Blocks, numerics: Numerics, warmup: int, steps: int
 ) -> ModuleCost:
+    alone = one_module_a_rank(plan)
     module = module_alone(alone, index, blocks, numerics)
     module.set_learning_rate(0.0)  # random labels must not drive the weights to where arithmetic is slow
     batch, gradients = random_batch(alone, [module], numerics), random_gradients(alone, module, numerics)
@@ -141,15 +141,16 @@ def _profile_one(
     seconds["update_s"] = median[Kind.UPDATE]
     if module.plan.together:
         seconds["together_s"] = seconds.pop("cascade_s")
-    return dataclasses.replace(bytes_of(alone, module, memory, numerics), **seconds)
+    return dataclasses.replace(bytes_of(plan, module, memory, numerics), **seconds)
 
 
-def bytes_of(alone: Plan, module: LocalModule, memory: MemoryWatch, numerics: Numerics) -> ModuleCost:
-    """The bytes of a module that has done a step, without its seconds; ``alone``: its plan, one module a rank."""
+def bytes_of(plan: Plan, module: LocalModule, memory: MemoryWatch, numerics: Numerics) -> ModuleCost:
+    """The bytes of a module that has done a step with an update, without its seconds."""
+    alone = one_module_a_rank(plan)
     index, parts, last = module.plan.index, alone.config.schedule.micro_batches, len(alone.modules) - 1
     wire = (numerics.dtype, numerics.channels_last)
     return ModuleCost(
-        state_bytes=_state_bytes(module),
+        state_bytes=_state_bytes(module, sums=plan.config.train.accumulate > 1),
         graph_bytes=memory.graph_bytes,
         work_bytes=memory.work_bytes,
         head_bytes=memory.head_bytes,
@@ -169,10 +170,12 @@ def with_both_forms(separate: ModuleCost, together: ModuleCost) -> ModuleCost:
     )
 
 
-def _state_bytes(module: LocalModule) -> int:
-    """Parameters, their gradients, buffers and what the updates keep."""
+def _state_bytes(module: LocalModule, sums: bool) -> int:
+    """Parameters, their gradients, buffers and what the updates keep; ``sums``: those of the gradients of batches
+    before, of which a module that updates in every step has none."""
     parts = (*module.blocks.values(), *module.levels.values())
     parameters = [p for part in parts for p in part.parameters()]
     buffers = [b for part in parts for b in part.buffers()]
     gradients = sum(p.nbytes for p in parameters if p.requires_grad)
+    gradients *= 1 + sums
     return gradients + sum(tensor.nbytes for tensor in (*parameters, *buffers, *module.kept_tensors()))

@@ -127,7 +127,7 @@ def _pixels(plan: Plan) -> int:
 
 def _counted(plan: Plan, index: int, blocks: Blocks, numerics: Numerics) -> ModuleCost:
     """The bytes of a module."""
-    alone = plan.placed((range(index, index + 1),))
+    alone = one_module_a_rank(plan).placed((range(index, index + 1),))  # updates in its one step
     own = OrderedDict((name, blocks[name]) for name in plan.cut.modules[index])
     with torch.random.fork_rng(devices=[]), no_values():
         (module,) = blank_modules(alone, own, numerics)
@@ -135,7 +135,7 @@ def _counted(plan: Plan, index: int, blocks: Blocks, numerics: Numerics) -> Modu
         memory = _CountedMemory(torch.device("cpu"), module)  # no allocator sees a blank tensor
         stage = stage_alone(alone, module, batch, gradients, memory)
         stage.train_step(0, 0)
-        return bytes_of(one_module_a_rank(plan), module, memory, numerics)
+        return bytes_of(plan, module, memory, numerics)
 
 
 class _CountedMemory(MemoryWatch):

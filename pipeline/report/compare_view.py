@@ -12,7 +12,7 @@ from rich.text import Text
 
 from pipeline.base.errors import ConfigError
 from pipeline.base.metric import ERROR
-from pipeline.base.units import mebibytes
+from pipeline.base.units import mebibytes, rate
 from pipeline.report.compare import Comparison, RunRow
 from pipeline.report.console import arrow, output_console
 from pipeline.report.curve import metric_label
@@ -52,7 +52,7 @@ def _table(comparison: Comparison, console: Console) -> Table:
         table.add_row(
             *(str(position), Text(row.name), Text(row.method)),
             *(str(row.modules), str(row.ranks), f"{row.epochs}{'' if row.finished else f' of {row.of}'}", *texts),
-            *(f"{row.images_per_s:,.0f}", f"{1000 * row.step_s:.1f}", mebibytes(row.peak_memory_bytes)),
+            *(rate(row.images_per_s), f"{1000 * row.step_s:.1f}", mebibytes(row.peak_memory_bytes)),
             number(None if row.parameters is None else row.parameters / 1e6, ".2f"),
         )
     return table

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.base.units import mebibytes
+from pipeline.base.units import mebibytes, rate
 from pipeline.plan.report import PlannedForm, PlannedModule, PlannedRank, PlanReport
 from pipeline.report.console import output_console
 from pipeline.stage.events import NAMES, SEND, WAIT
@@ -136,7 +136,7 @@ def _totals(report: PlanReport) -> list[tuple[str, str]]:
     gain = report.alone_s / report.step_s
     units = [module.bp_units for module in report.modules if module.bp_units is not None]
     totals = [
-        ("step time", f"{_ms(report.step_s)} ms, {report.images_per_s:,.0f} images/s"),
+        ("step time", f"{_ms(report.step_s)} ms, {rate(report.images_per_s)} images/s"),
         ("bound", f"{_ms(report.bound_s)} ms (work of the busiest rank); bubble {100 * report.bubble:.1f} %"),
         ("one rank alone", f"{_ms(report.alone_s)} ms; {_processes(report)} are {gain:.2f} times as fast"),
     ]

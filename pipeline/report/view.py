@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.base.metric import ERROR, MetricForm
-from pipeline.base.units import mebibytes
+from pipeline.base.units import mebibytes, rate
 from pipeline.report.console import arrow, output_console
 from pipeline.store.records import (
     EpochProgress,
@@ -31,7 +31,6 @@ from pipeline.store.records import (
     epoch_parts,
     level_of,
     loss_text,
-    number,
     progress_parts,
 )
 
@@ -252,8 +251,8 @@ def open_view(console: Console | None = None, *, quiet: bool = False) -> View:
 
 def _throughput(images_per_s: float, loader: float | None) -> str:
     """``499 images/s (the loader could give 1,900)``."""
-    could = "" if loader is None else f" (the loader could give {loader:,.0f})"
-    return f"{number(images_per_s, ',.0f')} images/s{could}"
+    could = "" if loader is None else f" (the loader could give {rate(loader)})"
+    return f"{rate(images_per_s)} images/s{could}"
 
 
 def _tenth(epoch: int, batch: int, batches: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from pipeline.base.metric import ERROR, MetricForm
+from pipeline.base.units import rate
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ def progress_parts(progress: EpochProgress) -> list[str]:
 
 def _rates(images_per_s: float, loader: float | None) -> str:
     """What is trained, and beside it what the loader could give: ``499 img/s of 1,900``."""
-    return f"{number(images_per_s, ',.0f'):>5} img/s" + ("" if loader is None else f" of {loader:,.0f}")
+    return f"{rate(images_per_s):>5} img/s" + ("" if loader is None else f" of {rate(loader)}")
 
 
 def level_of(name: str) -> str:

@@ -45,6 +45,8 @@ def test_it_stands_in_the_line_beside_what_is_trained() -> None:
     assert progress_parts(progress)[2] == "  499 img/s"
     known = EpochProgress(1, 2, 3, 10, 499.0, 5.0, "train", (), 1900.0)
     assert progress_parts(known)[2] == "  499 img/s of 1,900"
+    slow = EpochProgress(1, 2, 3, 10, 0.0138, 5.0, "train", (), 3.21)
+    assert progress_parts(slow)[2] == "0.014 img/s of 3.2"
 
 
 def test_replicas_add_up_where_all_are_known() -> None:

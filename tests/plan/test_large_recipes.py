@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from unittest import mock
 
 import pytest
-import torch
-from helpers_spawn import run_ranks
-from PIL import Image
+from recipe_steps import two_steps_of_all
 
-from pipeline import load_config, recipe_names, train
+from pipeline import load_config, recipe_names
 from pipeline.base.config import Config
-from pipeline.data import shapes
 from pipeline.models.unbuilt import planned_blocks
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.cut import make_cut
@@ -29,7 +25,7 @@ LARGE = [name for name in recipe_names() if name.startswith(("imagenet", "citysc
 REPRESENTATIVE = ("imagenet-resnet101-k4-infopro-hpff", "cityscapes-deeplabv3-resnet101-k2-infopro")
 OTHERS = [name for name in LARGE if name not in REPRESENTATIVE]
 LEFT_OUT = (pytest.mark.slow, pytest.mark.every)
-LARGE_TRAINED = [name for name in (*REPRESENTATIVE, *OTHERS) if "-bp" not in name]  # the first one in every run
+LARGE_TRAINED = [*REPRESENTATIVE, *OTHERS]  # the first one in every run
 
 LAST_BLOCKS = {
     ("resnet101", 2): ["layer2.0"],
@@ -110,37 +106,9 @@ def test_a_recipe_is_planned_without_data(name: str) -> None:
 # --- two steps on two ranks -------------------------------------------------------------------------------------------
 
 
-@mock.patch.object(shapes, "TRAIN", 8)
-@mock.patch.object(shapes, "TEST", 2)
-def two_steps(rank: int, name: str, folder: str) -> int:
-    """Steps done by a recipe, on images of a few pixels."""
-    data = ["data.name=shapes"] if name.startswith("cityscapes") else [
-        "data.name=folder", f"data.root={folder}/images", "data.image_size=64"
-    ]  # fmt: skip
-    few = ["data.batch_size=4", "train.max_steps=2", "train.epochs=2", "checkpoint.every_epochs=0", "log.curve=false"]
-    plain = ["partition.kind=count", "patches.at_once=1", "precision.compute=fp32", "runtime.device=cpu"]
-    config = load_config(name, assignments=[*data, *few, *plain], say=lambda _: None)
-    return int(train(config, run_dir=Path(folder) / name, quiet=True)["steps"])
-
-
-def images(folder: Path) -> None:
-    """Two classes of four images of 64 x 64 and a test image each."""
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 4), ("test", 1)):
-        for label in ("a", "b"):
-            (folder / split / label).mkdir(parents=True)
-            for index in range(count):
-                pixels = torch.randint(256, (64, 64, 3), generator=generator, dtype=torch.uint8)
-                Image.fromarray(pixels.numpy()).save(folder / split / label / f"{index}.png")
-
-
 @pytest.mark.parametrize(
     "name",
     [LARGE_TRAINED[0], *(pytest.param(name, marks=LEFT_OUT) for name in LARGE_TRAINED[1:])],
 )
 def test_recipes_train_two_steps_on_two_ranks(name: str, tmp_path: Path) -> None:
-    """Those of backpropagation have one module, for one rank."""
-    images(tmp_path / "images")
-    results = run_ranks(two_steps, 2, name, str(tmp_path), timeout_s=120.0)
-    assert [result.exit_code for result in results] == [0, 0], [result.stderr for result in results]
-    assert results[0].value == 2
+    assert two_steps_of_all([name], 64, tmp_path) == [2]

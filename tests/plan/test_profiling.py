@@ -8,18 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_blocks, tiny_config, tiny_plan
+from tiny import tiny_batch, tiny_blocks, tiny_config, tiny_plan, train_on
 
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics
+from pipeline.edges.connect import Edges
 from pipeline.local.task import Classification
 from pipeline.models.backbones import Blocks
-from pipeline.plan.assembly import Plan, make_plan
+from pipeline.plan.assembly import Plan, build_modules, make_plan
 from pipeline.plan.cost_profile import Profile
 from pipeline.plan.profiling import profile_modules
 from pipeline.plan.rank_memory import device_memory, rank_memory, refuse_too_large
 from pipeline.plan.simulate import ModuleCost
+from pipeline.stage.inlet import BatchInlet
 from pipeline.stage.schedule import Kind
+from pipeline.stage.stage import Stage
 
 CPU = Numerics(torch.device("cpu"), torch.float32, False)
 
@@ -38,6 +41,19 @@ def test_every_action_of_every_module_has_a_time_and_no_other(method: str, varia
         for kind in set(Kind) - {Kind.SHARE, Kind.ADOPT}:  # a copy every n steps, not timed
             seconds = getattr(cost, f"{kind.name.lower()}_s")
             assert (seconds > 0) == (kind in there), (role.index, kind)
+
+
+def test_sums_of_accumulated_gradients_are_measured_too() -> None:
+    plan = tiny_plan(tiny_config("dgl", train={"accumulate": 2}))
+    modules = build_modules(plan, 0, tiny_blocks(), CPU, fresh=True)
+    stage = Stage(modules, plan.schedules[0], BatchInlet(), Edges())
+    for step in range(3):  # an update, and the first batch of the next one
+        train_on(stage, 0, step, tiny_batch())
+    for module, cost in zip(modules, profiled(plan).modules, strict=True):
+        parts = [*module.blocks.values(), *module.levels.values()]
+        weights = [parameter for part in parts for parameter in part.parameters()]
+        held = [*weights, *(b for part in parts for b in part.buffers()), *module.kept_tensors()]
+        assert cost.state_bytes == sum(tensor.nbytes for tensor in (*held, *weights))  # and a gradient of each weight
 
 
 def test_late_modules_can_be_measured_too() -> None:

@@ -74,7 +74,7 @@ def test_a_step_of_seconds_is_measured_as_it_is(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_memory_is_that_of_the_whole_step_and_times_grow_with_the_pixels() -> None:
-    plan, blocks = planned("tiny", 8, 128, schedule={"micro_batches": 2})
+    plan, blocks = planned("tiny", 8, 128, schedule={"micro_batches": 2}, train={"accumulate": 2})
     found = smaller_step(plan, blocks, CPU)
     assert found is not None
     smaller, network = found
