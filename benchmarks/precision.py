@@ -38,6 +38,7 @@ class Settings:
     steps: int = option(4, "training steps of one measurement", "N")
     batch: int = 32
     threads: int = 1
+    cuts: str = option("cost", "model.cuts; cost is counted anew for every setting", "CUTS")
 
 
 def measure(settings: Settings) -> Report:
@@ -45,7 +46,7 @@ def measure(settings: Settings) -> Report:
     cases = {}
     for method, chosen in METHODS.items():
         for setting, precision in SETTINGS.items():
-            assignments = [*chosen, *precision, f"data.batch_size={settings.batch}", *RUN]
+            assignments = [*chosen, *precision, f"data.batch_size={settings.batch}", f"model.cuts={settings.cuts}", *RUN]
             cases[method, setting] = Case(method, load_config(assignments=assignments), IMAGE)
     steps_s: dict[tuple[str, str], list[float]] = {key: [] for key in cases}
     for _ in range(settings.rounds):
@@ -69,4 +70,4 @@ def measure(settings: Settings) -> Report:
 
 
 if __name__ == "__main__":
-    main(__doc__, Settings, measure, quick={"rounds": 1, "steps": 1, "batch": 2})
+    main(__doc__, Settings, measure, quick={"rounds": 1, "steps": 1, "batch": 2, "cuts": "even"})
