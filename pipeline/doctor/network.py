@@ -18,6 +18,8 @@ SLOW_NAMES_S = 2.0
 """A name server that takes longer is felt at every connection: torch asks for the name of every address."""
 SLOW_MBIT_S = 10_000
 """Below which an interface is slow for activations."""
+_ONLY_HERE = ("localhost", "127.", "::1")
+"""How addresses begin by which a machine reaches itself."""
 _SIOCGIFADDR = 0x8915  # of linux/sockios.h
 
 
@@ -34,12 +36,17 @@ def network_findings(roots: Roots, nodes: int, port: Finding) -> list[Finding]:
     return [network, port]
 
 
-def port_finding(serves: bool) -> Finding:
-    """Whether rank 0 can open the store here. ``serves``: the launcher has done so already."""
+def port_finding(serves: bool, nodes: int = 1) -> Finding:
+    """Whether rank 0 can open the store here, in a job of ``nodes``. ``serves``: the launcher has done so already."""
     given = os.environ.get("MASTER_PORT", "")
     port = int(given) if given.isdigit() else PORT
     if serves:
-        return Finding("port", Level.OK, f"{port} of {os.environ.get('MASTER_ADDR', '')} is the launcher's")
+        host = os.environ.get("MASTER_ADDR", "")
+        text = f"{port} of {host} is the launcher's"
+        if nodes > 1 and host.startswith(_ONLY_HERE) and os.environ.get("GLOO_SOCKET_IFNAME") != "lo":
+            fix = "give torchrun the address that they reach: --local-addr, or PET_LOCAL_ADDR"
+            return Finding("port", Level.WARNING, f"{text}, and {host} of another machine is that machine itself", fix)
+        return Finding("port", Level.OK, text)
     if port_is_free(port):
         return Finding("port", Level.OK, f"{port} is free")
     if given:
@@ -80,7 +87,7 @@ def _network(roots: Roots, nodes: int) -> Finding:
     text = f"{name} is {address} on {interface or 'an interface without a name'}"
     text += f" ({speed / 1000:g} Gbit/s)" if speed else ""
     text += f", InfiniBand {', '.join(adapters)}" if adapters else ""
-    if nodes > 1 and not chosen and address.startswith(("127.", "::1")):
+    if nodes > 1 and not chosen and address.startswith(_ONLY_HERE):
         others = [other for other in here if _address_of(other) not in ("", "127.0.0.1")]
         fix = f"set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to {' or '.join(others) or 'one that others reach'}"
         return Finding("network", Level.ERROR, f"{text}, which other machines cannot reach", fix)

@@ -89,7 +89,8 @@ def examine(job: Job) -> Iterator[Finding]:
     yield memory(job, cgroup)
     yield shared_memory(job, has_gpus, int(cores_in_use(cgroup)))
     yield limits(job, cgroup, has_gpus)
-    port = port_finding(job.serves) if job.first else Finding("port", Level.OK, "is for the first node to open")
+    theirs = Finding("port", Level.OK, "is for the first node to open")
+    port = port_finding(job.serves, job.nodes) if job.first else theirs
     yield from network_findings(job.roots, job.nodes, port)
     yield disk(job.run_dir)
 

@@ -84,7 +84,7 @@ def _slow(pair: PairTimes, pairs: Sequence[PairTimes]) -> str:
         if alike and rate * SLOW < statistics.median(alike):
             reasons.append(f"{_rate(rate)} {way}, others {_rate(statistics.median(alike))}")
         elif rate < SLOW_BYTES_PER_S and nbytes >= LARGE:
-            reasons.append(f"{_rate(rate)} {way}, less than 1 Gbit/s: is it the right interface (GLOO_SOCKET_IFNAME)?")
+            reasons.append(f"{_rate(rate)} {way}, less than 1 Gbit/s (the right interface? GLOO_SOCKET_IFNAME)")
     return "; ".join(reasons)
 
 

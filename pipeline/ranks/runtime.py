@@ -18,26 +18,30 @@ import ctypes.util
 import functools
 import os
 import signal
-from collections.abc import Iterator
+import socket
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from pipeline.base.errors import ConfigError, DeadlineExceeded, warn
 from pipeline.ranks import launcher
-from pipeline.ranks.attempt import Job, launcher_serves
+from pipeline.ranks.attempt import GRACE_S, Job, launcher_serves
 from pipeline.ranks.failure import FailureReporter
 from pipeline.ranks.keys import Key
 from pipeline.ranks.nccl import leave_failures_to_us
+from pipeline.ranks.patience import within
 from pipeline.ranks.resources import usable_cores
 from pipeline.ranks.start_up import take_noted
 from pipeline.ranks.team import Team
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 DEVICES = ("auto", "cpu", "cuda", "cuda-shared")
+T = TypeVar("T")
 
 
 def choose_device(request: str, local_rank: int, local_world_size: int) -> tuple[torch.device, str]:
@@ -222,7 +226,8 @@ class Runtime:
             lines = leave_failures_to_us(os.environ, self.team.deadline_s)
             for line in lines if self.team.leads else ():
                 warn(line)
-        dist.init_process_group(
+        every = functools.partial(
+            dist.init_process_group,
             self.backend,
             store=dist.PrefixStore(Key.GROUPS(), self.team.store),
             rank=self.team.rank,
@@ -230,6 +235,27 @@ class Runtime:
             timeout=timeout,
             device_id=self.device if self.backend == "nccl" else None,
         )
-        group = dist.new_group(backend="gloo", timeout=timeout)
+        if self.backend == "nccl":
+            every()  # in this thread, whose device is set
+        else:
+            self._reached(every)
+        group = self._reached(functools.partial(dist.new_group, backend="gloo", timeout=timeout))
         assert isinstance(group, dist.ProcessGroup)  # this rank is in it
         self.team.group = group
+
+    def _reached(self, connect: Callable[[], T]) -> T:
+        """What ``connect`` returns, which opens gloo's connections. Where packets are lost, gloo tries for five times
+        its timeout, in C++, and does not say what could be wrong.
+
+        Raises:
+            DeadlineExceeded: the other ranks, whom this one has met in the store, cannot be reached.
+        """
+        try:
+            return within(self.team.deadline_s + GRACE_S, connect)
+        except TimeoutError as error:
+            interface = os.environ.get("GLOO_SOCKET_IFNAME") or f"that of the name {socket.gethostname()}"
+            raise DeadlineExceeded(
+                f"rank {self.team.rank} has waited {self.team.deadline_s:g} s for connections with the other ranks "
+                f"(gloo, interface: {interface}): all ranks have met, so their network must be wrong; let all ports "
+                "through between the machines (firewall), or choose the interface: GLOO_SOCKET_IFNAME"
+            ) from error

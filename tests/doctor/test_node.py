@@ -192,6 +192,16 @@ def test_a_port_that_is_taken_is_an_error_where_it_was_asked_for(monkeypatch: py
     assert network.port_finding(serves=False).level is Level.OK
 
 
+def test_a_store_at_an_address_of_every_machine_matters_where_there_are_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    assert network.port_finding(serves=True, nodes=1).level is Level.OK
+    found = network.port_finding(serves=True, nodes=2)
+    assert found.level is Level.WARNING and "localhost" in found.text and "--local-addr" in found.fix
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # two nodes on one machine
+    assert network.port_finding(serves=True, nodes=2).level is Level.OK
+
+
 def test_a_name_that_other_machines_cannot_reach_matters_where_there_are_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

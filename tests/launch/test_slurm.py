@@ -112,3 +112,6 @@ def test_before_its_time_is_over_the_job_saves_and_queues_again(
 def test_slurm_is_asked_for_what_the_script_relies_on() -> None:
     asked = [line.removeprefix("#SBATCH ") for line in SCRIPT.read_text().splitlines() if line.startswith("#SBATCH")]
     assert {"--signal=B:USR1@120", "--requeue", "--ntasks-per-node=1"} <= set(asked)
+    # The task of a node is torchrun with all of its ranks; Slurm gives it one core, where nothing else is asked for.
+    (cores,) = [int(word.partition("=")[2]) for word in asked if word.startswith("--cpus-per-gpu=")]
+    assert cores > 1 and not [word for word in asked if word.startswith("--cpus-per-task")]  # Slurm refuses both
