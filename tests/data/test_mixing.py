@@ -6,6 +6,7 @@ import itertools
 from contextlib import closing
 from typing import Any
 
+import helpers_device
 import pytest
 import torch
 from torch import Tensor
@@ -94,3 +95,19 @@ def test_batches_of_a_data_set_carry_shares_for_training_and_whole_classes_for_t
     assert train.image is not None and train.image.dtype == torch.uint8
     again, second = first(source.train(1, 1)), first(source.train(1), 1)
     assert torch.equal(again.labels, second.labels) and torch.equal(again.x, second.x)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("alphas", [{"mixup": 0.4}, {"cutmix": 1.0}])
+def test_on_a_device_nothing_waits_and_the_images_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, alphas: dict[str, float]
+) -> None:
+    from torchvision.transforms.v2 import _augment
+
+    monkeypatch.setattr(_augment, "one_hot", lambda labels, num_classes: helpers_device._one_hot(labels, num_classes))
+    expected = mixed(**alphas)
+    with helpers_device.pretended() as device:
+        there = [x[[5, *range(6)]].to(helpers_device.CUDA) for x in (IMAGES, LABELS)]
+        device.waits.clear()
+        found = Mixer(DataConfig(**alphas), 4, 5).train(*there, 1, 0)
+        assert device.waits == {}
+        assert all(torch.equal(one.cpu(), other) for one, other in zip(found, expected, strict=True))

@@ -14,6 +14,7 @@ from tiny import CLASSES, IMAGE, tiny_batch, tiny_blocks, tiny_config, tiny_plan
 
 from pipeline.base.errors import ConfigError
 from pipeline.base.numerics import Numerics
+from pipeline.base.validation import validate, with_values
 from pipeline.edges.connect import Edges
 from pipeline.local import graphs
 from pipeline.local.module_state import module_state
@@ -38,8 +39,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
 def stage_on(method: str, variant: str, graphed: bool, dtype: torch.dtype = torch.float32, **sections: Any) -> Stage:
     """Three modules of the tiny network, with a cascade of two unless ``span`` says otherwise."""
     sections = dict(sections)
-    precision = {"compute": "fp32", "cuda_graphs": graphed}
-    plan = tiny_plan(tiny_config(method, variant, sections.pop("span", 2), 3, precision=precision, **sections))
+    values = {"precision.cuda_graphs": graphed, **sections.pop("values", {})}
+    config = tiny_config(method, variant, sections.pop("span", 2), 3, **sections)
+    plan = tiny_plan(validate(with_values(config, values)))
     modules = build_modules(plan, 0, tiny_blocks(), Numerics(CUDA, dtype, True), fresh=True)
     return Stage(modules, plan.schedules[0], BatchInlet(micro_batches=plan.config.schedule.micro_batches), Edges())
 
@@ -73,9 +75,9 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("infopro", "hpff", {"schedule": {"micro_batches": 2}}),
     ("infopro", "hpff", {"hierarchy": {"levels": "together"}}),
     ("dgl", "hpff", {"dtype": torch.bfloat16}),
-    ("dgl", "hpff", {"schedule": {"kind": "async", "micro_batches": 2}}),
+    ("dgl", "hpff", {"schedule": {"kind": "async", "micro_batches": 2}, "values": {"method.front": "man++"}}),
     ("dgl", "plain", {"span": 1, "schedule": {"kind": "free"}}),
-    ("dgl", "plain", {"span": 3, "hierarchy": {"variant": "deepsup"}, "train": {"accumulate": 2}}),
+    ("dgl", "plain", {"span": 3, "hierarchy": {"variant": "deepsup"}, "train": {"accumulate": 2, "ema": 0.9}}),
 ]
 
 
@@ -226,11 +228,10 @@ def test_levels_that_get_other_weights_are_captured_anew(device: Device) -> None
     """A graph would keep those of the epoch before."""
     found = []
     for graphed in (False, True):
-        stage = stage_on("dgl", "plain", graphed)
+        stage = stage_on("dgl", "plain", graphed, hierarchy={"cascade_weight": [1.0, 0.25]})
         for step in range(6):
-            if step == 3:
-                for level in (level for module in stage.modules.values() for level in module.levels.values()):
-                    level.weights = {name: weight / 4 for name, weight in level.weights.items()}
+            for module in stage.modules.values():
+                module.set_level_weights(1 + step // 3, 2)
             train_step(stage, step)
         weights = [p for module in stage.modules.values() for p in module.optimiser.weights]
         found.append({str(number): weight.parameter.detach() for number, weight in enumerate(weights)})
