@@ -26,7 +26,7 @@ from pipeline.base.flow import LABEL
 from pipeline.local.task import Task
 from pipeline.local.term import Term, refuse_head
 from pipeline.models import losses
-from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given
+from pipeline.models.heads import AuxiliaryHead, FeatureShape, Given, Loss
 from pipeline.models.layers import VectorInput
 
 CLASSIFIER_WEIGHT = 0.001
@@ -41,10 +41,12 @@ class InformationHead(AuxiliaryHead):
         shape: of the feature.
         width: D, of all layers of the projector.
         classes: of the classifier on it.
+        loss: of the classifier's scores (B, classes) and the classes (B,); the task's, which may smooth them.
     """
 
-    def __init__(self, shape: FeatureShape, width: int, classes: int) -> None:
+    def __init__(self, shape: FeatureShape, width: int, classes: int, loss: Loss) -> None:
         super().__init__()
+        self._loss = loss
         values = math.prod(shape) if len(shape) == 3 else shape[-1]
         self.classes = classes
         self.projector = nn.Sequential(
@@ -58,7 +60,7 @@ class InformationHead(AuxiliaryHead):
 
     def loss(self, feature: Tensor, given: Given) -> Tensor:
         z = self.projector(feature)
-        entropy = losses.cross_entropy(self.classifier(z), given.target)
+        entropy = self._loss(self.classifier(z), given.target)
         with torch.autocast(feature.device.type, enabled=False):
             unit = F.normalize(losses.full(z))
             similarity = losses.similarity_matching(unit, given.target, self.classes)
@@ -93,4 +95,4 @@ def terms(config: MethodConfig, task: Task, position: float) -> list[Term]:
             f"method.name = 'deinforeg' compares the classes of whole rows, but the target of {type(task).__name__} is "
             f"{task.target.shape} per row; use dgl or greedy, register a method, or remove data.mixup and data.cutmix"
         )
-    return [Term("information", 1.0, lambda shape: InformationHead(shape, config.feature_dim, task.classes))]
+    return [Term("information", 1.0, lambda shape: InformationHead(shape, config.feature_dim, task.classes, task.loss))]

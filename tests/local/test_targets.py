@@ -37,6 +37,19 @@ def test_smoothed_labels_spread_a_share_over_all_classes() -> None:
     assert task.total_loss(LOGITS, LABELS).allclose(F.cross_entropy(LOGITS, LABELS, reduction="sum").double())
 
 
+def test_the_classifier_of_deinforeg_smooths_too() -> None:
+    found = []
+    for smoothing in (0.0, 0.1):
+        task = Classification(5, (3, 8, 8), label_smoothing=smoothing)
+        torch.manual_seed(0)
+        (term,) = method_terms(MethodConfig(name="deinforeg", feature_dim=8), task, 0.0)
+        head, feature = term.make((7, 4, 4)).double(), torch.randn(6, 7, 4, 4, dtype=torch.float64)
+        logits = head.logits(feature)
+        assert logits is not None
+        found.append(head.loss(feature, Given(LABELS)) - 0.001 * task.loss(logits, LABELS))
+    assert torch.allclose(*found, rtol=0, atol=1e-12) and found[0] > 0
+
+
 def test_shares_of_classes_are_a_target() -> None:
     task = Classification(5, (3, 8, 8), soft=True)
     shares = 0.7 * F.one_hot(LABELS, 5).float() + 0.3 * F.one_hot(LABELS.roll(1), 5)
