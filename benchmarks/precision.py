@@ -46,8 +46,8 @@ def measure(settings: Settings) -> Report:
     cases = {}
     for method, chosen in METHODS.items():
         for setting, precision in SETTINGS.items():
-            assignments = [*chosen, *precision, f"data.batch_size={settings.batch}", f"model.cuts={settings.cuts}", *RUN]
-            cases[method, setting] = Case(method, load_config(assignments=assignments), IMAGE)
+            run = [f"data.batch_size={settings.batch}", f"model.cuts={settings.cuts}", *RUN]
+            cases[method, setting] = Case(method, load_config(assignments=[*chosen, *precision, *run]), IMAGE)
     steps_s: dict[tuple[str, str], list[float]] = {key: [] for key in cases}
     for _ in range(settings.rounds):
         for key, case in cases.items():
