@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     budget = max((row["epochs"] for row in rows), key=lambda epochs: (sum(r["epochs"] == epochs for r in rows), epochs))
     shown = [row for row in rows if row["epochs"] == budget]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.5, 4.6), dpi=150, layout="constrained", sharey=True)
-    colours = iter(colormaps["tab20"].colors)  # type: ignore[attr-defined]
+    colours = itertools.cycle(colormaps["tab20"].colors)  # type: ignore[attr-defined]
     for row in shown:
         alone = row["modules"] == 1
         style = {"color": BLACK if alone else next(colours), "linewidth": 2.0 if alone else 1.3, "marker": "o",

@@ -4,7 +4,7 @@
     cifar10-resnet32-k16-dgl-hilo                     a recipe with something else at its end (ENDINGS)
     cifar10-resnet32-k4-dgl-hpff                      a recipe with another K
     cifar10-resnet32-k16-dgl-hpff,optim.lr=0.2        any of these with more keys
-    hpff-table-1, local-to-global                     many of them (groups)
+    hpff-table-1, hpff, ablation, local-to-global     many of them (groups)
 """
 
 from __future__ import annotations
@@ -30,6 +30,26 @@ ENDINGS: dict[str, tuple[str, list[str], str]] = {
     "-hpff": ("-hpff", [], " + HPFF"),
 }
 """Ending of a name: that of its recipe, more keys, and what it is called."""
+_RESNET32 = "cifar10-resnet32-"
+OF_HPFF = tuple(
+    f"{_RESNET32}{name}"
+    for name in (
+        "bp", "k16-dgl", "k16-dgl-hilo", "k16-dgl-patches", "k16-dgl-hpff", "k16-dgl-deepsup", "k16-dgl-cascade",
+        "k4-dgl", "k4-dgl-hilo", "k4-dgl-hpff", "k16-infopro", "k16-infopro-man", "k16-infopro-hilo",
+        "k16-infopro-hpff-released", "k16-infopro-hpff", "k4-infopro", "k4-infopro-hpff",
+    )
+)  # fmt: skip
+"""HPFF's tables 1, 4 and 5 for one network, the cheap ones first."""
+ABLATION = tuple(
+    f"{_RESNET32}k16-{name}"
+    for name in (
+        "dgl-patches,patches.statistics=shared", "dgl-hpff,patches.statistics=shared",
+        "dgl-hilo,hierarchy.independent_weight=0.5,hierarchy.cascade_weight=0.5",
+        "dgl-hilo,hierarchy.independent_weight=0.001,hierarchy.cascade_weight=0.999",
+        "dgl-hilo,optim.head_lr=0.25", "dgl-hilo,optim.head_lr=4", "infopro-hpff,patches.heads=reconstruction",
+    )
+)  # fmt: skip
+"""Parts of HPFF one by one: BatchNorm of patches, weights of levels, learning rate of heads, heads on patches."""
 METHODS = {"dgl": "DGL", "infopro": "InfoPro", "infopro-contrast": "InfoPro, contrast", "predsim": "PredSim",
            "greedy": "Greedy", "auglocal": "AugLocal"}  # fmt: skip
 BP = "BP"
@@ -63,9 +83,9 @@ class TableRow:
 
 
 def expanded(names: Sequence[str]) -> list[str]:
-    """The names with groups in place, each once: ``hpff-table-1`` (any table of which there are recipes) and
-    ``local-to-global``, DGL with K = 2, 4, 8, 16 and cascades of k = 1 ... K modules."""
-    groups = {"local-to-global": local_to_global()}
+    """The names with groups in place, each once: ``hpff-table-1`` (any table of which there are recipes), ``hpff``,
+    ``ablation``, and ``local-to-global``, DGL with K = 2, 4, 8, 16 and cascades of k = 1 ... K modules."""
+    groups = {"hpff": list(OF_HPFF), "ablation": list(ABLATION), "local-to-global": local_to_global()}
     for recipe in recipes():
         if recipe.table:
             groups.setdefault(recipe.table.lower().replace(", ", "-").replace(" ", "-"), []).append(recipe.name)

@@ -65,6 +65,9 @@ def test_the_papers_figures_are_written_once() -> None:
 
 def test_a_group_is_all_rows_of_a_table() -> None:
     assert len(rows.expanded(["hpff-table-1"])) == 78
+    parts = [rows.row_of(name) for name in rows.expanded(["hpff", "ablation"])]
+    assert len({row.title for row in parts if row.name.split("-")[2] == "k16"}) == len({row.name for row in parts}) - 6
+    assert all(row.config() for row in parts)
     spans = [rows.row_of(name).config() for name in rows.expanded(["local-to-global"])]
     found = {(config.model.modules, config.hierarchy.cascade_span) for config in spans}
     assert found == {(1, 1)} | {(k, s) for k in (2, 4, 8, 16) for s in (1, 2, 4, 8, 16) if s <= k}
