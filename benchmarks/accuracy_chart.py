@@ -62,7 +62,7 @@ def _mean_exits(row: Row) -> tuple[list[float], list[float]]:
 
 
 def draw_local_to_global(rows: Sequence[Row], path: Path) -> None:
-    """Left: error against the time of a step, the area of a point is memory, a line per K, k beside each point. Right:
+    """Left: error against the time of a step, the area of a point is memory, a line per K, k in each point. Right:
     error against time."""
     import matplotlib
 
@@ -71,7 +71,7 @@ def draw_local_to_global(rows: Sequence[Row], path: Path) -> None:
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.5, 4.8), dpi=150, layout="constrained", sharey=True)
     largest = max(row["bytes"] for row in rows)
-    keys = list(dict.fromkeys(_line_of(row) for row in rows))
+    keys = list(dict.fromkeys(_line_of(row) for row in sorted(rows, key=lambda row: row["asked"])))
     shades = colormaps["viridis"]
     local = [key for key in keys if not key.startswith("BP")]
     for key in keys:
@@ -79,18 +79,19 @@ def draw_local_to_global(rows: Sequence[Row], path: Path) -> None:
         place = local.index(key) / max(1, len(local) - 1) if key in local else 0.0
         colour = shades(0.85 * place) if key in local else BLACK
         left.plot([row["units"] for row in of], [row["error"] for row in of], color=colour, linewidth=0.8, alpha=0.6)
-        sizes = [30 + 600 * row["bytes"] / largest for row in of]
+        sizes = [20 + 300 * row["bytes"] / largest for row in of]
         left.scatter([row["units"] for row in of], [row["error"] for row in of], s=sizes, color=colour, alpha=0.55,
                      linewidths=0)  # fmt: skip
         for row, size in zip(of, sizes, strict=True):
-            alone = row["modules"] == 1  # names stand below, k above, clear of the point
-            text, away = (row["system"], -1) if alone else (f"k = {row['span']}", 1)
-            left.annotate(text, (row["units"], row["error"]), (0, away * (3 + size**0.5 / 2)), fontsize=6.5, color=INK,
-                          textcoords="offset points", ha="center", va="top" if alone else "bottom")  # fmt: skip
+            alone = row["modules"] == 1  # its name stands above; of others k in the point
+            text, away = (row["system"], 3 + size**0.5 / 2) if alone else (str(row["span"]), 0)
+            left.annotate(text, (row["units"], row["error"]), (0, away), fontsize=6.5, color=INK, ha="center",
+                          textcoords="offset points", va="bottom" if alone else "center")  # fmt: skip
         for index, row in enumerate(of):
             right.plot(*zip(*row["reached"], strict=True), color=colour, linewidth=1.3, marker="o", markersize=3,
                        label=key if index == 0 else None, linestyle=_dashes(key, row["span"]))  # fmt: skip
-    left.set_xlabel("time of a step, to backpropagation on one device; area: memory", fontsize=8, color=INK)
+    told = "time of a step, to backpropagation on one device; area: memory; number: span k"
+    left.set_xlabel(told, fontsize=8, color=INK)
     right.set_xlabel("time, in epochs of backpropagation on one device", fontsize=8, color=INK)
     for axes in (left, right):
         axes.spines[["top", "right", "left"]].set_visible(False)
