@@ -122,8 +122,11 @@ def step_together(optimisers: Sequence[Optimiser]) -> None:
     config, (lr,) = optimisers[0].config, {each.lr for each in optimisers}
     late = [each for each in optimisers if each.lag and config.error_feedback]
     before = [_copies(each) for each in late]
-    for rate in sorted({weight.rate for weight in weights}):
-        _step(config, lr * rate, [weight for weight in weights if weight.rate == rate])
+    if config.head_lr == 1.0:
+        _step(config, lr, weights)
+    else:
+        for rate in (1.0, config.head_lr):
+            _step(config, lr * rate, [weight for weight in weights if weight.rate == rate])
     for optimiser, copies in zip(late, before, strict=True):
         _feed_back(optimiser, copies)
 

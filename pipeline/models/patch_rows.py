@@ -29,11 +29,11 @@ class AsRows(Reading):
 
     n: int
 
-    def feature(self, tokens: Tensor) -> Tensor:
-        if tokens.dim() < 3:
-            return tokens.repeat(self.n**2, *[1] * (tokens.dim() - 1))
-        rows, columns = patch_slices(tokens.size(-2), self.n), patch_slices(tokens.size(-1), self.n)
-        return torch.cat([tokens[..., row, column] for row in rows for column in columns])
+    def feature(self, x: Tensor) -> Tensor:
+        if x.dim() < 3:
+            return x.repeat(self.n**2, *[1] * (x.dim() - 1))
+        rows, columns = patch_slices(x.size(-2), self.n), patch_slices(x.size(-1), self.n)
+        return torch.cat([x[..., row, column] for row in rows for column in columns])
 
     def given(self, given: Given) -> Given:
         image = None if given.image is None else self.feature(given.image)

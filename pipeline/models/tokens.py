@@ -56,8 +56,8 @@ class TokenGrid:
 class Reading:
     """How the heads of a term read a feature, the tokens of a grid above all; compared by its fields."""
 
-    def feature(self, tokens: Tensor) -> Tensor:
-        """(B, T, D) -> what they stand on; linear in the tokens."""
+    def feature(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> what they stand on; linear in x."""
         raise NotImplementedError
 
     def given(self, given: Given) -> Given:
@@ -79,11 +79,11 @@ class AsMap(Reading):
 
     grid: TokenGrid
 
-    def feature(self, tokens: Tensor) -> Tensor:
+    def feature(self, x: Tensor) -> Tensor:
         front, grid = self.grid.front, self.grid
-        positions = tokens[:, front:]
+        positions = x[:, front:]
         if front:
-            positions = positions + tokens[:, :front].mean(dim=1, keepdim=True)
+            positions = positions + x[:, :front].mean(dim=1, keepdim=True)
         found: Tensor = positions.unflatten(1, (grid.rows, grid.columns))
         return found.permute(0, 3, 1, 2)
 
@@ -95,10 +95,10 @@ class InPatches(Reading):
     grid: TokenGrid
     n: int
 
-    def feature(self, tokens: Tensor) -> Tensor:
+    def feature(self, x: Tensor) -> Tensor:
         # Views, not an index of every token: nothing is made anew in a step, and the gradients of the tokens in front,
         # which stand in every patch, are added in one order on a GPU as well.
-        front, positions = tokens[:, None, : self.grid.front], tokens[:, self.grid.front :]
+        front, positions = x[:, None, : self.grid.front], x[:, self.grid.front :]
         patches = positions.unflatten(1, self._sides).transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return torch.cat([front.expand(-1, self.n**2, *front.shape[2:]), patches], dim=2).flatten(1, 2)
 

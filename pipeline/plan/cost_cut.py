@@ -28,6 +28,7 @@ from pipeline.base.config import Config, HierarchyConfig, ModelConfig, Precision
 from pipeline.base.errors import ConfigError
 from pipeline.base.flow import MAIN, Specs
 from pipeline.base.numerics import Numerics
+from pipeline.base.units import mebibytes
 from pipeline.local.methods import levels_of, looks_ahead
 from pipeline.local.roles import ModulePlan, plan_hierarchy
 from pipeline.local.task import Task
@@ -43,7 +44,6 @@ from pipeline.stage.schedule import Kind, stage_schedule
 
 Cost = Callable[[int, int, int], float]
 """(module, first piece, end) -> cost of this local module made of these pieces."""
-MIB = 2**20
 NUMERICS = Numerics(torch.device("cpu"), torch.float32, channels_last=False)
 
 
@@ -79,7 +79,7 @@ def cut_by_cost(config: Config, blocks: Blocks, task: Task, inputs: Specs | None
         shares = [cost(module, *piece) for module, piece in enumerate(itertools.pairwise((0, *ends)))]
         words = f"cut by FLOPs: {' | '.join(f'{100 * share / sum(shares):.0f}' for share in shares)} % of a step"
         if by_memory:
-            words = f"cut by memory: {' | '.join(f'{share / MIB:,.0f}' for share in shares)} MiB on a rank for each"
+            words = f"cut by memory: {' | '.join(mebibytes(int(share)) for share in shares)} MiB on a rank for each"
     return dataclasses.replace(config, model=dataclasses.replace(model, cuts=chosen)), words
 
 

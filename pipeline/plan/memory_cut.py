@@ -23,6 +23,7 @@ from pipeline.base.config import Config
 from pipeline.base.flow import MAIN, Specs
 from pipeline.local.at_once import ROWS, bytes_of_modules, work_bytes
 from pipeline.local.methods import levels_of, looks_ahead
+from pipeline.local.optimiser import Optimiser
 from pipeline.local.roles import plan_hierarchy
 from pipeline.local.task import Task
 from pipeline.models.backbones import Blocks
@@ -33,8 +34,6 @@ from pipeline.plan.module_flops import Uncountable
 
 Need = Callable[[int, int, int], float]
 """(module, first piece, end) -> bytes that this local module made of these pieces needs."""
-STATES = {"sgd": 1, "adamw": 2, "muon": 2}
-"""Tensors like a weight that its optimiser keeps."""
 
 
 def memory_of_modules(config: Config, blocks: Blocks, task: Task, inputs: Specs, beginnings: Sequence[str]) -> Need:
@@ -54,9 +53,10 @@ def memory_of_modules(config: Config, blocks: Blocks, task: Task, inputs: Specs,
             raise Uncountable(f"what {piece[0]} has alive cannot be counted without values")
     rows = config.data.batch_size / config.schedule.micro_batches
     graphs = [0.0, *itertools.accumulate(needs.graph / ROWS * rows for needs in found)]
-    weights = [0.0, *itertools.accumulate((2 + STATES[config.optim.name]) * _bytes(own) for own in networks)]
+    weights = [0.0, *itertools.accumulate(_bytes(own, config) for own in networks)]
     beside = [(needs.backward - needs.graph) / ROWS * rows for needs in found]
     roles = plan_hierarchy(config.model.modules, config.hierarchy)
+    ahead = later_blocks(blocks, inputs, specs) if looks_ahead(config.method) else ()
     heads: dict[tuple[bool, bool, int], float] = {}
 
     def of_heads(module: int, piece: int) -> float:
@@ -64,9 +64,8 @@ def memory_of_modules(config: Config, blocks: Blocks, task: Task, inputs: Specs,
         role = roles[module]
         kind = (role.independent, role.cascade, piece)
         if kind not in heads:
-            ahead = later_blocks(blocks, inputs, specs)[edges[piece + 1] :] if looks_ahead(config.method) else ()
             shape = given[piece + 1][MAIN].feature
-            levels = levels_of(role, config.model.modules, shape, task, config, ahead)
+            levels = levels_of(role, config.model.modules, shape, task, config, ahead[edges[piece + 1] :])
             made = [without_memory(build) for build in levels.values()]
             shapes = [shape if level.front is None else level.front.shape for level in made]
             works = [
@@ -92,5 +91,7 @@ def memory_of_modules(config: Config, blocks: Blocks, task: Task, inputs: Specs,
     return need
 
 
-def _bytes(networks: list[nn.Module]) -> int:
-    return sum(parameter.nbytes for network in networks for parameter in network.parameters())
+def _bytes(networks: Sequence[nn.Module], config: Config) -> int:
+    """Weights, their gradients, and what the optimiser keeps."""
+    parameters = [parameter for network in networks for parameter in network.parameters()]
+    return 2 * sum(parameter.nbytes for parameter in parameters) + Optimiser(parameters, config.optim).kept_bytes()
